@@ -1,0 +1,193 @@
+"""What content a block is: keys chained over tokens, or derived from an engine's own keys.
+
+A key is SHA-256 over length-prefixed fields, so that no two different inputs share an encoding:
+
+    root        = H("kvtier-root-1", model id, weights version, adapter, tenant)
+    key of i    = H(key of i-1 or root, token ids of block i as little-endian int32, extra of block i)
+    foreign key = H("kvtier-foreign-1", root, engine, raw key)
+
+``extra`` carries what the tokens do not say (multimodal content, say): for every item that overlaps the block,
+its position relative to the block and its digest.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from struct import pack
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.errors import ConfigError
+
+KEY_BYTES = 32
+MAX_TOKEN_ID = 2**31 - 1
+
+TokenIds: TypeAlias = Any
+"""A sequence of ints, a numpy integer array or a torch integer tensor; one-dimensional, ids in [0, 2^31)."""
+
+Extra: TypeAlias = tuple[int, int, bytes]
+"""(start, stop, digest): content beyond the token ids at positions [start, stop)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What every key of one model, weights version, adapter and tenant starts from."""
+
+    model_id: str
+    weights_version: str = ""
+    adapter: str = ""
+    tenant: str = ""
+
+    def digest(self) -> bytes:
+        """The 32 bytes that take the place of a parent for block 0."""
+        fields = (self.model_id, self.weights_version, self.adapter, self.tenant)
+        return _digest(b"kvtier-root-1", *(field.encode() for field in fields))
+
+
+class Keys:
+    """The keys of one sequence: hashed once, appended to as the sequence grows.
+
+    ``digests[i]`` identifies tokens [0, (i + 1) * block_tokens); a partial last block has no key until it is full.
+    """
+
+    __slots__ = ("_rows", "_tail", "block_tokens", "chained", "digests", "extra", "num_tokens", "root", "root_digest")
+
+    def __init__(self, root: Root, block_tokens: int, extra: Iterable[Extra] = ()) -> None:
+        self.root = root
+        self.root_digest = root.digest()
+        self.block_tokens = block_tokens
+        self.extra = tuple(sorted((int(a), int(b), bytes(d)) for a, b, d in extra))
+        self.chained = True
+        self.digests: list[bytes] = []
+        self.num_tokens = 0
+        self._tail = np.empty(0, np.int32)
+        self._rows: npt.NDArray[np.uint8] | None = None
+
+    @classmethod
+    def from_tokens(
+        cls, root: Root, tokens: TokenIds, block_tokens: int, extra: Iterable[Extra] = ()
+    ) -> Keys:
+        """Keys of all full blocks of ``tokens``."""
+        keys = cls(root, block_tokens, extra)
+        keys.append(tokens)
+        return keys
+
+    @classmethod
+    def foreign(
+        cls,
+        root: Root,
+        raw_keys: Sequence[bytes],
+        block_tokens: int,
+        *,
+        engine: str,
+        chained: bool,
+        num_tokens: int | None = None,
+    ) -> Keys:
+        """Keys of an engine's own block hashes; ``chained`` says whether block i extends block i - 1.
+
+        ``num_tokens`` is the length of the sequence; without it every block may hit (one token more than the blocks).
+        """
+        keys = cls(root, block_tokens)
+        tag = engine.encode()
+        keys.digests = [_digest(b"kvtier-foreign-1", keys.root_digest, tag, bytes(raw)) for raw in raw_keys]
+        keys.chained = chained
+        keys.num_tokens = len(raw_keys) * block_tokens + 1 if num_tokens is None else num_tokens
+        return keys
+
+    def append(self, tokens: TokenIds) -> None:
+        """Extend the sequence; only the blocks that become full are hashed.
+
+        Raises:
+            ConfigError: a token id is outside [0, 2^31), or ``tokens`` is not one-dimensional and integer.
+        """
+        ids = token_array(tokens)
+        self.num_tokens += len(ids)
+        if len(self._tail):
+            ids = np.concatenate((self._tail, ids))
+        full = len(ids) // self.block_tokens
+        self._tail = ids[full * self.block_tokens :].copy()
+        if full:
+            self._hash_blocks(ids[: full * self.block_tokens])
+            self._rows = None
+
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """All keys as one array, uint8 ``[len(self), 32]``."""
+        if self._rows is None:
+            self._rows = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, KEY_BYTES)
+        return self._rows
+
+    def parent(self, block: int) -> bytes:
+        """The key that block ``block`` extends: the root's digest where it extends none."""
+        return self.digests[block - 1] if self.chained and block else self.root_digest
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __repr__(self) -> str:
+        last = self.digests[-1].hex()[:12] if self.digests else "-"
+        return f"Keys({len(self)} x {self.block_tokens} tokens, last {last}, {self.num_tokens} tokens)"
+
+    def _hash_blocks(self, ids: npt.NDArray[np.int32]) -> None:
+        size = 4 * self.block_tokens
+        data = ids.astype("<i4", copy=False).tobytes()
+        before, between, after = pack("<Q", KEY_BYTES), pack("<Q", size), pack("<Q", 0)
+        parent = self.digests[-1] if self.digests else self.root_digest
+        add = self.digests.append
+        first = len(self.digests)
+        for block, at in enumerate(range(0, len(data), size), first):
+            tail = self._extra_of(block) if self.extra else after
+            parent = sha256(before + parent + between + data[at : at + size] + tail).digest()
+            add(parent)
+
+    def _extra_of(self, block: int) -> bytes:
+        start = block * self.block_tokens
+        stop = start + self.block_tokens
+        items = [
+            pack("<qqQ", a - start, b - start, len(digest)) + digest for a, b, digest in self.extra if a < stop and b > start
+        ]
+        joined = b"".join(items)
+        return pack("<Q", len(joined)) + joined
+
+
+def token_array(tokens: TokenIds) -> npt.NDArray[np.int32]:
+    """``tokens`` as a contiguous int32 array, checked to lie in [0, 2^31).
+
+    Raises:
+        ConfigError: naming the first id that is out of range, or the type or shape that cannot be used.
+    """
+    if isinstance(tokens, (list, tuple)):
+        return _checked(_from_list(tokens))
+    if hasattr(tokens, "detach"):
+        tokens = tokens.detach().cpu().numpy()
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ConfigError(f"tokens: want one dimension of integers, got shape {ids.shape} of {ids.dtype}")
+    return _checked(ids)
+
+
+def _from_list(tokens: Sequence[int]) -> npt.NDArray[Any]:
+    try:
+        return np.frombuffer(array("i", tokens), np.int32)
+    except (OverflowError, TypeError) as error:
+        for position, token in enumerate(tokens):
+            if isinstance(token, bool) or not hasattr(token, "__index__"):
+                raise ConfigError(f"tokens[{position}] = {token!r}: want an integer") from error
+            if not 0 <= int(token) <= MAX_TOKEN_ID:
+                raise ConfigError(f"tokens[{position}] = {token}: token ids lie in [0, 2^31)") from error
+        raise
+
+
+def _checked(ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > MAX_TOKEN_ID):
+        position = int(np.flatnonzero((ids < 0) | (ids > MAX_TOKEN_ID))[0])
+        raise ConfigError(f"tokens[{position}] = {ids[position]}: token ids lie in [0, 2^31)")
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _digest(*fields: bytes) -> bytes:
+    return sha256(b"".join(pack("<Q", len(field)) + field for field in fields)).digest()

@@ -1,0 +1,66 @@
+"""The engine's own KV memory as the core sees it: registered once, then named by number in plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupPages:
+    """Where one group of a request lies: page ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``."""
+
+    first_token: int
+    ids: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageTable:
+    """A request's pages as a plain value: which registered memory, and per group which of its pages."""
+
+    memory_id: int
+    groups: tuple[GroupPages, ...]
+
+
+Bytes1D = npt.NDArray[np.uint8]
+
+
+@runtime_checkable
+class KVMemory(Protocol):
+    """Engine memory that blocks are gathered from and scattered to.
+
+    Implementations are safe to call from several threads on disjoint blocks, and release the GIL while they copy.
+    """
+
+    @property
+    def placement(self) -> str:
+        """Placement digest (hex) of the layout that the memory was built for; compared when it is registered."""
+
+    def check(self, table: PageTable, start: int, stop: int) -> None:
+        """Refuse a page table that does not cover tokens [start, stop) in every group.
+
+        Raises:
+            ConfigError: what is missing, and how many pages it would take.
+        """
+
+    def gather(self, table: PageTable, group: int, first_token: int, parts: range, out: Bytes1D) -> None:
+        """Copy the block that begins at ``first_token`` of ``parts`` to ``out``, part after part, nothing between."""
+
+    def scatter(
+        self, table: PageTable, group: int, first_token: int, parts: range, source: Bytes1D, start: int, stop: int
+    ) -> None:
+        """Write ``source`` (as ``gather`` lays it out) to the tokens in [start, stop) of that block, and no others."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVPages:
+    """A memory and a request's page table in it: the convenience for callers in one process.
+
+    ``table.memory_id`` is filled in when the memory is registered with a cache; before that it is -1.
+    """
+
+    memory: KVMemory
+    table: PageTable

@@ -1,0 +1,186 @@
+"""How the KV of one model lies: layout, groups, parts, and the slices that records are cut into."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from math import ceil, prod
+from typing import Any, Final, Literal, TypeAlias
+
+from kvtier.errors import ConfigError
+
+PartKind: TypeAlias = Literal["k", "v", "kv", "latent", "rope", "index", "state"]
+Axis: TypeAlias = Literal["token", "head", "dim"]
+
+DTYPE_BYTES: Final = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "uint8": 1, "int8": 1,
+}  # fmt: skip
+
+MIN_SLICE_BYTES: Final = 256 * 1024
+MAX_SLICES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of one layer: ``shape`` is one engine page of it, ``axes`` says what each dimension is.
+
+    The bytes of a block are the bytes of its pages in token order, as the engine has them.
+    """
+
+    layer: int
+    kind: PartKind
+    dtype: str
+    axes: tuple[Axis, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one engine page of this part."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position."""
+
+    rule: Literal["all", "trailing", "last"] = "all"
+    window_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSpan:
+    """A run of whole parts, the unit of reading, checksums and decoding. ``nbytes`` is its size before any codec."""
+
+    parts: range
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Parts that are cached, evicted and aged together, in layer order."""
+
+    name: str
+    parts: tuple[Part, ...]
+    reuse: Reuse = field(default_factory=Reuse)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The KV of one model on one rank.
+
+    ``block_tokens`` is a multiple of ``page_tokens``. ``page_tokens`` is the size along the token axis of every part.
+    """
+
+    block_tokens: int
+    page_tokens: int
+    groups: tuple[KVGroup, ...]
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be stored.
+
+        Raises:
+            ConfigError: naming the field that does not fit.
+        """
+        if self.block_tokens <= 0 or self.page_tokens <= 0 or self.block_tokens % self.page_tokens:
+            raise ConfigError(
+                f"block_tokens = {self.block_tokens}: must be a positive multiple of page_tokens = {self.page_tokens}"
+            )
+        if not self.groups or not all(group.parts for group in self.groups):
+            raise ConfigError("groups: a layout needs at least one group, and every group at least one part")
+        for group in self.groups:
+            for part in group.parts:
+                self._check_part(group, part)
+
+    @classmethod
+    def from_hf_config(
+        cls,
+        hf_config: Any,
+        block_tokens: int = 64,
+        dtype: str = "bfloat16",
+        *,
+        axes: tuple[Axis, ...] = ("head", "token", "dim"),
+        page_tokens: int | None = None,
+    ) -> KVLayout:
+        """The layout of a Hugging Face model; see ``kvtier.models.families`` for the families that are known.
+
+        ``hf_config`` is a ``PretrainedConfig`` or its dict. ``axes`` is the order inside one engine page; the default
+        is that of transformers' own caches, with pages as long as blocks.
+
+        Raises:
+            ConfigError: the architecture is not known; the message names it and says what to pass instead.
+        """
+        from kvtier.models.families import layout_of
+
+        return layout_of(hf_config, block_tokens=block_tokens, dtype=dtype, axes=axes, page_tokens=page_tokens)
+
+    @cached_property
+    def placement(self) -> str:
+        """Hex digest of how the KV lies; it names the directory on disk and is compared on every read."""
+        return sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def slices(self) -> tuple[tuple[SliceSpan, ...], ...]:
+        """Per group, the slices of its records in layer order."""
+        return tuple(self._cut(group) for group in self.groups)
+
+    @cached_property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Per group, the payload of one block before any codec."""
+        return tuple(sum(span.nbytes for span in spans) for spans in self.slices)
+
+    @cached_property
+    def record_pages(self) -> tuple[int, ...]:
+        """Per group, the 4 KiB pages of one raw record: a header page, then every slice rounded up."""
+        return tuple(1 + sum(ceil(span.nbytes / 4096) for span in spans) for spans in self.slices)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """KV bytes of one token over all groups."""
+        return sum(self.block_bytes) / self.block_tokens
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes of one block of ``part``."""
+        return part.page_bytes * (self.block_tokens // self.page_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """The layout as plain values: what the placement digest is over, and what is stored beside the blocks."""
+        return {
+            "format": 1,
+            "block_tokens": self.block_tokens,
+            "page_tokens": self.page_tokens,
+            "ranks": [self.tp_rank, self.tp_size, self.pp_rank, self.pp_size],
+            "groups": [
+                {
+                    "name": group.name,
+                    "reuse": [group.reuse.rule, group.reuse.window_tokens],
+                    "parts": [[p.layer, p.kind, p.dtype, list(p.axes), list(p.shape)] for p in group.parts],
+                }
+                for group in self.groups
+            ],
+        }
+
+    def _check_part(self, group: KVGroup, part: Part) -> None:
+        where = f"group {group.name!r}, layer {part.layer} {part.kind}"
+        if part.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"{where}: dtype {part.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if len(part.axes) != len(part.shape) or len(set(part.axes)) != len(part.axes) or "token" not in part.axes:
+            raise ConfigError(f"{where}: axes {part.axes} do not describe shape {part.shape}")
+        if min(part.shape) <= 0 or part.shape[part.axes.index("token")] != self.page_tokens:
+            raise ConfigError(f"{where}: shape {part.shape} does not have {self.page_tokens} tokens along its token axis")
+
+    def _cut(self, group: KVGroup) -> tuple[SliceSpan, ...]:
+        fair = ceil(len(group.parts) / MAX_SLICES)
+        spans: list[SliceSpan] = []
+        first = nbytes = 0
+        for number, part in enumerate(group.parts, 1):
+            nbytes += self.part_bytes(part)
+            if (nbytes >= MIN_SLICE_BYTES and number - first >= fair) or number == len(group.parts):
+                spans.append(SliceSpan(range(first, number), nbytes))
+                first, nbytes = number, 0
+        return tuple(spans)
