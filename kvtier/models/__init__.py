@@ -1,5 +1,6 @@
 """What a model caches: groups of parts with a reuse rule, as a layout that nothing below needs a model's name for."""
 
-from kvtier.models.layout import KVGroup, KVLayout, Part, Reuse, SliceSpan
+from kvtier.models.layout import KVLayout, SliceSpan
+from kvtier.models.parts import DTYPE_BYTES, Axis, KVGroup, Part, PartKind, Reuse, dtype_name
 
-__all__ = ["KVGroup", "KVLayout", "Part", "Reuse", "SliceSpan"]
+__all__ = ["DTYPE_BYTES", "Axis", "KVGroup", "KVLayout", "Part", "PartKind", "Reuse", "SliceSpan", "dtype_name"]

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from math import ceil, prod
-from typing import Any, Final, Literal, TypeAlias
+from math import ceil
+from typing import Any, Final
 
 from kvtier.errors import ConfigError
-
-PartKind: TypeAlias = Literal["k", "v", "kv", "latent", "rope", "index", "state"]
-Axis: TypeAlias = Literal["token", "head", "dim"]
-
-DTYPE_BYTES: Final = {
-    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "uint8": 1, "int8": 1,
-}  # fmt: skip
+from kvtier.models.families import groups_of
+from kvtier.models.parts import DTYPE_BYTES, Axis, KVGroup, Part, dtype_name
 
 MIN_SLICE_BYTES: Final = 256 * 1024
 MAX_SLICES: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor of one layer: ``shape`` is one engine page of it, ``axes`` says what each dimension is.
-
-    The bytes of a block are the bytes of its pages in token order, as the engine has them.
-    """
-
-    layer: int
-    kind: PartKind
-    dtype: str
-    axes: tuple[Axis, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one engine page of this part."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position."""
-
-    rule: Literal["all", "trailing", "last"] = "all"
-    window_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +23,6 @@ class SliceSpan:
 
     parts: range
     nbytes: int
-
-
-@dataclass(frozen=True)
-class KVGroup:
-    """Parts that are cached, evicted and aged together, in layer order."""
-
-    name: str
-    parts: tuple[Part, ...]
-    reuse: Reuse = field(default_factory=Reuse)
 
 
 @dataclass(frozen=True)
@@ -94,30 +53,28 @@ class KVLayout:
         if not self.groups or not all(group.parts for group in self.groups):
             raise ConfigError("groups: a layout needs at least one group, and every group at least one part")
         for group in self.groups:
-            for part in group.parts:
-                self._check_part(group, part)
+            self._check_parts(group)
 
     @classmethod
     def from_hf_config(
         cls,
         hf_config: Any,
         block_tokens: int = 64,
-        dtype: str = "bfloat16",
+        dtype: Any = "bfloat16",
         *,
         axes: tuple[Axis, ...] = ("head", "token", "dim"),
         page_tokens: int | None = None,
     ) -> KVLayout:
         """The layout of a Hugging Face model; see ``kvtier.models.families`` for the families that are known.
 
-        ``hf_config`` is a ``PretrainedConfig`` or its dict. ``axes`` is the order inside one engine page; the default
-        is that of transformers' own caches, with pages as long as blocks.
+        ``hf_config`` is a ``PretrainedConfig`` or its dict; ``dtype`` is a name or a ``torch.dtype``. ``axes`` is the
+        order inside one engine page; the default is that of transformers' own caches, with pages as long as blocks.
 
         Raises:
             ConfigError: the architecture is not known; the message names it and says what to pass instead.
         """
-        from kvtier.models.families import layout_of
-
-        return layout_of(hf_config, block_tokens=block_tokens, dtype=dtype, axes=axes, page_tokens=page_tokens)
+        page_tokens = block_tokens if page_tokens is None else page_tokens
+        return cls(block_tokens, page_tokens, groups_of(hf_config, dtype_name(dtype), axes, page_tokens))
 
     @cached_property
     def placement(self) -> str:
@@ -165,14 +122,21 @@ class KVLayout:
             ],
         }
 
-    def _check_part(self, group: KVGroup, part: Part) -> None:
-        where = f"group {group.name!r}, layer {part.layer} {part.kind}"
-        if part.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"{where}: dtype {part.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-        if len(part.axes) != len(part.shape) or len(set(part.axes)) != len(part.axes) or "token" not in part.axes:
-            raise ConfigError(f"{where}: axes {part.axes} do not describe shape {part.shape}")
-        if min(part.shape) <= 0 or part.shape[part.axes.index("token")] != self.page_tokens:
-            raise ConfigError(f"{where}: shape {part.shape} does not have {self.page_tokens} tokens along its token axis")
+    def _check_parts(self, group: KVGroup) -> None:
+        seen: set[tuple[int, str]] = set()
+        for part in group.parts:
+            where = f"group {group.name!r}, {part.label}"
+            if part.dtype not in DTYPE_BYTES:
+                raise ConfigError(f"{where}: dtype {part.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+            if len(part.axes) != len(part.shape) or len(set(part.axes)) != len(part.axes) or "token" not in part.axes:
+                raise ConfigError(f"{where}: axes {part.axes} do not describe shape {part.shape}")
+            if min(part.shape) <= 0 or part.shape[part.token_axis] != self.page_tokens:
+                raise ConfigError(
+                    f"{where}: shape {part.shape} does not have {self.page_tokens} tokens along its token axis"
+                )
+            if (part.layer, part.kind) in seen:
+                raise ConfigError(f"{where}: a group holds one part of a kind per layer, this one is there twice")
+            seen.add((part.layer, part.kind))
 
     def _cut(self, group: KVGroup) -> tuple[SliceSpan, ...]:
         fair = ceil(len(group.parts) / MAX_SLICES)
@@ -180,7 +144,12 @@ class KVLayout:
         first = nbytes = 0
         for number, part in enumerate(group.parts, 1):
             nbytes += self.part_bytes(part)
-            if (nbytes >= MIN_SLICE_BYTES and number - first >= fair) or number == len(group.parts):
+            if nbytes >= MIN_SLICE_BYTES and number - first >= fair:
                 spans.append(SliceSpan(range(first, number), nbytes))
                 first, nbytes = number, 0
+        if nbytes and spans:
+            last = spans.pop()
+            first, nbytes = last.parts.start, nbytes + last.nbytes
+        if nbytes:
+            spans.append(SliceSpan(range(first, len(group.parts)), nbytes))
         return tuple(spans)
