@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -48,7 +49,9 @@ class Lock(Protocol):
     def __enter__(self) -> Any:
         """Acquire."""
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         """Release."""
 
 
@@ -74,7 +77,8 @@ class Runtime(Protocol):
         """Run ``step`` over and over. When it returns False (nothing to do), wait for ``wake`` (at most ``idle_s``).
 
         The loop clears ``wake`` before it calls ``step`` again after waiting, so a ``set`` is never lost. ``step``
-        must not raise: an exception is a defect, ends the loop, and is re-raised by ``stop``.
+        must not raise: an exception is a defect, ends the loop, and is re-raised by ``stop``. Anybody may set ``wake``,
+        but only this loop waits for it and clears it.
         """
 
 
@@ -104,8 +108,11 @@ class IORequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IODone:
-    """The end of a request: all bytes moved, or an error. Short reads and writes are continued inside the engine;
-    a read that meets the end of the file is an ``OSError`` (EIO)."""
+    """The end of a request: all bytes moved, or an error.
+
+    Short reads and writes are continued inside the engine; a read that meets the end of the file is an ``OSError``
+    (EIO). ``elapsed_s`` is the operation alone, without the time it waited in the engine.
+    """
 
     request: IORequest
     error: OSError | None
@@ -119,13 +126,16 @@ class IOEngine(Protocol):
     """Set whenever something can be reaped. The owner may replace it with its own event before the first submit."""
 
     def submit(self, request: IORequest) -> None:
-        """Queue one request; never blocks."""
+        """Queue one request; never blocks. Raises ClosedError after ``close``."""
 
     def reap(self) -> list[IODone]:
         """Everything that ended since the last call; never blocks."""
 
     def close(self, timeout_s: float) -> int:
-        """Stop; returns how many requests had not ended (their buffers must stay alive)."""
+        """Stop; returns how many requests had not ended (their buffers must stay alive).
+
+        Requests that had not begun are cancelled: they end with ECANCELED and are still to be reaped. Idempotent.
+        """
 
 
 class Files(Protocol):
@@ -135,13 +145,13 @@ class Files(Protocol):
     """
 
     def make_directory(self, path: str) -> None:
-        """Create it and its parents where missing, mode 0700 for what is created."""
+        """Create it and its parents where missing, mode 0700 for what is created; durable when it returns."""
 
     def list_directory(self, path: str) -> list[str]:
         """Names in it, sorted."""
 
     def open(self, path: str, *, create: bool = False, direct: bool = True, writable: bool = True) -> int:
-        """Open a file, mode 0600, close-on-exec, not following links; O_DIRECT where ``direct`` and the file system can."""
+        """Open a file, mode 0600, close-on-exec, not following links; O_DIRECT where asked for and possible."""
 
     def close(self, fd: int) -> None:
         """Close it; locks on it go."""
@@ -165,7 +175,7 @@ class Files(Protocol):
         """Write all of ``buffer``."""
 
     def sync(self, fd: int) -> None:
-        """fdatasync."""
+        """Make its bytes and its length durable (fdatasync). An error means data may be lost: never try again."""
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in it durable."""
@@ -177,7 +187,7 @@ class Files(Protocol):
         """Remove a file."""
 
     def lock(self, fd: int) -> bool:
-        """Take the exclusive advisory lock without waiting; False when another process has it."""
+        """Take the exclusive advisory lock without waiting; False when another holder (another open) has it."""
 
     def free_bytes(self, path: str) -> int:
         """Room left on the file system of ``path`` for this user."""

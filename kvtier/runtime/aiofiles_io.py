@@ -1,0 +1,136 @@
+"""The I/O engine on aiofiles: an asyncio loop of its own in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+import aiofiles.os
+
+from kvtier.errors import ClosedError
+from kvtier.runtime.blocking import cancelled, perform
+from kvtier.runtime.seam import Event, IODone, IORequest
+from kvtier.runtime.system import SystemEvent
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Not ``aiofiles.open``: its file objects have no pread, and duplicates of one fd share their position, so two reads of
+# one segment could not run at once; kept by number they would also outlive the file that the number meant.
+perform_async = aiofiles.os.wrap(perform)
+
+
+class AiofilesIOEngine:
+    """``seam.IOEngine`` that awaits its calls through aiofiles on ``threads`` daemon threads."""
+
+    ready: Event
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.ready = SystemEvent()
+        self._done: deque[IODone] = deque()
+        self._open: set[IORequest] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._intake = threading.Lock()
+        self._closed = False
+        self._executor = DaemonExecutor(name, threads)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: IORequest) -> None:
+        """Queue one request; never blocks. Raises ClosedError after ``close``."""
+        with self._intake:
+            if self._closed:
+                raise ClosedError("the I/O engine is closed")
+            self._open.add(request)
+            self._loop.call_soon_threadsafe(self._begin, request)
+
+    def reap(self) -> list[IODone]:
+        """Everything that ended since the last call; never blocks."""
+        done = self._done
+        return [done.popleft() for _ in range(len(done))]
+
+    def close(self, timeout_s: float) -> int:
+        """Cancel what has not begun (ECANCELED, still to be reaped), wait for the rest; returns how many still run."""
+        with self._intake:
+            if not self._closed:
+                self._closed = True
+                self._loop.call_soon_threadsafe(self._begin_closing)
+        self._thread.join(max(timeout_s, 0.0))
+        return len(self._open)
+
+    def _run_loop(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _begin(self, request: IORequest) -> None:
+        task = self._loop.create_task(self._await(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    async def _await(self, request: IORequest) -> None:
+        try:
+            done = await perform_async(request, executor=self._executor)
+        except asyncio.CancelledError:
+            done = cancelled(request)
+        self._done.append(done)
+        self._open.discard(request)
+        self.ready.set()
+
+    def _begin_closing(self) -> None:
+        # The tasks of submits just before this run one turn of the loop later; only then are they in the executor.
+        self._loop.call_soon(self._executor.shutdown)
+        self._loop.call_soon(self._stop_when_empty)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._closed:
+            self._stop_when_empty()
+
+    def _stop_when_empty(self) -> None:
+        if not self._tasks:
+            self._loop.stop()
+
+
+class DaemonExecutor(Executor):
+    """A fixed number of daemon threads; unlike ThreadPoolExecutor's they are never joined at the interpreter's exit."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = threads
+        for slot in range(threads):
+            threading.Thread(target=self._loop, name=f"{name}-{slot}", daemon=True).start()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue one call."""
+        future: Future[T] = Future()
+        self._queue.put((future, partial(fn, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:
+        """Cancel the calls that have not begun and let the threads end; never waits, whatever is asked."""
+        while True:
+            try:
+                queued = self._queue.get_nowait()
+            except Empty:
+                break
+            if queued is not None:
+                queued[0].cancel()
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+    def _loop(self) -> None:
+        while (queued := self._queue.get()) is not None:
+            future, call = queued
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del queued, future, call  # an idle thread must not keep the buffers of its last request alive

@@ -1,0 +1,117 @@
+"""Arenas in anonymous memory files: one run of pages that another process can map, too."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+from contextlib import suppress
+
+import numpy as np
+
+from kvtier.errors import ConfigError
+from kvtier.runtime.seam import Buffer
+
+PAGE_BYTES = 4096
+TOUCH_STRIDE_BYTES = 4 << 20
+"""Pages that one numpy call touches, without the GIL: short enough that nobody waits for the rest."""
+
+
+class MemfdArena:
+    """Shared memory on a memfd: page-aligned, huge pages where the kernel allows, pre-touched, left out of core dumps.
+
+    First touch is ten times slower than a copy, so all of it happens here. Views, and what is made of them, keep the
+    memory mapped: ``close`` gives up the arena's own hold, and the pages return when the last view is gone.
+    """
+
+    data: Buffer
+    _mapping: mmap.mmap
+    _fd: int
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        """Make an arena of ``nbytes``, all zero.
+
+        Raises:
+            ConfigError: ``nbytes`` is not a positive multiple of 4096, or more than the memory that is free.
+            OSError: the memory cannot be had.
+        """
+        _check_size(name, nbytes)
+        fd = os.memfd_create(f"kvtier-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            # A process that shrank it would kill the others with SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._map(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        for start in range(0, nbytes, TOUCH_STRIDE_BYTES):
+            self.data[start : start + TOUCH_STRIDE_BYTES : PAGE_BYTES] = 0
+
+    @classmethod
+    def attach(cls, fd: int) -> MemfdArena:
+        """Map the arena behind ``fd``, which another process made and sent; the caller keeps its own ``fd``.
+
+        Raises:
+            OSError: ``fd`` is not a file that can be mapped for reading and writing.
+        """
+        arena = cls.__new__(cls)
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        try:
+            nbytes = os.fstat(own).st_size
+            arena._map(own, nbytes)
+        except BaseException:
+            os.close(own)
+            raise
+        for start in range(0, nbytes, TOUCH_STRIDE_BYTES):
+            # The other side may be writing: reading maps a shared page just as well, and for writing, too.
+            arena.data[start : start + TOUCH_STRIDE_BYTES : PAGE_BYTES].max()
+        return arena
+
+    @property
+    def fd(self) -> int:
+        """The memfd, to be sent to another process and to be mapped there with ``attach``; -1 after ``close``."""
+        return self._fd
+
+    def view(self, page: int, pages: int) -> Buffer:
+        """4 KiB pages ``[page, page + pages)``."""
+        return self.data[page * PAGE_BYTES : (page + pages) * PAGE_BYTES]
+
+    def close(self) -> None:
+        """Drop the arena's own hold on the memory; idempotent."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        self.data = np.empty(0, np.uint8)
+        with suppress(BufferError):  # a view still lives, and the mapping with it
+            self._mapping.close()
+
+    def _map(self, fd: int, nbytes: int) -> None:
+        self._mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
+        for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
+            with suppress(OSError):  # a kernel without it works, only slower or with larger core dumps
+                self._mapping.madvise(advice)
+        self.data = np.frombuffer(self._mapping, np.uint8)
+        self._fd = fd
+
+
+def _check_size(name: str, nbytes: int) -> None:
+    if nbytes <= 0 or nbytes % PAGE_BYTES:
+        raise ConfigError(f"arena {name!r}: {nbytes} bytes is not a positive multiple of {PAGE_BYTES}; round it up")
+    free_bytes = available_memory_bytes()
+    if nbytes > free_bytes:
+        raise ConfigError(
+            f"arena {name!r}: {nbytes} bytes are more than the {free_bytes} bytes of memory that are available; "
+            "make the capacity smaller"
+        )
+
+
+def available_memory_bytes() -> int:
+    """What the kernel says can be had without swapping; no bound where it does not say."""
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return sys.maxsize

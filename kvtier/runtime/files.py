@@ -1,0 +1,113 @@
+"""Files of the real machine."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+
+from kvtier.runtime.blocking import O_DIRECT, read_up_to, write_all
+from kvtier.runtime.seam import Buffer
+
+FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
+
+
+class SystemFiles:
+    """``seam.Files`` on system calls; holds no state, so any number of threads may share one."""
+
+    def make_directory(self, path: str) -> None:
+        """Create it and its parents where missing, mode 0700 for what is created; durable when it returns."""
+        missing = []
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for directory in reversed(missing):
+            with suppress(FileExistsError):
+                os.mkdir(directory, DIRECTORY_MODE)
+            if not os.path.isdir(directory):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
+            with suppress(PermissionError):  # a parent that is not ours may be writable and still not readable
+                self.sync_directory(os.path.dirname(directory))
+
+    def list_directory(self, path: str) -> list[str]:
+        """Names in it, sorted."""
+        return sorted(os.listdir(path))
+
+    def open(self, path: str, *, create: bool = False, direct: bool = True, writable: bool = True) -> int:
+        """Open a file, mode 0600, close-on-exec, not following links; O_DIRECT where asked for and possible.
+
+        A file system that refuses O_DIRECT only at the first transfer is found out there; the fd is buffered then.
+        """
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
+        if create:
+            flags |= os.O_CREAT
+        if direct and O_DIRECT:
+            try:
+                return os.open(path, flags | O_DIRECT, FILE_MODE)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        return os.open(path, flags, FILE_MODE)
+
+    def close(self, fd: int) -> None:
+        """Close it; locks on it go."""
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        """Length in bytes."""
+        return os.fstat(fd).st_size
+
+    def links(self, fd: int) -> int:
+        """Number of directory entries: 0 when the file was removed under us."""
+        return os.fstat(fd).st_nlink
+
+    def allocate(self, fd: int, nbytes: int) -> None:
+        """Reserve ``nbytes`` from the start; ENOSPC where there is no room."""
+        os.posix_fallocate(fd, 0, nbytes)
+
+    def truncate(self, fd: int, nbytes: int) -> None:
+        """Set the length."""
+        os.ftruncate(fd, nbytes)
+
+    def read_at(self, fd: int, offset: int, buffer: Buffer) -> int:
+        """Fill ``buffer``; returns the bytes read, fewer only at the end of the file."""
+        return read_up_to(fd, offset, (buffer,))
+
+    def write_at(self, fd: int, offset: int, buffer: Buffer) -> None:
+        """Write all of ``buffer``."""
+        write_all(fd, offset, (buffer,))
+
+    def sync(self, fd: int) -> None:
+        """Make its bytes and its length durable (fdatasync). An error means data may be lost: never try again."""
+        os.fdatasync(fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Make creations, renames and removals in it durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Atomically replace ``new``."""
+        os.replace(old, new)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file."""
+        os.unlink(path)
+
+    def lock(self, fd: int) -> bool:
+        """Take the exclusive advisory lock without waiting; False when another holder (another open) has it."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def free_bytes(self, path: str) -> int:
+        """Room left on the file system of ``path`` for this user."""
+        room = os.statvfs(path)
+        return room.f_bavail * room.f_frsize

@@ -1,0 +1,116 @@
+"""Time, events, locks and worker loops of the real machine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from kvtier.runtime.seam import Clock, Event, Lock, Worker
+
+log = logging.getLogger(__name__)
+
+
+class SystemClock:
+    """``CLOCK_MONOTONIC`` and ``CLOCK_REALTIME``."""
+
+    def monotonic(self) -> float:
+        """Seconds that only go forward; the same origin in every process of the machine."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+
+class SystemEvent:
+    """Level-triggered event on one lock: locked means not set.
+
+    ``threading.Event`` takes a condition for every ``set`` and makes a lock for every ``wait``; here a ``set`` of a set
+    event is one look, any other a single release. It may wake once more than it was set, never once less.
+    """
+
+    __slots__ = ("_gate",)
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def set(self) -> None:
+        """Wake whoever waits."""
+        if self._gate.locked():
+            self._open()
+
+    def clear(self) -> None:
+        """Take the wake-up back; clear first, then drain."""
+        self._gate.acquire(blocking=False)
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Block until set or timed out; True when set."""
+        timeout = -1.0 if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)
+        if not self._gate.acquire(timeout=timeout):
+            return False
+        self._open()
+        return True
+
+    def _open(self) -> None:
+        with suppress(RuntimeError):  # another thread opened it between our look and our release: it is set
+            self._gate.release()
+
+
+class SystemWorker:
+    """A daemon thread that runs one step loop; made by ``SystemRuntime.spawn``."""
+
+    def __init__(self, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None) -> None:
+        self._step = step
+        self._wake = wake
+        self._idle_s = idle_s
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is threading.current_thread():
+            return False
+        self._thread.join(max(timeout_s, 0.0))
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return not self._thread.is_alive()
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                if not self._step():
+                    self._wake.wait(self._idle_s)
+                    self._wake.clear()
+        except BaseException as error:
+            log.exception("the loop of worker %r ended: its step raised", self._thread.name)
+            self._error = error
+
+
+class SystemRuntime:
+    """Threads, locks and events of the real machine."""
+
+    clock: Clock
+
+    def __init__(self) -> None:
+        self.clock = SystemClock()
+
+    def event(self) -> Event:
+        """A new event, not set."""
+        return SystemEvent()
+
+    def lock(self) -> Lock:
+        """A new lock, not held."""
+        return threading.Lock()
+
+    def spawn(self, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None = None) -> Worker:
+        """Run ``step`` over and over in a daemon thread of its own; see ``seam.Runtime.spawn``."""
+        return SystemWorker(name, step, wake, idle_s)

@@ -1,0 +1,81 @@
+"""The default I/O engine: a fixed number of threads, each in one system call at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from queue import Empty, SimpleQueue
+
+from kvtier.errors import ClosedError
+from kvtier.runtime.blocking import cancelled, perform
+from kvtier.runtime.seam import Event, IODone, IORequest
+from kvtier.runtime.system import SystemEvent
+
+
+class ThreadsIOEngine:
+    """``seam.IOEngine`` on ``threads`` daemon threads with preadv, pwritev and fdatasync.
+
+    The queue is as long as its owner lets it grow: a lane bounds its bytes in flight.
+    """
+
+    ready: Event
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.ready = SystemEvent()
+        self._queue: SimpleQueue[IORequest | None] = SimpleQueue()
+        self._done: deque[IODone] = deque()
+        self._running: list[IORequest | None] = [None] * threads
+        self._intake = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._loop, args=(slot,), name=f"{name}-{slot}", daemon=True)
+            for slot in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: IORequest) -> None:
+        """Queue one request; never blocks. Raises ClosedError after ``close``."""
+        with self._intake:
+            if self._closed:
+                raise ClosedError("the I/O engine is closed")
+            self._queue.put(request)
+
+    def reap(self) -> list[IODone]:
+        """Everything that ended since the last call; never blocks."""
+        done = self._done
+        return [done.popleft() for _ in range(len(done))]
+
+    def close(self, timeout_s: float) -> int:
+        """Cancel what has not begun (ECANCELED, still to be reaped), wait for the rest; returns how many still run."""
+        with self._intake:
+            if not self._closed:
+                self._closed = True
+                self._cancel_queued()
+                for _ in self._threads:
+                    self._queue.put(None)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        return sum(request is not None for request in self._running)
+
+    def _cancel_queued(self) -> None:
+        while True:
+            try:
+                request = self._queue.get_nowait()
+            except Empty:
+                return
+            if request is not None:
+                self._end(cancelled(request))
+
+    def _loop(self, slot: int) -> None:
+        while (request := self._queue.get()) is not None:
+            self._running[slot] = request
+            self._end(perform(request))
+            self._running[slot] = None
+            del request  # an idle thread must not keep the buffers of its last request alive
+
+    def _end(self, done: IODone) -> None:
+        self._done.append(done)
+        self.ready.set()
