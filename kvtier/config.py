@@ -1,0 +1,298 @@
+"""What can be set, with every default: TOML, or the same as a dict.
+
+The classes below are the reference. ``configs/default.toml``, the table in README.md and ``kvtier config keys`` say
+the same, and a test holds them to it. Capacities are bytes per process: two ranks on one machine take twice as much.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from kvtier.errors import ConfigError
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_FACTORS: Final = {unit.lower(): 1024**power for power, unit in enumerate(_UNITS)} | {
+    unit: 1000**power for power, unit in enumerate(("kb", "mb", "gb", "tb", "pb"), 1)
+}
+_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE_EXAMPLES: Final = 'write it as "8GiB", "512MiB", "1.5TiB", or a number of bytes'
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``"8GiB"`` (powers of 1024), ``"8GB"`` (powers of 1000) or an int.
+
+    Raises:
+        ValueError: it is no size; the message shows how to write one.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    factor = _FACTORS.get(match[2].lower() or "b") if match else None
+    if match is None or factor is None or (nbytes := Fraction(match[1]) * factor) >= 2**63:
+        raise ValueError(f"not a size; {_SIZE_EXAMPLES}")
+    return int(nbytes)
+
+
+def _segment(value: object) -> object:
+    if value == "auto":
+        return value
+    nbytes = parse_size(value)
+    if nbytes % 4096 or not 1 << 20 <= nbytes <= 1 << 36:
+        raise ValueError('must be "auto" or a multiple of 4096 between "1MiB" and "64GiB"')
+    return nbytes
+
+
+def _directory(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("not a directory; name one as a string")
+    return os.path.abspath(os.path.expanduser(value))
+
+
+Size: TypeAlias = Annotated[int, BeforeValidator(parse_size)]
+"""Bytes. Written as ``"8GiB"`` or as an int; read as an int."""
+
+SegmentSize: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_segment)]
+"""Bytes of a segment file, or ``"auto"``: chosen so that whole blocks fill it."""
+
+Directory: TypeAlias = Annotated[str, AfterValidator(_directory)]
+"""An absolute path; ``~`` and paths relative to the working directory are resolved when the configuration is read."""
+
+Fraction1: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DeviceConfig(_Section):
+    """kvtier's own slab of encoded blocks in GPU memory."""
+
+    capacity: Size = Field(0, description="bytes per process; 0 turns the tier off")
+    codec: Literal["raw"] = Field("raw", description="how blocks are encoded in it")
+
+
+class HostConfig(_Section):
+    """Blocks in host memory, and the memory and threads that move them."""
+
+    capacity: Size = Field(1 << 30, gt=0, description="bytes per process, allocated and touched at opening")
+    codec: Literal["raw"] = Field("raw", description="how blocks are encoded in it")
+    high_watermark: Fraction1 = Field(0.9, description="fraction of capacity above which blocks are freed")
+    low_watermark: Fraction1 = Field(0.8, description="fraction of capacity down to which they are freed")
+    staging: Size = Field(128 << 20, ge=1 << 20, description="bytes of buffers between host memory and disk")
+    copy_threads: int = Field(2, ge=1, le=256, description="threads that copy, hash and decode")
+    pin: Literal["auto", "on", "off"] = Field("auto", description="page-lock the memory; auto: where there is a GPU")
+    store_queue: Size = Field(
+        4 << 30, gt=0, description="bytes of stores under way to host memory; over it stores are refused"
+    )
+    load_queue: Size = Field(16 << 30, gt=0, description="bytes of loads under way; over it loads are refused")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> HostConfig:
+        if self.low_watermark >= self.high_watermark:
+            raise ValueError(
+                f"low_watermark = {self.low_watermark} must be below high_watermark = {self.high_watermark}"
+            )
+        return self
+
+
+class DiskConfig(_Section):
+    """Blocks in preallocated segment files on local NVMe."""
+
+    directories: tuple[Directory, ...] = Field(
+        (), strict=False, description="one directory per device, read and written at once; none turns the tier off"
+    )
+    capacity: Size = Field(16 << 30, gt=0, description="bytes per process over all directories, in equal shares")
+    codec: Literal["raw", "raw+lz4"] = Field("raw", description="how blocks are encoded in it")
+    io_engine: Literal["threads", "aiofiles"] = Field(
+        "threads", description="threads: direct I/O; aiofiles: portable, through the page cache"
+    )
+    io_threads: int = Field(4, ge=1, le=256, description="operations in flight per directory")
+    segment: SegmentSize = Field("auto", description="bytes of one segment file, a multiple of 4096")
+    clean_segments: int = Field(2, ge=1, le=64, description="segments kept ready for writing per directory")
+
+    @model_validator(mode="after")
+    def _usable(self) -> DiskConfig:
+        if len(set(self.directories)) < len(self.directories):
+            raise ValueError(f"directories = {list(self.directories)}: names one directory twice")
+        return self
+
+
+class RemoteConfig(_Section):
+    """A distributed store behind the local tiers."""
+
+    kind: str = Field(description="which store; none is installed in this version")
+    url: str = Field(description="where it is")
+    capacity: Size = Field(0, description="bytes that may be kept in it; 0: the store decides")
+    codec: Literal["raw", "raw+lz4"] = Field("raw", description="how blocks are encoded in it")
+
+
+class PolicyConfig(_Section):
+    """Which block goes, which comes, and when it is written down."""
+
+    eviction: Literal["lru"] = Field("lru", description="which block a full tier frees; lru: leaf-first LRU")
+    write: Literal["write_through", "write_through_selective", "write_back"] = Field(
+        "write_through",
+        description="write_through: blocks go to disk when stored; write_through_selective: when used again; "
+        "write_back: when host memory frees them",
+    )
+    admission: Literal["every"] = Field("every", description="which stored blocks a tier takes")
+
+
+class PrefetchConfig(_Section):
+    """How long a prefetch may hold up the request that asked for it."""
+
+    policy: Literal["best_effort", "wait_complete", "timeout"] = Field(
+        "timeout",
+        description="best_effort: take what is there; wait_complete: wait for all; timeout: wait as long as below",
+    )
+    timeout_base_s: Seconds = Field(1.0, description="seconds that every prefetch may take")
+    timeout_per_1k_tokens_s: Seconds = Field(0.25, description="seconds more per 1024 tokens")
+
+
+class ReadConfig(_Section):
+    """How blocks are read back."""
+
+    verify_memory: bool = Field(True, description="check the checksum of blocks read from host memory too")
+    promote: bool = Field(True, description="keep a copy in host memory of what was loaded from a slower tier")
+    deadline_s: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="seconds after which a load without deadline_s= gives up"
+    )
+
+
+class MetricsConfig(_Section):
+    """What is counted."""
+
+    max_series: int = Field(
+        1024, ge=1, le=1 << 20, description="name and label combinations; further ones are counted together as 'other'"
+    )
+
+
+class Config(_Section):
+    """Every setting; frozen. ``load_config`` makes it."""
+
+    block_tokens: int = Field(
+        64, ge=1, le=1 << 16, description="tokens per block, where kvtier builds the layout itself"
+    )
+    device: DeviceConfig = DeviceConfig()
+    host: HostConfig = HostConfig()
+    disk: DiskConfig = DiskConfig()
+    remote: tuple[RemoteConfig, ...] = Field((), strict=False)
+    policy: PolicyConfig = PolicyConfig()
+    prefetch: PrefetchConfig = PrefetchConfig()
+    read: ReadConfig = ReadConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
+    """The configuration in a TOML file, or in a dict of the same shape. What is not set keeps its default.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, or a key or value is wrong: every one of them is named with
+            its full path, its value and the remedy.
+    """
+    if isinstance(source, Mapping):
+        return _validated(dict(source), where="")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"load_config takes a path or a dict, not {type(source).__name__}")
+    path = Path(source)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    return _validated(table, where=f"{path}: ")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The class behind a key of ``Config`` that is a table or a list of tables; None for a plain value."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def key_paths() -> list[str]:
+    """``section.key`` of every key there is; keys of ``[[remote]]`` tables are ``remote[].key``."""
+    paths = []
+    for name, item in Config.model_fields.items():
+        section = section_of(item.annotation)
+        prefix = f"{name}[]." if get_origin(item.annotation) is tuple else f"{name}."
+        paths += [name] if section is None else [prefix + key for key in section.model_fields]
+    return paths
+
+
+def _validated(table: dict[str, Any], *, where: str) -> Config:
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors(include_url=False)]
+        lines = list(dict.fromkeys(problems))
+        raise ConfigError(where + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))) from None
+    if config.remote:
+        raise ConfigError(
+            f"{where}remote[0].kind = {config.remote[0].kind!r}: no remote store is installed in this version; "
+            "remove [[remote]]"
+        )
+    return config
+
+
+def _problem(detail: ErrorDetails) -> str:
+    known = key_paths()
+    path = _path(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: no such key; {_nearest_key(path, known)}"
+    if detail["type"] == "missing":
+        return f"{path}: must be set"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{path} = {detail['input']!r}: must be a table of keys, [{path}] in TOML"
+    message = str(detail.get("ctx", {}).get("error") or detail["msg"])
+    message = message.replace("Input should be", "must be").replace("a valid ", "a ").replace("a tuple", "a list")
+    message = message.replace("a integer", "an integer")
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        return f"{path}.{message}"
+    return f"{path} = {detail['input']!r}: {message}{_nearest_choice(detail)}"
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    text = ""
+    for item in loc:
+        text += f"[{item}]" if isinstance(item, int) else f".{item}" if text else item
+    return text
+
+
+def _nearest_key(path: str, known: list[str]) -> str:
+    section, _, key = path.rpartition(".")
+    prefix = re.sub(r"\[\d+\]", "[]", section) + "." if section else ""
+    here = {name.removeprefix(prefix).partition(".")[0].removesuffix("[]") for name in known if name.startswith(prefix)}
+    elsewhere = [name for name in known if name.rpartition(".")[2] == key]
+    near = get_close_matches(key, sorted(here), n=1)
+    if elsewhere or not near:
+        near_elsewhere = elsewhere or _with_key_like(key, known)
+        if near_elsewhere:
+            return f"did you mean {' or '.join(near_elsewhere)}?"
+        near = get_close_matches(key, sorted(here), n=1, cutoff=0.0)
+        return f"the nearest one is {section}{'.' if section else ''}{near[0]}"
+    return f"did you mean {section}{'.' if section else ''}{near[0]}?"
+
+
+def _with_key_like(key: str, known: list[str]) -> list[str]:
+    near = get_close_matches(key, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.8)
+    return [name for name in known if near and name.rpartition(".")[2] == near[0]]
+
+
+def _nearest_choice(detail: ErrorDetails) -> str:
+    if detail["type"] != "literal_error" or not isinstance(detail["input"], str):
+        return ""
+    choices = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+    near = get_close_matches(detail["input"], choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

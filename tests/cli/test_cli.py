@@ -1,0 +1,89 @@
+"""The command line as a whole, and ``kvtier config``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtier.cli import main
+from kvtier.cli.app import COMMANDS
+from kvtier.config import Config
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in COMMANDS)
+
+
+def test_help_imports_neither_torch_nor_a_command() -> None:
+    code = (
+        "import sys; sys.argv = ['kvtier', '--help']\n"
+        "try:\n    import kvtier.__main__; kvtier.__main__.main()\n"
+        "except SystemExit: pass\n"
+        f"loaded = [m for m in ('torch', 'numpy', {', '.join(repr(module) for module, _ in COMMANDS.values())})"
+        " if m in sys.modules]\n"
+        "print(loaded, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "confg")
+    assert status == 2
+    assert "confg" in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_loads_and_offers_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, name, *(["check"] if name == "config" else []), "--help")
+    assert status == 0
+    assert "--json" in out
+
+
+class TestConfigCheck:
+    def test_a_good_file_comes_out_as_a_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out, _ = run(capsys, "config", "check", str(ROOT / "configs" / "cpu.toml"))
+        assert status == 0
+        assert "512MiB" in out
+
+    def test_as_json_it_has_every_setting(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "kvtier.toml"
+        path.write_text('[host]\ncapacity = "2GiB"\n')
+        status, out, _ = run(capsys, "config", "check", str(path), "--json")
+        assert status == 0
+        assert json.loads(out)["host"]["capacity"] == 2 * 2**30
+        assert set(json.loads(out)) == set(Config.model_fields)
+
+    def test_a_wrong_file_is_status_2_and_its_message(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "kvtier.toml"
+        path.write_text("[disk]\nio_thread = 1\n")
+        status, out, err = run(capsys, "config", "check", str(path))
+        assert (status, out) == (2, "")
+        assert "disk.io_thread: no such key; did you mean disk.io_threads?" in err
+
+
+class TestConfigKeys:
+    def test_the_table_names_every_section(self, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out, _ = run(capsys, "config", "keys")
+        assert status == 0
+        assert all(f"{section}." in out for section in ("device", "host", "disk", "policy", "read"))
+
+    def test_as_json_it_lists_keys_with_defaults(self, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out, _ = run(capsys, "config", "keys", "--json")
+        assert status == 0
+        assert {"key": "block_tokens", "type": "integer", "default": "64"}.items() <= json.loads(out)[0].items()

@@ -1,0 +1,196 @@
+"""The configuration: what is accepted, what is refused, and what the refusal says."""
+
+from __future__ import annotations
+
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from kvtier.cli.keys import as_toml, settings, size_text
+from kvtier.config import Config, load_config, parse_size, section_of
+from kvtier.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def refusal(source: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("text", "nbytes"),
+        [
+            (0, 0),
+            (4096, 4096),
+            ("4096", 4096),
+            ("512MiB", 512 * 2**20),
+            ("8 GiB", 8 * 2**30),
+            ("1.5tib", 3 * 2**39),
+            ("8GB", 8 * 10**9),
+            ("7B", 7),
+        ],
+    )
+    def test_a_size_is_bytes_or_a_number_with_a_unit(self, text: object, nbytes: int) -> None:
+        assert parse_size(text) == nbytes
+
+    @pytest.mark.parametrize(
+        "text", ["", "GiB", "8 gigabytes", "-1", "-1GiB", "1e3", -1, True, 1.5, None, 2**63, "9EiB"]
+    )
+    def test_anything_else_is_refused_with_examples(self, text: object) -> None:
+        message = refusal({"host": {"capacity": text}})
+        assert message.startswith(f"host.capacity = {text!r}: not a size")
+        assert '"8GiB"' in message
+
+    def test_a_size_beyond_63_bits_is_refused_when_it_carries_a_unit(self) -> None:
+        assert "not a size" in refusal({"disk": {"capacity": "8192PiB"}})
+
+    @given(st.integers(0, 2**62))
+    def test_every_size_reads_back_as_it_was_written(self, nbytes: int) -> None:
+        assert parse_size(size_text(nbytes) if nbytes % 1024 == 0 and nbytes else str(nbytes)) == nbytes
+
+
+class TestWhatIsAccepted:
+    def test_nothing_set_means_every_default(self) -> None:
+        assert load_config({}) == Config()
+
+    def test_a_file_and_the_same_dict_are_equal(self, tmp_path: Path) -> None:
+        table = {"block_tokens": 128, "host": {"capacity": "2GiB"}, "disk": {"directories": ["/a", "/b"]}}
+        path = tmp_path / "kvtier.toml"
+        path.write_text(tomli_w.dumps(table))
+        assert load_config(path) == load_config(str(path)) == load_config(table)
+        assert load_config(path).host.capacity == 2 * 2**30
+
+    def test_what_a_configuration_says_is_accepted_as_one(self) -> None:
+        config = load_config({"disk": {"directories": ["/a"], "segment": "64MiB"}, "read": {"deadline_s": 3}})
+        assert load_config(config.model_dump()) == config
+
+    def test_it_cannot_be_changed_and_can_be_hashed(self) -> None:
+        config = load_config({})
+        with pytest.raises(ValidationError, match="frozen"):
+            config.host.capacity = 1
+        assert hash(config) == hash(load_config({}))
+
+    def test_directories_become_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", "/home/someone")
+        config = load_config({"disk": {"directories": ["here", "~/there"]}})
+        assert config.disk.directories == (str(tmp_path / "here"), "/home/someone/there")
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ({"disk": {"io_thread": 3}}, "disk.io_thread: no such key; did you mean disk.io_threads?"),
+            ({"dsik": {}}, "dsik: no such key; did you mean disk?"),
+            ({"high_watermark": 0.5}, "high_watermark: no such key; did you mean host.high_watermark?"),
+            ({"host": {"io_threads": 1}}, "host.io_threads: no such key; did you mean disk.io_threads?"),
+            ({"zzz": 1}, "zzz: no such key; the nearest one is "),
+            ({"remote": [{"kind": "x", "url": "y", "capcity": 1}]}, "remote[0].capcity: no such key; did you mean"),
+        ],
+    )
+    def test_an_unknown_key_is_named_with_the_nearest_known_one(self, table: dict[str, object], message: str) -> None:
+        assert refusal(table).startswith(message)
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ({"block_tokens": "64"}, "block_tokens = '64': must be an integer"),
+            ({"block_tokens": 0}, "block_tokens = 0: must be greater than or equal to 1"),
+            ({"disk": 3}, "disk = 3: must be a table of keys, [disk] in TOML"),
+            ({"disk": {"directories": "/a"}}, "disk.directories = '/a': must be a list"),
+            ({"disk": {"directories": [""]}}, "disk.directories[0] = '': not a directory; name one as a string"),
+            ({"disk": {"directories": ["/a", "/a/"]}}, "disk.directories = ['/a', '/a']: names one directory twice"),
+            ({"disk": {"segment": 4097}}, 'disk.segment = 4097: must be "auto" or a multiple of 4096'),
+            (
+                {"disk": {"codec": "raw+lz"}},
+                "disk.codec = 'raw+lz': must be 'raw' or 'raw+lz4'; did you mean 'raw+lz4'?",
+            ),
+            ({"host": {"low_watermark": 0.95}}, "host.low_watermark = 0.95 must be below high_watermark = 0.9"),
+            ({"host": {"capacity": 0}}, "host.capacity = 0: must be greater than 0"),
+            ({"read": {"verify_memory": 1}}, "read.verify_memory = 1: must be a boolean"),
+            ({"read": {"deadline_s": float("nan")}}, "read.deadline_s = nan: must be a finite number"),
+            ({"remote": [{"kind": "x"}]}, "remote[0].url: must be set"),
+        ],
+    )
+    def test_a_wrong_value_is_named_with_its_path_and_the_remedy(self, table: dict[str, object], message: str) -> None:
+        assert refusal(table).startswith(message)
+
+    def test_all_problems_are_named_at_once(self) -> None:
+        message = refusal({"block_tokens": 0, "disk": {"io_threads": 0}, "hsot": {}})
+        assert message.count("\n  ") == 3
+
+    def test_a_remote_store_is_refused_because_none_is_installed(self) -> None:
+        message = refusal({"remote": [{"kind": "s3", "url": "s3://bucket"}]})
+        assert message == "remote[0].kind = 's3': no remote store is installed in this version; remove [[remote]]"
+
+    def test_a_mistake_in_a_file_is_named_with_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "kvtier.toml"
+        path.write_text("[disk]\nio_thread = 1\n")
+        assert refusal(path).startswith(f"{path}: disk.io_thread: no such key")
+
+    def test_a_syntax_error_is_named_with_its_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "kvtier.toml"
+        path.write_text('[disk]\ncodec = "raw\n')
+        message = refusal(path)
+        assert message.startswith(f"{path}: not TOML: ")
+        assert "line 2" in message
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "kvtier.toml"
+        path.write_bytes(b"\xff\xfe")
+        assert "not TOML" in refusal(path)
+
+    def test_a_missing_file_or_a_directory_is_refused(self, tmp_path: Path) -> None:
+        assert "No such file" in refusal(tmp_path / "none.toml")
+        assert "cannot read" in refusal(tmp_path)
+
+    def test_another_type_than_path_or_dict_is_refused(self) -> None:
+        assert refusal(3) == "load_config takes a path or a dict, not int"
+
+    @given(
+        st.dictionaries(
+            st.sampled_from([*Config.model_fields, "nope"]),
+            st.recursive(
+                st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+                max_leaves=5,
+            ),
+            max_size=3,
+        )
+    )
+    def test_any_dict_is_accepted_or_refused_with_config_error(self, table: dict[str, object]) -> None:
+        with suppress(ConfigError):
+            assert isinstance(load_config(table), Config)
+
+
+class TestConfigFiles:
+    def test_default_toml_is_what_the_reference_says(self) -> None:
+        """Regenerate it with ``kvtier config keys --toml > configs/default.toml``."""
+        assert (CONFIGS / "default.toml").read_text() == as_toml()
+
+    def test_default_toml_sets_every_key_to_its_default(self) -> None:
+        table = tomllib.loads((CONFIGS / "default.toml").read_text())
+        expected = {
+            name: set(section.model_fields) if (section := section_of(item.annotation)) else None
+            for name, item in Config.model_fields.items()
+            if name != "remote"
+        }
+        assert {name: set(value) if isinstance(value, dict) else None for name, value in table.items()} == expected
+        assert load_config(CONFIGS / "default.toml") == Config()
+
+    def test_every_key_says_what_it_means(self) -> None:
+        assert [setting.path for setting in settings() if not setting.description] == []
+
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+    def test_every_shipped_configuration_loads(self, path: Path) -> None:
+        assert load_config(path).host.capacity > 0
