@@ -247,10 +247,9 @@ def _validated(table: dict[str, Any], *, where: str) -> Config:
 
 
 def _problem(detail: ErrorDetails) -> str:
-    known = key_paths()
     path = _path(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{path}: no such key; {_nearest_key(path, known)}"
+        return f"{path}: no such key; {_nearest_key(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{path}: must be set"
     if detail["type"] in ("model_type", "model_attributes_type"):
@@ -270,24 +269,24 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return text
 
 
-def _nearest_key(path: str, known: list[str]) -> str:
-    section, _, key = path.rpartition(".")
-    prefix = re.sub(r"\[\d+\]", "[]", section) + "." if section else ""
-    here = {name.removeprefix(prefix).partition(".")[0].removesuffix("[]") for name in known if name.startswith(prefix)}
-    elsewhere = [name for name in known if name.rpartition(".")[2] == key]
-    near = get_close_matches(key, sorted(here), n=1)
-    if elsewhere or not near:
-        near_elsewhere = elsewhere or _with_key_like(key, known)
-        if near_elsewhere:
-            return f"did you mean {' or '.join(near_elsewhere)}?"
-        near = get_close_matches(key, sorted(here), n=1, cutoff=0.0)
-        return f"the nearest one is {section}{'.' if section else ''}{near[0]}"
-    return f"did you mean {section}{'.' if section else ''}{near[0]}?"
-
-
-def _with_key_like(key: str, known: list[str]) -> list[str]:
-    near = get_close_matches(key, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.8)
-    return [name for name in known if near and name.rpartition(".")[2] == near[0]]
+def _nearest_key(loc: tuple[int | str, ...]) -> str:
+    """Keys of that name elsewhere, else a similar one here, else a similar one elsewhere, else the nearest one here."""
+    key, where = str(loc[-1]), _path(loc[:-1])
+    prefix = where + "." if where else ""
+    known = key_paths()
+    inside = re.sub(r"\[\d+\]", "[]", prefix)
+    here = sorted({name[len(inside) :].split(".")[0].removesuffix("[]") for name in known if name.startswith(inside)})
+    names = [name.rpartition(".")[2] for name in known]
+    similar_here = [prefix + name for name in get_close_matches(key, here, n=1)]
+    similar = get_close_matches(key, names, n=1, cutoff=0.8)
+    found = (
+        [name for name in known if name.rpartition(".")[2] == key]
+        or similar_here
+        or [name for name in known if name.rpartition(".")[2] in similar]
+    )
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    return f"the nearest one is {prefix}{get_close_matches(key, here, n=1, cutoff=0.0)[0]}"
 
 
 def _nearest_choice(detail: ErrorDetails) -> str:
