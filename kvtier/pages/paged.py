@@ -1,0 +1,188 @@
+"""KV memory of a paged engine: for every part one tensor of all pages, and page tables that name them by number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.core.memory import Bytes1D, GroupPages, KVPages, PageTable
+from kvtier.errors import ConfigError
+from kvtier.kernels import gather_pages, page_rows, scatter_pages
+from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.pages.spans import check_count, cut, frozen_ids
+from kvtier.pages.tensors import Tensor, bytes_of, dtype_of
+
+
+class PagedTensors:
+    """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.KVMemory``.
+
+    ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind).
+    They are torch tensors or numpy arrays, contiguous, in CPU memory; nothing is copied, and they are kept alive. All
+    parts of a group have the same number of pages.
+    """
+
+    def __init__(self, layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> None:
+        """Check every tensor against its part.
+
+        Raises:
+            ConfigError: naming the part, what was given and what it wants.
+        """
+        self.layout = layout
+        self._block_pages = layout.block_tokens // layout.page_tokens
+        given = iter(_in_order(layout, tensors))
+        self._groups = tuple(
+            tuple(_PartPages.of(group, part, next(given), self._block_pages) for part in group.parts)
+            for group in layout.groups
+        )
+        self.num_pages = tuple(_same_count(*pair) for pair in zip(layout.groups, self._groups, strict=True))
+
+    @property
+    def placement(self) -> str:
+        """Placement digest (hex) of the layout."""
+        return self.layout.placement
+
+    def pages(self, ids: Any, first_token: int = 0) -> KVPages:
+        """A request's pages: ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``.
+
+        ``ids`` is a list, an array or a tensor of integers; for a layout of several groups a list of them, one each.
+
+        Raises:
+            ConfigError: no such pages, or ``first_token`` is not a multiple of ``page_tokens``.
+        """
+        groups = self.layout.groups
+        lists = [ids] if len(groups) == 1 else list(ids)
+        if len(lists) != len(groups):
+            raise ConfigError(f"page ids: got {len(lists)} lists, the layout has {len(groups)} groups")
+        per_group = tuple(
+            GroupPages(first_token, frozen_ids(own, f"page ids of group {group.name!r}"))
+            for own, group in zip(lists, groups, strict=True)
+        )
+        table = PageTable(-1, per_group)
+        covered = min(pages.first_token + len(pages.ids) * self.layout.page_tokens for pages in per_group)
+        self.check(table, first_token, covered)
+        return KVPages(self, table)
+
+    def check(self, table: PageTable, start: int, stop: int) -> None:
+        """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
+        check_count(table.groups, len(self.layout.groups))
+        for group, pages, num_pages in zip(self.layout.groups, table.groups, self.num_pages, strict=True):
+            self._check_group(group, pages, num_pages, start, stop)
+
+    def gather(self, table: PageTable, group: int, first_token: int, parts: range, out: Bytes1D) -> None:
+        """Copy one block of ``parts`` to ``out``; see ``KVMemory``."""
+        pages = table.groups[group]
+        base = (first_token - pages.first_token) // self.layout.page_tokens
+        rows = page_rows(pages.ids[base : base + self._block_pages])
+        at = 0
+        for part in self._groups[group][parts.start : parts.stop]:
+            gather_pages(part.pages, rows, out[at : at + part.block_bytes])
+            at += part.block_bytes
+
+    def scatter(
+        self, table: PageTable, group: int, first_token: int, parts: range, source: Bytes1D, start: int, stop: int
+    ) -> None:
+        """Write tokens [start, stop) of one block of ``parts``; see ``KVMemory``."""
+        begin, end = max(start - first_token, 0), min(stop - first_token, self.layout.block_tokens)
+        if begin >= end:
+            return
+        whole, edges = cut(begin, end, self.layout.page_tokens)
+        pages = table.groups[group]
+        base = (first_token - pages.first_token) // self.layout.page_tokens
+        rows = page_rows(pages.ids[base + whole.start : base + whole.stop]) if whole else slice(0)
+        at = 0
+        for part in self._groups[group][parts.start : parts.stop]:
+            block = source[at : at + part.block_bytes]
+            at += part.block_bytes
+            if whole:
+                scatter_pages(part.pages, rows, block[whole.start * part.page_bytes : whole.stop * part.page_bytes])
+            for edge in edges:
+                span = np.s_[:, edge.start : edge.stop]
+                cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
+                part.cells[pages.ids[base + edge.page]][span] = cells[span]
+
+    def _check_group(self, group: KVGroup, pages: GroupPages, num_pages: int, start: int, stop: int) -> None:
+        size = self.layout.page_tokens
+        where = f"page table of group {group.name!r}"
+        if pages.first_token < 0 or pages.first_token % size:
+            raise ConfigError(f"{where}: first_token = {pages.first_token}, want a multiple of page_tokens = {size}")
+        if pages.ids.ndim != 1 or pages.ids.dtype != np.int32:
+            raise ConfigError(f"{where}: ids are {pages.ids.dtype} {pages.ids.shape}, want one dimension of int32")
+        covered = pages.first_token + len(pages.ids) * size
+        if start < pages.first_token or stop > covered:
+            first = start // size * size
+            raise ConfigError(
+                f"{where}: its {len(pages.ids)} pages hold tokens [{pages.first_token}, {covered}), want "
+                f"[{start}, {stop}): {-(-(stop - first) // size)} pages of {size} tokens from token {first}"
+            )
+        touched = pages.ids[(start - pages.first_token) // size : -(-(stop - pages.first_token) // size)]
+        if touched.size and not 0 <= int(touched.min()) <= int(touched.max()) < num_pages:
+            raise ConfigError(
+                f"{where}: ids {int(touched.min())} to {int(touched.max())}, the memory has pages 0 to {num_pages - 1}"
+            )
+        if len(np.unique(touched)) != len(touched):
+            raise ConfigError(f"{where}: a page id is there twice; two parts of a sequence cannot lie in one page")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PartPages:
+    """One part's tensor as bytes."""
+
+    pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
+    cells: npt.NDArray[np.uint8]  # [num_pages, outer, page_tokens, inner bytes]: the same, cut at the token axis
+    page_bytes: int
+    block_bytes: int
+
+    @classmethod
+    def of(cls, group: KVGroup, part: Part, tensor: Tensor, block_pages: int) -> _PartPages:
+        what = f"tensor of group {group.name!r}, {part.label}"
+        data = bytes_of(tensor, what)
+        if tuple(tensor.shape[1:]) != part.shape or dtype_of(tensor) != part.dtype:
+            raise ConfigError(
+                f"{what}: got {dtype_of(tensor)} {list(tensor.shape)}, "
+                f"want {part.dtype} [num_pages, {', '.join(map(str, part.shape))}]"
+            )
+        if not data.flags.c_contiguous:
+            raise ConfigError(f"{what}: strides {data.strides} of bytes, want a contiguous tensor")
+        outer = prod(part.shape[: part.token_axis])
+        inner = prod(part.shape[part.token_axis + 1 :]) * DTYPE_BYTES[part.dtype]
+        count = data.shape[0]
+        return cls(
+            pages=data.reshape(count, part.page_bytes),
+            cells=data.reshape(count, outer, part.shape[part.token_axis], inner),
+            page_bytes=part.page_bytes,
+            block_bytes=part.page_bytes * block_pages,
+        )
+
+
+def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
+    counts = [len(part.pages) for part in parts]
+    if len(set(counts)) > 1:
+        other = next(number for number, count in enumerate(counts) if count != counts[0])
+        raise ConfigError(
+            f"group {group.name!r}: {group.parts[0].label} has {counts[0]} pages, "
+            f"{group.parts[other].label} has {counts[other]}; page ids need the same number in all"
+        )
+    return counts[0]
+
+
+def _in_order(layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> Sequence[Tensor]:
+    parts = [part for group in layout.groups for part in group.parts]
+    if not isinstance(tensors, Mapping):
+        if len(tensors) != len(parts):
+            raise ConfigError(f"tensors: got {len(tensors)}, the layout has {len(parts)} parts")
+        return tensors
+    names = [(part.layer, part.kind) for part in parts]
+    if len(set(names)) != len(names):
+        raise ConfigError(
+            "tensors: two groups have a part of the same layer and kind; pass a list in the layout's order"
+        )
+    missing = [name for name in names if name not in tensors]
+    unknown = [name for name in tensors if name not in set(names)]
+    if missing or unknown:
+        raise ConfigError(f"tensors: missing {missing[:4]}, not in the layout {unknown[:4]}")
+    return [tensors[name] for name in names]

@@ -1,0 +1,58 @@
+"""Which tokens of a block a copy touches: whole pages in the middle, and what is left of pages at both ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.core.memory import GroupPages
+from kvtier.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Tokens [start, stop) of page ``page`` of a block, fewer than the page has."""
+
+    page: int
+    start: int
+    stop: int
+
+
+def cut(start: int, stop: int, page_tokens: int) -> tuple[range, tuple[Edge, ...]]:
+    """Tokens [start, stop) of a block as the range of its whole pages, and the edges before and after."""
+    first, head = divmod(start, page_tokens)
+    last, tail = divmod(stop, page_tokens)
+    if first == last:
+        return range(0), (Edge(first, head, tail),) if head < tail else ()
+    edges = []
+    if head:
+        edges.append(Edge(first, head, page_tokens))
+        first += 1
+    if tail:
+        edges.append(Edge(last, 0, tail))
+    return range(first, last), tuple(edges)
+
+
+def check_count(groups: tuple[GroupPages, ...], want: int) -> None:
+    """Refuse a table for another number of groups than the layout has."""
+    if len(groups) != want:
+        raise ConfigError(f"page table: has {len(groups)} groups, the layout has {want}")
+
+
+def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
+    """``ids`` (a list, an array or a tensor) as an int32 array of our own that nobody can change.
+
+    Raises:
+        ConfigError: they are not one dimension of integers that fit.
+    """
+    given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
+    if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):
+        raise ConfigError(f"{what}: ids lie in [0, 2^31), got {int(given.min())} to {int(given.max())}")
+    own = given.astype(np.int32)
+    own.flags.writeable = False
+    return own

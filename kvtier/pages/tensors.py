@@ -1,0 +1,42 @@
+"""Torch tensors and numpy arrays as bytes, without a copy."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvtier.errors import ConfigError
+
+Tensor: TypeAlias = Any
+"""A ``torch.Tensor`` or a ``numpy.ndarray``."""
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """``"bfloat16"`` and the like."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def bytes_of(tensor: Tensor, what: str) -> npt.NDArray[np.uint8]:
+    """``tensor`` as uint8 of the same shape, the last dimension counted in bytes. It shares and keeps the memory alive.
+
+    Raises:
+        ConfigError: naming ``what``, if it is no tensor in CPU memory whose last dimension is contiguous.
+    """
+    if not isinstance(tensor, (torch.Tensor, np.ndarray)):
+        raise ConfigError(f"{what}: got a {type(tensor).__name__}, want a torch tensor or a numpy array")
+    if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+        raise ConfigError(f"{what}: is on {tensor.device}, want a tensor in CPU memory")
+    unit = 1 if isinstance(tensor, torch.Tensor) else tensor.itemsize
+    strides = tensor.stride() if isinstance(tensor, torch.Tensor) else tensor.strides
+    if not tensor.shape or strides[-1] != unit:
+        raise ConfigError(f"{what}: strides {tuple(strides)}, want the elements of the last dimension side by side")
+    if any(stride == 0 for stride, size in zip(strides, tensor.shape, strict=True) if size > 1):
+        raise ConfigError(f"{what}: is an expanded view, in which several elements share one place; pass the original")
+    if isinstance(tensor, torch.Tensor):
+        return tensor.detach().view(torch.uint8).numpy()
+    if not tensor.flags.writeable:
+        raise ConfigError(f"{what}: is read-only, want an array that blocks can be loaded into")
+    return tensor.view(np.uint8)

@@ -1,0 +1,139 @@
+from dataclasses import replace
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.errors import ConfigError
+from kvtier.models import KVGroup, KVLayout, Part, Reuse
+from kvtier.models.layout import MAX_SLICES, MIN_SLICE_BYTES
+
+AXES = ("head", "token", "dim")
+
+
+@st.composite
+def layouts(draw):
+    page_tokens = draw(st.sampled_from([1, 4, 16, 64]))
+    block_tokens = page_tokens * draw(st.integers(1, 8))
+    groups = []
+    for number in range(draw(st.integers(1, 2))):
+        heads, dim = draw(st.integers(1, 16)), draw(st.sampled_from([1, 3, 64, 128]))
+        small = draw(st.integers(1, 200))
+        layers = draw(st.integers(1, 90))
+        parts = []
+        for layer in range(layers):
+            parts.append(Part(layer, "k", "bfloat16", AXES, (heads, page_tokens, dim)))
+            parts.append(Part(layer, "v", "uint8", AXES, (1, page_tokens, small)))
+        groups.append(KVGroup(f"g{number}", tuple(parts)))
+    return KVLayout(block_tokens, page_tokens, tuple(groups))
+
+
+@given(layouts())
+def test_slices_cover_every_part_once_and_in_order(layout):
+    for group, spans in zip(layout.groups, layout.slices, strict=True):
+        assert [number for span in spans for number in span.parts] == list(range(len(group.parts)))
+        for span in spans:
+            assert span.nbytes == sum(layout.part_bytes(group.parts[number]) for number in span.parts)
+
+
+@given(layouts())
+def test_slices_are_at_least_256_kib_or_the_only_one_and_at_most_64(layout):
+    for spans in layout.slices:
+        assert 1 <= len(spans) <= MAX_SLICES
+        assert len(spans) == 1 or min(span.nbytes for span in spans) >= MIN_SLICE_BYTES
+
+
+@given(layouts())
+def test_a_slice_takes_no_more_parts_than_it_must(layout):
+    """Cutting the last part off any slice but the last leaves it too small, or makes too many slices."""
+    for group, spans in zip(layout.groups, layout.slices, strict=True):
+        fair = ceil(len(group.parts) / MAX_SLICES)
+        for span in spans[:-1]:
+            last = layout.part_bytes(group.parts[span.parts[-1]])
+            assert len(span.parts) <= fair or span.nbytes - last < MIN_SLICE_BYTES
+
+
+@given(layouts())
+def test_a_record_is_a_header_page_and_slices_rounded_up_to_pages(layout):
+    for nbytes, pages, spans in zip(layout.block_bytes, layout.record_pages, layout.slices, strict=True):
+        assert nbytes == sum(span.nbytes for span in spans)
+        assert pages == 1 + sum(-(-span.nbytes // 4096) for span in spans)
+
+
+def test_the_geometry_of_an_8b_model():
+    """Llama 3 8B: 32 layers of 8 heads of 128, 2 bytes: 128 KiB a token, one layer a slice."""
+    parts = tuple(Part(layer, kind, "bfloat16", AXES, (8, 64, 128)) for layer in range(32) for kind in ("k", "v"))
+    layout = KVLayout(64, 64, (KVGroup("attention", parts),))
+    assert layout.block_bytes == (8 << 20,)
+    assert layout.bytes_per_token == 128 << 10
+    assert [span.nbytes for span in layout.slices[0]] == [256 << 10] * 32
+    assert layout.record_pages == (2049,)
+
+
+def test_a_small_rest_joins_the_slice_before_it():
+    sizes = [(1, 64, 4096), (1, 64, 4096), (1, 64, 16)]
+    parts = tuple(Part(layer, "k", "uint8", AXES, shape) for layer, shape in enumerate(sizes))
+    layout = KVLayout(64, 64, (KVGroup("attention", parts),))
+    assert [(span.parts, span.nbytes) for span in layout.slices[0]] == [
+        (range(1), 262144),
+        (range(1, 3), 262144 + 1024),
+    ]
+
+
+BASE = KVLayout(64, 16, (KVGroup("a", (Part(0, "k", "bfloat16", AXES, (4, 16, 8)),)),))
+
+
+def _with_part(**changes):
+    group = BASE.groups[0]
+    return replace(BASE, groups=(replace(group, parts=(replace(group.parts[0], **changes),)),))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(BASE, block_tokens=128),
+        replace(BASE, tp_size=2),
+        replace(BASE, tp_size=2, tp_rank=1),
+        replace(BASE, pp_size=2),
+        replace(BASE, pp_size=2, pp_rank=1),
+        replace(BASE, groups=(replace(BASE.groups[0], name="b"),)),
+        replace(BASE, groups=(replace(BASE.groups[0], reuse=Reuse("trailing", 128)),)),
+        replace(BASE, groups=(replace(BASE.groups[0], reuse=Reuse("trailing", 256)),)),
+        replace(BASE, groups=BASE.groups * 2),
+        _with_part(layer=1),
+        _with_part(kind="v"),
+        _with_part(dtype="float16"),
+        _with_part(axes=("dim", "token", "head")),
+        _with_part(shape=(8, 16, 8)),
+        KVLayout(64, 32, (KVGroup("a", (Part(0, "k", "bfloat16", AXES, (4, 32, 8)),)),)),
+    ],
+)
+def test_the_placement_changes_when_anything_does(other):
+    assert other.placement != BASE.placement
+    assert len(other.placement) == 64
+
+
+def test_the_placement_is_the_same_in_every_process():
+    """A changed digest strands every directory that is in use: change the number of the format when it must."""
+    assert BASE.placement == "72ec3c765d2ca92e1629636ab9d07d32af8d15e671da00482bdffd1778856826"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(BASE, block_tokens=40), "block_tokens = 40"),
+        (lambda: replace(BASE, block_tokens=0), "block_tokens = 0"),
+        (lambda: replace(BASE, groups=()), "groups"),
+        (lambda: replace(BASE, groups=(KVGroup("a", ()),)), "groups"),
+        (lambda: _with_part(dtype="float64"), "group 'a', layer 0 k: dtype 'float64'"),
+        (lambda: _with_part(axes=("head", "dim")), "group 'a', layer 0 k: axes"),
+        (lambda: _with_part(axes=("head", "head", "dim")), "axes"),
+        (lambda: _with_part(shape=(16, 4, 8)), "16 tokens along its token axis"),
+        (lambda: _with_part(shape=(0, 16, 8)), "shape"),
+        (lambda: replace(BASE, groups=(KVGroup("a", BASE.groups[0].parts * 2),)), "there twice"),
+    ],
+)
+def test_a_layout_that_cannot_be_stored_is_refused_by_name(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

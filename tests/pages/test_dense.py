@@ -1,0 +1,174 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.core.memory import GroupPages, KVMemory, PageTable
+from kvtier.errors import ConfigError
+from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.pages import DenseKV
+
+HEADS, DIM, TOKENS, BATCH = 2, 3, 40, 2
+
+
+def _layout(block_pages=2, page_tokens=4, axes=("head", "token", "dim"), dtype="bfloat16", layers=2):
+    sizes = {"token": page_tokens, "head": HEADS, "dim": DIM}
+    shape = tuple(sizes[axis] for axis in axes)
+    parts = tuple(Part(layer, kind, dtype, axes, shape) for layer in range(layers) for kind in ("k", "v"))
+    return KVLayout(block_pages * page_tokens, page_tokens, (KVGroup("attention", parts),))
+
+
+def _tensor(seed, dtype, tokens_outside_heads):
+    """``[batch, heads, tokens, dim]``, in memory either so or with tokens before heads (a transposed view)."""
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn((BATCH, HEADS, TOKENS, DIM), generator=generator).to(getattr(torch, dtype))
+    return dense.transpose(1, 2).contiguous().transpose(1, 2) if tokens_outside_heads else dense
+
+
+def _keys_values(layout, seed=0, tokens_outside_heads=False):
+    dtype = layout.groups[0].parts[0].dtype
+    layers = len(layout.groups[0].parts) // 2
+    return tuple(
+        [_tensor(seed + 2 * layer + side, dtype, tokens_outside_heads) for layer in range(layers)] for side in (0, 1)
+    )
+
+
+def _in_order(keys, values):
+    return [side[layer] for layer in range(len(keys)) for side in (keys, values)]
+
+
+def _block(layout, tensors, row, first, parts):
+    """The bytes of the block whose first token is at position ``first`` of the tensors, with torch alone."""
+    found = []
+    for number in parts:
+        axes = layout.groups[0].parts[number].axes
+        for at in range(first, first + layout.block_tokens, layout.page_tokens):
+            page = tensors[number][row, :, at : at + layout.page_tokens]
+            page = page if axes[0] == "head" else page.transpose(0, 1)
+            found.append(page.contiguous().view(torch.uint8).numpy().tobytes())
+    return b"".join(found)
+
+
+cases = st.fixed_dictionaries(
+    {
+        "block_pages": st.integers(1, 3),
+        "page_tokens": st.sampled_from([1, 4, 5]),
+        "axes": st.sampled_from([("token", "head", "dim"), ("head", "token", "dim")]),
+        "dtype": st.sampled_from(["bfloat16", "float32", "uint8"]),
+    }
+)
+
+
+@given(cases, st.booleans(), st.integers(0, BATCH - 1), st.integers(0, 1), st.data())
+def test_gather_gives_a_block_in_the_order_of_the_layout(case, outside, row, block, data):
+    layout = _layout(**case)
+    keys, values = _keys_values(layout, tokens_outside_heads=outside)
+    start = data.draw(st.integers(0, 4))
+    parts = range(start, data.draw(st.integers(start, 4)))
+    pages = DenseKV(layout, keys, values).row(row, first_token=block * layout.block_tokens)
+    out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
+    first_token = (block + 1) * layout.block_tokens
+    pages.memory.gather(pages.table, 0, first_token, parts, out)
+    assert out.tobytes() == _block(layout, _in_order(keys, values), row, layout.block_tokens, parts)
+
+
+@settings(max_examples=300)
+@given(cases, st.booleans(), st.integers(0, BATCH - 1), st.data())
+def test_scatter_writes_the_tokens_in_range_and_nothing_else(case, outside, row, data):
+    layout = _layout(**case)
+    keys, values = _keys_values(layout, 10, tokens_outside_heads=outside)
+    tensors, other = _in_order(keys, values), _in_order(*_keys_values(layout, 20))
+    wanted = [tensor.clone() for tensor in tensors]
+    start = data.draw(st.integers(0, 2 * layout.block_tokens))
+    stop = data.draw(st.integers(start, 2 * layout.block_tokens))
+    lowest = data.draw(st.integers(0, start))
+    first = data.draw(st.integers(0, 4))
+    parts = range(first, data.draw(st.integers(first, 4)))
+    pages = DenseKV(layout, keys, values).row(row, first_token=lowest)
+    for at in (0, layout.block_tokens):
+        source = np.frombuffer(_block(layout, other, 0, at, parts), np.uint8)
+        pages.memory.scatter(pages.table, 0, at, parts, source, start, stop)
+    for number in parts:
+        wanted[number][row, :, start - lowest : stop - lowest] = other[number][0, :, start:stop]
+    for tensor, want in zip(tensors, wanted, strict=True):
+        assert torch.equal(tensor.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+def test_it_is_the_memory_that_the_core_asks_for():
+    layout = _layout()
+    memory = DenseKV(layout, *_keys_values(layout))
+    assert isinstance(memory, KVMemory)
+    assert memory.placement == layout.placement
+    assert (memory.batch_size, memory.num_tokens) == (BATCH, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensor: tensor.half(),
+            r"layer 1 k: got float16 \[2, 2, 40, 3\], want bfloat16 \[batch, 2, tokens, 3\]",
+        ),
+        (lambda tensor: tensor[:, :1], r"layer 1 k: got bfloat16 \[2, 1, 40, 3\]"),
+        (lambda tensor: tensor[0], "layer 1 k: got bfloat16"),
+        (lambda tensor: tensor[:, :1].expand(-1, 2, -1, -1), "layer 1 k: is an expanded view"),
+        (lambda tensor: tensor[:, :, :39], "differ in"),
+        (lambda tensor: tensor[:1], "differ in"),
+        (lambda tensor: tensor.to("meta"), "layer 1 k: is on meta"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_what_was_wanted(change, message):
+    layout = _layout()
+    keys, values = _keys_values(layout)
+    keys[1] = change(keys[1])
+    with pytest.raises(ConfigError, match=message):
+        DenseKV(layout, keys, values)
+
+
+def test_too_few_layers_are_refused():
+    layout = _layout()
+    keys, values = _keys_values(layout)
+    with pytest.raises(ConfigError, match="values: got 1 tensors, the layout has 2 layers"):
+        DenseKV(layout, keys, values[:1])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part(0, "k", "uint8", ("head", "dim", "token"), (2, 3, 8)), "with dim last"),
+        (Part(0, "kv", "uint8", ("head", "token", "dim"), (2, 8, 3)), "keys and values only"),
+    ],
+)
+def test_a_layout_that_dense_tensors_cannot_have_is_refused(part, message):
+    layout = KVLayout(8, 8, (KVGroup("attention", (part,)),))
+    tensor = torch.zeros((1, 2, 8, 3), dtype=torch.uint8)
+    with pytest.raises(ConfigError, match=message):
+        DenseKV(layout, [tensor], [tensor])
+
+
+def _table(first_token, ids):
+    return PageTable(0, (GroupPages(first_token, np.array(ids, np.int32)),))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (_table(0, [2]), "want one row of the batch, 0 to 1"),
+        (_table(0, [0, 1]), "want one row of the batch"),
+        (_table(0, [-1]), "want one row of the batch"),
+        (_table(16, [0]), r"hold tokens \[16, 56\), want \[8, 41\): 33 along their token dimension"),
+        (_table(0, [0]), r"hold tokens \[0, 40\), want \[8, 41\)"),
+    ],
+)
+def test_a_page_table_that_cannot_hold_the_tokens_is_refused(table, message):
+    layout = _layout()
+    memory = DenseKV(layout, *_keys_values(layout))
+    with pytest.raises(ConfigError, match=message):
+        memory.check(table, 8, 41)
+
+
+def test_a_row_that_is_not_in_the_batch_is_refused_at_once():
+    layout = _layout()
+    with pytest.raises(ConfigError, match="one row of the batch"):
+        DenseKV(layout, *_keys_values(layout)).row(2)

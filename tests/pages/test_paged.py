@@ -1,0 +1,237 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtier.core.memory import GroupPages, KVMemory, PageTable
+from kvtier.errors import ConfigError
+from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.pages import PagedTensors
+
+PAGES = 24
+
+
+def _layout(block_pages=4, page_tokens=4, axes=("token", "head", "dim"), dtype="bfloat16", layers=2):
+    sizes = {"token": page_tokens, "head": 2, "dim": 3}
+    shape = tuple(sizes[axis] for axis in axes)
+    parts = tuple(Part(layer, kind, dtype, axes, shape) for layer in range(layers) for kind in ("k", "v"))
+    return KVLayout(block_pages * page_tokens, page_tokens, (KVGroup("attention", parts),))
+
+
+def _tensors(layout, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn((PAGES, *part.shape), generator=generator).to(getattr(torch, part.dtype))
+        for group in layout.groups
+        for part in group.parts
+    ]
+
+
+def _block(layout, tensors, ids, parts):
+    """The bytes of one block, page after page with torch alone."""
+    return b"".join(tensors[part][torch.tensor(ids)].contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
+
+
+cases = st.fixed_dictionaries(
+    {
+        "block_pages": st.integers(1, 4),
+        "page_tokens": st.sampled_from([1, 4, 7]),
+        "axes": st.sampled_from([("token", "head", "dim"), ("head", "token", "dim"), ("head", "dim", "token")]),
+        "dtype": st.sampled_from(["bfloat16", "float32", "uint8"]),
+    }
+)
+
+
+def _draw_parts(data):
+    start = data.draw(st.integers(0, 4))
+    return range(start, data.draw(st.integers(start, 4)))
+
+
+@given(cases, st.data())
+def test_gather_gives_the_pages_of_each_part_in_token_order(case, data):
+    layout = _layout(**case)
+    tensors = _tensors(layout)
+    size = case["block_pages"]
+    ids = data.draw(st.lists(st.integers(0, PAGES - 1), min_size=3 * size, max_size=3 * size, unique=True))
+    block = data.draw(st.integers(0, 2))
+    before = data.draw(st.integers(0, 2)) * layout.block_tokens
+    parts = _draw_parts(data)
+    pages = PagedTensors(layout, tensors).pages(ids, first_token=before)
+    out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
+    pages.memory.gather(pages.table, 0, before + block * layout.block_tokens, parts, out)
+    assert out.tobytes() == _block(layout, tensors, ids[block * size : (block + 1) * size], parts)
+
+
+@settings(max_examples=300)
+@given(cases, st.data())
+def test_scatter_writes_the_tokens_in_range_and_nothing_else(case, data):
+    """Token by token with torch: inside [start, stop) the source, outside what was there, everywhere."""
+    layout = _layout(**case)
+    group = layout.groups[0]
+    tensors, other = _tensors(layout, 1), _tensors(layout, 2)
+    wanted = [tensor.clone() for tensor in tensors]
+    size, page_tokens = case["block_pages"], case["page_tokens"]
+    neighbours = data.draw(st.booleans())
+    ids = list(range(2, 2 + 2 * size)) if neighbours else list(np.random.default_rng(3).permutation(PAGES)[: 2 * size])
+    ids = [int(page) for page in ids]
+    start = data.draw(st.integers(0, 2 * layout.block_tokens))
+    stop = data.draw(st.integers(start, 2 * layout.block_tokens))
+    parts = _draw_parts(data)
+    source_ids = list(range(2 * size))
+    pages = PagedTensors(layout, tensors).pages(ids)
+    for block in range(2):
+        source = np.frombuffer(_block(layout, other, source_ids[block * size : (block + 1) * size], parts), np.uint8)
+        pages.memory.scatter(pages.table, 0, block * layout.block_tokens, parts, source, start, stop)
+    for number in parts:
+        axis = group.parts[number].token_axis
+        for token in range(start, stop):
+            page, cell = divmod(token, page_tokens)
+            into = wanted[number][ids[page]].select(axis, cell)
+            into.copy_(other[number][source_ids[page]].select(axis, cell))
+    for tensor, want in zip(tensors, wanted, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_a_table_may_begin_inside_a_block():
+    """A load from token 8 on needs no pages for the tokens before it, though its block begins at 0."""
+    layout = _layout(block_pages=4, page_tokens=4)
+    tensors, other = _tensors(layout, 1), _tensors(layout, 2)
+    pages = PagedTensors(layout, tensors).pages([9, 5], first_token=8)
+    source = np.frombuffer(_block(layout, other, [0, 1, 2, 3], range(4)), np.uint8)
+    pages.memory.check(pages.table, 8, 16)
+    pages.memory.scatter(pages.table, 0, 0, range(4), source, 8, 16)
+    assert torch.equal(tensors[3][9], other[3][2])
+    assert torch.equal(tensors[3][5], other[3][3])
+    assert torch.equal(tensors[3][8], _tensors(layout, 1)[3][8])
+
+
+def test_groups_have_their_own_pages():
+    layout = _layout()
+    parts = tuple(replace(part, layer=part.layer + 2) for part in layout.groups[0].parts)
+    layout = replace(layout, groups=(layout.groups[0], KVGroup("window", parts)))
+    tensors = _tensors(layout)
+    memory = PagedTensors(layout, tensors)
+    pages = memory.pages([[0, 1, 2, 3], [7, 6, 5, 4]])
+    out = np.zeros(layout.block_bytes[1], np.uint8)
+    memory.gather(pages.table, 1, 0, range(4), out)
+    assert out.tobytes() == _block(layout, tensors, [7, 6, 5, 4], range(4, 8))
+
+
+def test_a_mapping_names_tensors_by_layer_and_kind():
+    layout = _layout()
+    tensors = _tensors(layout)
+    named = {(layer, kind): tensors[2 * layer + (kind == "v")] for layer in (1, 0) for kind in ("v", "k")}
+    out = np.zeros(layout.block_bytes[0], np.uint8)
+    pages = PagedTensors(layout, named).pages([3, 2, 1, 0])
+    pages.memory.gather(pages.table, 0, 0, range(4), out)
+    assert out.tobytes() == _block(layout, tensors, [3, 2, 1, 0], range(4))
+
+
+def test_numpy_arrays_will_do():
+    layout = _layout(dtype="float32")
+    arrays = [tensor.numpy() for tensor in _tensors(layout)]
+    out = np.zeros(layout.block_bytes[0], np.uint8)
+    pages = PagedTensors(layout, arrays).pages([1, 2, 3, 4])
+    pages.memory.gather(pages.table, 0, 0, range(4), out)
+    assert out.tobytes() == b"".join(array[1:5].tobytes() for array in arrays)
+
+
+def test_it_is_the_memory_that_the_core_asks_for():
+    layout = _layout()
+    memory = PagedTensors(layout, _tensors(layout))
+    assert isinstance(memory, KVMemory)
+    assert memory.placement == layout.placement
+    assert memory.num_pages == (PAGES,)
+
+
+def test_tensors_that_require_gradients_are_read_without_them():
+    layout = _layout(dtype="float32")
+    memory = PagedTensors(layout, [tensor.requires_grad_() for tensor in _tensors(layout)])
+    pages = memory.pages([0, 1, 2, 3])
+    memory.gather(pages.table, 0, 0, range(4), np.zeros(layout.block_bytes[0], np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.half(), r"layer 1 k: got float16 \[24, 4, 2, 3\], want bfloat16 \[num_pages, 4, 2, 3\]"),
+        (lambda tensor: tensor[:, :3], r"layer 1 k: got bfloat16 \[24, 3, 2, 3\]"),
+        (lambda tensor: tensor.repeat(2, 1, 1, 1)[::2], "layer 1 k: strides .* want a contiguous tensor"),
+        (lambda tensor: tensor.transpose(2, 3), "layer 1 k: strides .* side by side"),
+        (lambda tensor: tensor[:1].expand(PAGES, -1, -1, -1), "layer 1 k: is an expanded view"),
+        (lambda tensor: tensor.to("meta"), "layer 1 k: is on meta, want a tensor in CPU memory"),
+        (lambda tensor: tensor.tolist(), "layer 1 k: got a list"),
+        (lambda tensor: tensor[:5], "layer 0 k has 24 pages, layer 1 k has 5"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_with_what_was_wanted(change, message):
+    layout = _layout()
+    tensors = _tensors(layout)
+    tensors[2] = change(tensors[2])
+    with pytest.raises(ConfigError, match=message):
+        PagedTensors(layout, tensors)
+
+
+def test_a_read_only_array_is_refused():
+    layout = _layout(dtype="float32")
+    arrays = [tensor.numpy() for tensor in _tensors(layout)]
+    arrays[1].flags.writeable = False
+    with pytest.raises(ConfigError, match="layer 0 v: is read-only"):
+        PagedTensors(layout, arrays)
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (lambda tensors: tensors[:-1], "got 3, the layout has 4 parts"),
+        (lambda tensors: {(0, "k"): tensors[0]}, r"missing \[\(0, 'v'\)"),
+        (lambda tensors: {(n // 2, "kv"[n % 2]): t for n, t in enumerate(tensors)} | {(9, "k"): 0}, r"\(9, 'k'\)"),
+    ],
+)
+def test_tensors_that_are_too_few_or_too_many_are_refused(choose, message):
+    layout = _layout()
+    with pytest.raises(ConfigError, match=message):
+        PagedTensors(layout, choose(_tensors(layout)))
+
+
+def _table(*groups):
+    return PageTable(0, tuple(GroupPages(first, np.array(ids, np.int32)) for first, ids in groups))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (_table((0, [1, 2, 3, 4])), r"hold tokens \[0, 16\), want \[0, 32\): 8 pages of 4 tokens from token 0"),
+        (_table((4, [1, 2, 3, 4, 5, 6, 7])), r"hold tokens \[4, 32\)"),
+        (_table((2, [1] * 8)), "first_token = 2"),
+        (_table((-4, range(9))), "first_token = -4"),
+        (_table((0, [0, 1, 2, 3, 4, 5, 6, PAGES])), "ids 0 to 24, the memory has pages 0 to 23"),
+        (_table((0, [0, 1, 2, 3, 4, 5, 6, -1])), "ids -1 to 6"),
+        (_table((0, [0, 1, 2, 3, 4, 5, 6, 1])), "there twice"),
+        (_table((0, range(8)), (0, range(8))), "has 2 groups, the layout has 1"),
+        (PageTable(0, (GroupPages(0, np.arange(8)),)), "ids are int64"),
+    ],
+)
+def test_a_page_table_that_cannot_hold_the_tokens_is_refused(table, message):
+    layout = _layout()
+    memory = PagedTensors(layout, _tensors(layout))
+    with pytest.raises(ConfigError, match=message):
+        memory.check(table, 0, 32)
+
+
+def test_pages_outside_the_asked_tokens_do_not_matter():
+    layout = _layout()
+    memory = PagedTensors(layout, _tensors(layout))
+    memory.check(_table((0, [-1, -1, 5, 6, 7, 8, 99, 99])), 8, 24)
+
+
+def test_pages_that_do_not_exist_are_refused_when_the_table_is_made():
+    layout = _layout()
+    memory = PagedTensors(layout, _tensors(layout))
+    with pytest.raises(ConfigError, match="ids 0 to 24"):
+        memory.pages([0, 24])
+    with pytest.raises(ConfigError, match="first_token = 3"):
+        memory.pages([0, 1], first_token=3)
