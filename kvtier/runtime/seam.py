@@ -65,7 +65,9 @@ class Worker(Protocol):
 class Runtime(Protocol):
     """Where loops, events and locks come from."""
 
-    clock: Clock
+    @property
+    def clock(self) -> Clock:
+        """The time that its loops live in."""
 
     def event(self) -> Event:
         """A new event, not set."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from kvtier.runtime.seam import Clock, Event, Lock, Worker
+from kvtier.runtime.seam import Event, Lock, Worker
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,6 @@ class SystemWorker:
 
 class SystemRuntime:
     """Threads, locks and events of the real machine."""
-
-    clock: Clock
 
     def __init__(self) -> None:
         self.clock = SystemClock()
