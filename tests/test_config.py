@@ -5,16 +5,29 @@ from __future__ import annotations
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kvtier.cli.keys import as_toml, settings, size_text
-from kvtier.config import Config, load_config, parse_size, section_of
+from kvtier.codecs.chain import chain_names
+from kvtier.config import (
+    Config,
+    DeviceConfig,
+    DiskConfig,
+    HostConfig,
+    PolicyConfig,
+    RemoteConfig,
+    load_config,
+    parse_size,
+    section_of,
+)
 from kvtier.errors import ConfigError
+from kvtier.policy import EVICTION_POLICIES
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -23,6 +36,10 @@ def refusal(source: object) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(source)  # type: ignore[arg-type]
     return str(caught.value)
+
+
+def choices(section: type[BaseModel], key: str) -> tuple[str, ...]:
+    return get_args(section.model_fields[key].annotation)
 
 
 class TestSizes:
@@ -171,6 +188,17 @@ class TestWhatIsRefused:
     def test_any_dict_is_accepted_or_refused_with_config_error(self, table: dict[str, object]) -> None:
         with suppress(ConfigError):
             assert isinstance(load_config(table), Config)
+
+
+class TestNames:
+    def test_every_codec_that_is_offered_exists(self) -> None:
+        sections = (DeviceConfig, HostConfig, DiskConfig, RemoteConfig)
+        offered = {name for section in sections for name in choices(section, "codec")}
+        assert offered <= set(chain_names())
+        assert set(choices(DiskConfig, "codec")) == set(chain_names())
+
+    def test_every_eviction_policy_is_offered(self) -> None:
+        assert set(choices(PolicyConfig, "eviction")) == set(EVICTION_POLICIES)
 
 
 class TestConfigFiles:

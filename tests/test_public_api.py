@@ -1,0 +1,58 @@
+"""The names that others rely on. Removing or renaming one breaks their code: see CHANGELOG.md before you do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import kvtier
+from kvtier import errors
+
+PUBLIC = {
+    "CacheManager",
+    "CapacityError",
+    "ClosedError",
+    "Config",
+    "ConfigError",
+    "CorruptBlockError",
+    "DenseKV",
+    "KVGroup",
+    "KVLayout",
+    "KVTierError",
+    "Keys",
+    "PagedTensors",
+    "Part",
+    "TierError",
+    "TieredCache",
+    "load_config",
+    "model_id",
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(kvtier.__all__) == PUBLIC
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert [name for name in kvtier.__all__ if not getattr(kvtier, name).__doc__] == []
+
+
+def test_dir_shows_the_public_names() -> None:
+    assert set(dir(kvtier)) >= PUBLIC
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    assert not hasattr(kvtier, "CacheManger")
+
+
+def test_every_error_is_public_and_has_one_root() -> None:
+    raised = {name for name, item in vars(errors).items() if isinstance(item, type) and issubclass(item, Exception)}
+    assert raised <= PUBLIC
+    assert all(issubclass(getattr(kvtier, name), kvtier.KVTierError) for name in raised)
+    assert issubclass(kvtier.ConfigError, ValueError)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, kvtier; print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
