@@ -69,9 +69,7 @@ class Keys:
         self._rows: npt.NDArray[np.uint8] | None = None
 
     @classmethod
-    def from_tokens(
-        cls, root: Root, tokens: TokenIds, block_tokens: int, extra: Iterable[Extra] = ()
-    ) -> Keys:
+    def from_tokens(cls, root: Root, tokens: TokenIds, block_tokens: int, extra: Iterable[Extra] = ()) -> Keys:
         """Keys of all full blocks of ``tokens``."""
         keys = cls(root, block_tokens, extra)
         keys.append(tokens)
@@ -148,7 +146,9 @@ class Keys:
         start = block * self.block_tokens
         stop = start + self.block_tokens
         items = [
-            pack("<qqQ", a - start, b - start, len(digest)) + digest for a, b, digest in self.extra if a < stop and b > start
+            pack("<qqQ", a - start, b - start, len(digest)) + digest
+            for a, b, digest in self.extra
+            if a < stop and b > start
         ]
         joined = b"".join(items)
         return pack("<Q", len(joined)) + joined

@@ -1,0 +1,488 @@
+"""The thread-safe core: joins one planner with the data planes of all ranks. The only file that knows both planes.
+
+Every verb decides under one lock, in memory; plans are sent and callers told after it is released. Completions are
+committed on whichever thread brings them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, TypeAlias
+
+from kvtier.channel import Channel, LocalChannel
+from kvtier.config import Config, load_config
+from kvtier.core.keys import Extra, Keys, Root, TokenIds
+from kvtier.core.memory import KVMemory, KVPages, PageTable
+from kvtier.core.plan import Lineage, Plan, Priority
+from kvtier.errors import ClosedError, ConfigError
+from kvtier.hits import Hit, Session
+from kvtier.jobs import AnyJob, Client, FlushResult, Job, JobControl, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.models.layout import KVLayout
+from kvtier.planner import Durability, Lease, Planner, Ticket
+from kvtier.planner.events import BlockEvent
+from kvtier.runtime import system_machine
+from kvtier.runtime.seam import Machine
+from kvtier.transfer import DataPlane
+from kvtier.transfer.streams import pin
+
+Sequence_: TypeAlias = TokenIds | Keys
+log = logging.getLogger(__name__)
+_SEND_ROUNDS: Final = 1_000_000
+
+
+class TieredCache:
+    """A cache for synchronous callers, in as many threads as they like. A context manager that closes."""
+
+    def __init__(
+        self,
+        config: Config | str | dict[str, Any],
+        layout: KVLayout,
+        model_id: str,
+        *,
+        weights_version: str = "",
+        machine: Machine | None = None,
+        channels: Sequence[Channel] = (),
+    ) -> None:
+        """Open the tiers, and recover what an earlier life left on disk.
+
+        ``channels`` lead to data planes elsewhere, one per rank; without them there is one, in this process.
+
+        Raises:
+            ConfigError: a setting does not fit the layout.
+            CapacityError: a block is larger than a tier.
+            TierError: a directory cannot be used.
+        """
+        self.config = config if isinstance(config, Config) else load_config(config)
+        self.layout = layout
+        self.model_id = _checked_model_id(model_id)
+        if self.config.device.capacity:
+            raise ConfigError("device.capacity: this version has no device tier; set it to 0")
+        self._machine = machine or system_machine(self.config.disk.io_engine)
+        runtime = self._machine.runtime
+        self._clock = runtime.clock
+        self._lock = runtime.lock()
+        self._control = JobControl(runtime, self._cancel)
+        self._jobs: dict[int, AnyJob] = {}
+        self._memories: dict[int, _Registered] = {}
+        self._closed = False
+        self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
+        self._planner.set_weights_version(weights_version)
+        self._channels = tuple(channels) or (self._local(),)
+        self.pump()
+
+    def _local(self) -> Channel:
+        def make(on_news: Any) -> DataPlane:
+            pin_arena = partial(pin, mode=self.config.host.pin)
+            return DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena)
+
+        channel = LocalChannel(make, self.pump)
+        channel.listen()
+        self._channels = (channel,)
+        return channel
+
+    # --- names ------------------------------------------------------------------------------------------------------
+
+    def keys(self, tokens: TokenIds, *, tenant: str = "", adapter: str = "", extra: Iterable[Extra] = ()) -> Keys:
+        """Keys of ``tokens``, to be hashed once and appended to; every verb takes them in place of tokens.
+
+        ``extra`` is content beyond the token ids, as (start, stop, digest).
+
+        Raises:
+            ConfigError: token ids out of [0, 2^31), or not one dimension of integers.
+        """
+        return Keys.from_tokens(self._root(tenant, adapter), tokens, self.layout.block_tokens, extra)
+
+    def foreign_keys(
+        self,
+        raw_keys: Sequence[bytes],
+        *,
+        engine: str,
+        tenant: str = "",
+        adapter: str = "",
+        chained: bool = True,
+        num_tokens: int | None = None,
+    ) -> Keys:
+        """Keys of an engine's own block hashes; ``chained``: each extends the one before it."""
+        root = self._root(tenant, adapter)
+        return Keys.foreign(
+            root, raw_keys, self.layout.block_tokens, engine=engine, chained=chained, num_tokens=num_tokens
+        )
+
+    # --- looking up -------------------------------------------------------------------------------------------------
+
+    def match(
+        self, tokens: Sequence_, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False
+    ) -> int:
+        """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
+        keys = self._keys(tokens, tenant, adapter)
+        with self._lock:
+            self._check_open()
+            return self._planner.match(keys, start=start, exact=exact)
+
+    def lookup(
+        self,
+        tokens: Sequence_,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+        start: int = 0,
+        exact: bool = False,
+        session: str | None = None,
+        owner: Hashable | None = None,
+    ) -> Hit:
+        """Pin the longest stored prefix beyond ``start``, which the engine holds itself. Never waits.
+
+        ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
+        """
+        keys = self._keys(tokens, tenant, adapter)
+        _check_range(keys, start, keys.num_tokens)
+        with self._lock:
+            self._check_open()
+            lease = self._planner.lookup(
+                keys, now_s=self._clock.monotonic(), start=start, exact=exact, session=session, owner=owner
+            )
+        return Hit(lease, start, self._release)
+
+    def session(self, session: str) -> Session:
+        """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
+        with self._lock:
+            return Session(self._planner.sessions.hints(session))
+
+    # --- moving -----------------------------------------------------------------------------------------------------
+
+    def submit_load(
+        self,
+        hit: Hit,
+        pages: KVPages | PageTable,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        priority: str = "demand",
+        deadline_s: float | None = None,
+        client: Client | None = None,
+    ) -> Job[LoadResult]:
+        """Bring tokens [start, stop) of ``hit`` into engine memory; by default all that it found.
+
+        ``deadline_s`` (seconds from now; default ``read.deadline_s``) ends the job with what is there by then.
+
+        Raises:
+            ConfigError: the range is not within the hit, or the pages do not fit it.
+            ClosedError: the cache is closed.
+        """
+        start = hit.start if start is None else start
+        stop = max(hit.num_tokens, start) if stop is None else stop
+        self._check_hit_range(hit, start, stop)
+        deadline = self._clock.monotonic() + (self.config.read.deadline_s if deadline_s is None else deadline_s)
+        memory, table = self._table(pages, start, stop)
+
+        def plan() -> Ticket:
+            return self._planner.load(
+                hit.lease, table, start=start, stop=stop, priority=_priority(priority), deadline_s=deadline
+            )
+
+        return self._submit(plan, range(start, stop), memory, client)
+
+    def submit_store(
+        self,
+        tokens: Sequence_,
+        pages: KVPages | PageTable,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+        start: int = 0,
+        derived_from: Hit | None = None,
+        durability: str = "memory",
+        session: str | None = None,
+        client: Client | None = None,
+    ) -> Job[StoreResult]:
+        """Keep the full blocks in [start, len(tokens)); what is kept or being stored already is not moved again.
+
+        ``derived_from`` is the hit that these tokens were computed on top of: they inherit its lineage.
+        ``durability`` is the level of acknowledgement: ``memory``, ``process`` (survives kill -9) or ``durable``
+        (survives a power cut); the last two write to disk for this call, whatever the write policy.
+
+        Raises:
+            ConfigError: the pages do not fit, or a word is not known.
+            ClosedError: the cache is closed.
+        """
+        keys = self._keys(tokens, tenant, adapter)
+        _check_range(keys, start, keys.num_tokens)
+        level = _durability(durability)
+        first = -(-start // keys.block_tokens) * keys.block_tokens
+        memory, table = self._table(pages, first, max(first, len(keys) * keys.block_tokens))
+        lineage = Lineage.EXACT if derived_from is None else Lineage(derived_from.lease.lineage)
+
+        def plan() -> Ticket:
+            if session is not None:
+                self._planner.sessions.used(session, keys, self._clock.monotonic())
+            return self._planner.store(keys, table, start=start, lineage=lineage, durability=level)
+
+        return self._submit(plan, range(0), memory, client)
+
+    def submit_prefetch(
+        self,
+        tokens: Sequence_,
+        *,
+        to: str = "host",
+        tenant: str = "",
+        adapter: str = "",
+        deadline_s: float | None = None,
+        client: Client | None = None,
+    ) -> Job[PrefetchResult]:
+        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use."""
+        if to != "host":
+            raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
+        keys = self._keys(tokens, tenant, adapter)
+        deadline = None if deadline_s is None else self._clock.monotonic() + deadline_s
+        return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
+
+    def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
+        """Everything stored so far reaches ``durability``."""
+        level = _durability(durability)
+        return self._submit(lambda: self._planner.flush(level), range(0), None, client)
+
+    def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
+        """``submit_flush``, waited for; TimeoutError when it takes longer than ``timeout_s``."""
+        return self.submit_flush(durability).result(timeout_s)
+
+    # --- the engine's memory ----------------------------------------------------------------------------------------
+
+    def register(self, memory: KVMemory) -> int:
+        """Make ``memory`` known on every rank for good; returns its number for page tables.
+
+        ``KVPages`` of memory that was not registered are registered for the time of each job.
+        """
+        with self._lock:
+            self._check_open()
+            return self._register(memory).memory_id
+
+    def unregister(self, memory: KVMemory) -> None:
+        """Forget ``memory`` once no job uses it."""
+        with self._lock:
+            self._unregister(memory)
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    def client(self) -> Client:
+        """A queue of one's own for finished jobs: pass it to ``submit_*``, poll it, or wait on its ``fileno``."""
+        return Client()
+
+    def set_weights_version(self, version: str) -> None:
+        """From now on KV of any other version is a miss, in every tier, at once."""
+        with self._lock:
+            self._check_open()
+            self._planner.set_weights_version(version)
+
+    def take_events(self) -> list[BlockEvent]:
+        """Blocks that came and went since the last call; the first call begins to listen."""
+        with self._lock:
+            self._planner.events.listening = True
+            return self._planner.events.take()
+
+    def stats(self) -> dict[str, float]:
+        """Counters and levels of planner and data planes; names end in their unit."""
+        with self._lock:
+            stats = self._planner.stats()
+            stats["jobs"] = len(self._jobs)
+            stats["memories"] = len(self._memories)
+        for rank, channel in enumerate(self._channels):
+            prefix = f"rank{rank}_" if len(self._channels) > 1 else ""
+            stats.update({prefix + name: value for name, value in channel.counts().items()})
+        return stats
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Write down what the write policy promised, end every job, close the tiers; True when nothing was left behind."""
+        with self._lock:
+            if self._closed:
+                return True
+        if self.config.disk.directories:
+            self._flush_at_close(timeout_s)
+        with self._lock:
+            self._closed = True
+        closed = [channel.close(timeout_s) for channel in self._channels]
+        self.pump()
+        return all(closed)
+
+    def _flush_at_close(self, timeout_s: float) -> None:
+        try:
+            result = self.flush("process", timeout_s)
+        except TimeoutError:
+            log.warning("close: the disk did not take everything within %s s; what is not on it is lost", timeout_s)
+            return
+        if not result.ok:
+            log.warning("close: some blocks could not be written to disk (%s); they are lost", result.reason)
+
+    def __enter__(self) -> TieredCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Commit what data planes report, send what follows from it, tell callers. Any thread, any time, no lock held."""
+        for _ in range(_SEND_ROUNDS):
+            with self._lock:
+                now_s = self._clock.monotonic()
+                for channel in self._channels:
+                    for message in channel.poll():
+                        self._planner.hear(message, now_s=now_s)
+                plans, jobs = self._planner.take_plans(), self._jobs_with_news()
+            self._send(plans)
+            for job in jobs:
+                job.hear()
+            if not plans:
+                return
+
+    def _submit(
+        self, plan: Callable[[], Ticket], span: range, memory: KVMemory | None, client: Client | None
+    ) -> Job[R]:
+        try:
+            with self._lock:
+                self._check_open()
+                ticket = plan()
+                job: Job[R] = Job(ticket, span, self.layout.block_tokens, self._control, client)
+                job.memory = memory
+                self._jobs[ticket.number] = job
+                plans, jobs = self._planner.take_plans(), self._jobs_with_news()
+        except BaseException:
+            if memory is not None:
+                self.unregister(memory)
+            raise
+        self._send(plans)
+        for other in jobs:
+            other.hear()
+        if plans:
+            self.pump()
+        return job
+
+    def _send(self, plans: list[Plan]) -> None:
+        if len(self._channels) == 1:
+            if plans:
+                self._channels[0].send(plans)
+            return
+        for rank, channel in enumerate(self._channels):
+            mine = [plan for plan in plans if plan.rank == rank]
+            if mine:
+                channel.send(mine)
+
+    def _jobs_with_news(self) -> list[AnyJob]:
+        jobs = []
+        for ticket in self._planner.take_finished():
+            job = self._jobs.get(ticket.number)
+            if job is None:
+                continue
+            jobs.append(job)
+            if ticket.finished:
+                del self._jobs[ticket.number]
+                if job.memory is not None:
+                    self._unregister(job.memory)
+                    job.memory = None
+        return jobs
+
+    def _cancel(self, job: AnyJob) -> None:
+        for plan_id in job.ticket.plan_ids:
+            for channel in self._channels:
+                channel.cancel(plan_id)
+
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            self._planner.release(lease)
+
+    def _root(self, tenant: str, adapter: str) -> Root:
+        return Root(self.model_id, self._planner.weights_version, adapter, tenant)
+
+    def _keys(self, tokens: Sequence_, tenant: str, adapter: str) -> Keys:
+        if isinstance(tokens, Keys):
+            return tokens
+        return self.keys(tokens, tenant=tenant, adapter=adapter)
+
+    def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable]:
+        if isinstance(pages, PageTable):
+            return None, pages
+        if not isinstance(pages, KVPages):
+            raise ConfigError(
+                f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {type(pages).__name__}"
+            )
+        pages.memory.check(pages.table, start, stop)
+        with self._lock:
+            self._check_open()
+            registered = self._register(pages.memory)
+        return pages.memory, replace(pages.table, memory_id=registered.memory_id)
+
+    def _register(self, memory: KVMemory) -> _Registered:
+        known = self._memories.get(id(memory))
+        if known is None:
+            numbers = {channel.register(memory) for channel in self._channels}
+            if len(numbers) != 1:
+                raise ConfigError(
+                    "register: the ranks disagree on the number of this memory; register in the same order"
+                )
+            known = self._memories[id(memory)] = _Registered(memory, numbers.pop())
+        known.users += 1
+        return known
+
+    def _unregister(self, memory: KVMemory) -> None:
+        known = self._memories.get(id(memory))
+        if known is None:
+            return
+        known.users -= 1
+        if not known.users:
+            del self._memories[id(memory)]
+            for channel in self._channels:
+                channel.unregister(known.memory_id)
+
+    def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
+        low = hit.lease.first_block * hit.keys.block_tokens
+        if not low <= start <= stop <= max(hit.num_tokens, start):
+            raise ConfigError(f"load [{start}, {stop}): the hit holds tokens [{low}, {hit.num_tokens})")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cache is closed; open a new one")
+
+
+class _Registered:
+    """Engine memory that jobs, or the caller, use."""
+
+    __slots__ = ("memory", "memory_id", "users")
+
+    def __init__(self, memory: KVMemory, memory_id: int) -> None:
+        self.memory = memory
+        self.memory_id = memory_id
+        self.users = 0
+
+
+def _checked_model_id(model_id: str) -> str:
+    if not isinstance(model_id, str) or not model_id:
+        raise ConfigError(
+            f"model_id = {model_id!r}: must be a non-empty string that changes whenever the model's KV would;"
+            " kvtier.model_id(model) makes one"
+        )
+    return model_id
+
+
+def _check_range(keys: Keys, start: int, stop: int) -> None:
+    if not 0 <= start <= stop:
+        raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
+
+
+def _priority(word: str) -> Priority:
+    try:
+        return {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}[word]
+    except KeyError:
+        raise ConfigError(f"priority = {word!r}: one of 'demand', 'prefetch'") from None
+
+
+def _durability(word: str) -> Durability:
+    try:
+        return {"memory": Durability.MEMORY, "process": Durability.PROCESS, "durable": Durability.DURABLE}[word]
+    except KeyError:
+        raise ConfigError(f"durability = {word!r}: one of 'memory', 'process', 'durable'") from None

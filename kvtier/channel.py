@@ -1,0 +1,87 @@
+"""Channels: how plans reach a data plane, and how its completions and reports come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvtier.core.memory import KVMemory
+from kvtier.core.plan import Message, Plan
+from kvtier.transfer import DataPlane
+
+
+class Channel(Protocol):
+    """The way to one rank. Safe to call from several threads; nothing blocks but ``close``."""
+
+    def send(self, plans: Sequence[Plan]) -> None:
+        """Begin plans of this rank."""
+
+    def cancel(self, plan_id: int) -> None:
+        """Nobody waits for ``plan_id`` any more."""
+
+    def poll(self) -> list[Message]:
+        """What came back since the last call."""
+
+    def register(self, memory: KVMemory) -> int:
+        """Number of engine memory on this rank; the same on every rank when registered in the same order."""
+
+    def unregister(self, memory_id: int) -> None:
+        """Forget engine memory."""
+
+    def part_ready(self, plan_id: int, part: int) -> bool:
+        """Whether a part of a load is in engine memory."""
+
+    def counts(self) -> dict[str, float]:
+        """Counters and levels of the rank."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop the rank; True when nothing was left behind."""
+
+
+class LocalChannel:
+    """A data plane in this process: calls, nothing is encoded. ``on_news`` runs on its threads, without a lock."""
+
+    def __init__(self, make_plane: Callable[[Callable[[], None]], DataPlane], on_news: Callable[[], None]) -> None:
+        self._on_news = on_news
+        self._open = False
+        self._plane = make_plane(self._news)
+
+    def listen(self) -> None:
+        """From now on news is passed on: its receiver is ready."""
+        self._open = True
+
+    def _news(self) -> None:
+        if self._open:
+            self._on_news()
+
+    def send(self, plans: Sequence[Plan]) -> None:
+        """Begin plans."""
+        self._plane.submit(plans)
+
+    def cancel(self, plan_id: int) -> None:
+        """Nobody waits for ``plan_id`` any more."""
+        self._plane.cancel(plan_id)
+
+    def poll(self) -> list[Message]:
+        """What came back since the last call."""
+        return self._plane.poll()
+
+    def register(self, memory: KVMemory) -> int:
+        """Number of engine memory."""
+        return self._plane.register(memory)
+
+    def unregister(self, memory_id: int) -> None:
+        """Forget engine memory."""
+        self._plane.unregister(memory_id)
+
+    def part_ready(self, plan_id: int, part: int) -> bool:
+        """Whether a part of a load is in engine memory."""
+        return self._plane.part_ready(plan_id, part)
+
+    def counts(self) -> dict[str, float]:
+        """Counters and levels of the data plane."""
+        return self._plane.counts()
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop the data plane."""
+        return self._plane.close(timeout_s)

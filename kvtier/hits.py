@@ -1,0 +1,95 @@
+"""Hits and sessions: what a lookup found, held in place, and what callers say of the future."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from kvtier.core.keys import Keys
+from kvtier.core.plan import Lineage, Tier
+from kvtier.planner import Lease
+from kvtier.planner.sessions import SessionHints
+
+
+class Hit:
+    """The longest stored prefix of a sequence, pinned until released; a context manager that releases.
+
+    Leaving ``with`` while a load of it is under way is allowed: the load holds what it needs itself.
+    """
+
+    def __init__(self, lease: Lease, start: int, release: Callable[[Lease], None]) -> None:
+        self.lease = lease
+        self.start = start
+        self._release = release
+
+    @property
+    def keys(self) -> Keys:
+        """The keys that were looked up."""
+        return self.lease.keys
+
+    @property
+    def num_tokens(self) -> int:
+        """Where the stored prefix ends: a multiple of block_tokens, less than the length of the sequence.
+
+        It counts from position 0; tokens before ``start`` are the engine's own. Not beyond ``start``: nothing found.
+        """
+        return (self.lease.first_block + self.lease.blocks) * self.keys.block_tokens
+
+    @property
+    def by_tier(self) -> dict[str, int]:
+        """Tokens found beyond ``start`` by the tier that the slowest of their groups and ranks comes from."""
+        counts = {"device": 0, "host": 0, "disk": 0}
+        tiers = self.lease.tiers.tolist()
+        for tier in (Tier.HOST, Tier.DISK):
+            counts[tier.label] = tiers.count(tier) * self.keys.block_tokens
+        if tiers:
+            counts[Tier(tiers[0]).label] -= max(0, self.start - self.lease.first_block * self.keys.block_tokens)
+        return counts
+
+    @property
+    def pending(self) -> int:
+        """Tokens right behind ``num_tokens`` that are being stored; lookup never waits for them."""
+        return self.lease.pending_blocks * self.keys.block_tokens
+
+    @property
+    def exact(self) -> bool:
+        """Whether every block is what the model computes, not derived from lossy or approximate KV."""
+        return self.lease.lineage == Lineage.EXACT
+
+    def release(self) -> None:
+        """Let go; harmless a second time."""
+        self._release(self.lease)
+
+    def __enter__(self) -> Hit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Hit({self.num_tokens} of {self.keys.num_tokens} tokens, {self.by_tier}, pending {self.pending})"
+
+
+class Session:
+    """What the caller knows of one conversation; hints are recorded and never change what is right."""
+
+    def __init__(self, hints: SessionHints) -> None:
+        self.hints = hints
+
+    def end(self) -> None:
+        """Nothing more of this session will come."""
+        self.hints.ended = True
+
+    def one_shot(self) -> None:
+        """Its blocks will not be asked for again."""
+        self.hints.one_shot = True
+
+    def expect_reuse(self, after_s: float) -> None:
+        """Its next request is expected in ``after_s`` seconds."""
+        self.hints.expected_reuse_s = after_s
+
+    def ttl(self, seconds: float) -> None:
+        """Its blocks need not be kept longer than ``seconds`` after their last use."""
+        self.hints.ttl_s = seconds

@@ -1,0 +1,246 @@
+"""Jobs: what callers hold while bytes move, and what they get when it is over."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
+
+from kvtier.core.plan import Reason, Tier
+from kvtier.errors import KVTierError
+from kvtier.planner.tickets import Outcome, Ticket, TicketKind
+from kvtier.runtime.notify import Notifier
+from kvtier.runtime.seam import Lock, Runtime
+
+if TYPE_CHECKING:
+    from kvtier.core.memory import KVMemory
+
+TIER_NAMES: Final = ("device", "host", "disk")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """Tokens [start, ok_tokens) are in engine memory.
+
+    ``by_tier`` counts them by where they came from; ``failed`` is the tokens behind them by reason (lower case), such
+    as ``{"damaged": 64}``: the caller computes them.
+    """
+
+    ok_tokens: int
+    by_tier: dict[str, int]
+    failed: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoreResult:
+    """Tokens of the full blocks in range: ``stored`` + ``existing`` + ``refused``; ``failed`` is refused by reason."""
+
+    stored: int
+    existing: int
+    refused: int
+    failed: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchResult:
+    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason."""
+
+    fetched: int
+    existing: int
+    failed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """Whether everything reached the level that was asked for; ``reason`` says why not."""
+
+    ok: bool
+    reason: str = ""
+
+
+Result: TypeAlias = LoadResult | StoreResult | PrefetchResult | FlushResult
+R = TypeVar("R", LoadResult, StoreResult, PrefetchResult, FlushResult)
+AnyJob: TypeAlias = "Job[Any]"
+
+
+class Job(Generic[R]):
+    """One load, store, prefetch or flush under way. It ends exactly once, whoever waits or does not.
+
+    Engine memory of a load stays the caller's to keep until ``done``, of a store until ``source_free``.
+    """
+
+    def __init__(
+        self, ticket: Ticket, span: range, block_tokens: int, control: JobControl, client: Client | None
+    ) -> None:
+        self.ticket = ticket
+        self.span = span  # the absolute token positions that a load covers
+        self.memory: KVMemory | None = None
+        self._block_tokens = block_tokens
+        self._control = control
+        self._client = client
+        self._result: R | None = None
+        self._source_free = False
+        self._callbacks: list[Callable[[AnyJob], object]] = []
+        self._consumed_tokens = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether ``result`` is there."""
+        return self._result is not None
+
+    @property
+    def source_free(self) -> bool:
+        """Whether the engine may use the pages of a store again; comes before ``done``."""
+        return self._source_free
+
+    def result(self, timeout_s: float | None = None) -> R:
+        """Wait for the end.
+
+        Raises:
+            TimeoutError: it has not ended in time; the job goes on.
+        """
+        self._wait(lambda: self._result is not None, timeout_s)
+        assert self._result is not None
+        return self._result
+
+    def wait_source_free(self, timeout_s: float | None = None) -> None:
+        """Wait until the engine may use the pages of a store again; TimeoutError as ``result``."""
+        self._wait(lambda: self._source_free, timeout_s)
+
+    def wait_part(self, part: int, timeout_s: float | None = None) -> int:
+        """Wait until ``part`` (its number in the layout) of a load is in engine memory; returns ok_tokens.
+
+        Raises:
+            KVTierError: a later part has fewer tokens than one that was consumed already: start over without them.
+            TimeoutError: it has not come in time.
+        """
+        del part  # whole blocks are read, so every part comes with the last one
+        result: Result = self.result(timeout_s)
+        if not isinstance(result, LoadResult):
+            raise KVTierError("wait_part: only loads have parts")
+        if result.ok_tokens < self._consumed_tokens:
+            raise KVTierError(
+                f"wait_part: only {result.ok_tokens} tokens of this part could be loaded, {self._consumed_tokens} of an"
+                f" earlier one were consumed: start over without the tokens from {result.ok_tokens} on"
+            )
+        self._consumed_tokens = result.ok_tokens
+        return result.ok_tokens
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it."""
+        self._control.cancel(self)
+
+    def part_ready(self, part: int) -> bool:
+        """Whether ``wait_part(part)`` would return at once."""
+        del part  # whole blocks are read, so every part comes with the last one
+        return self.done
+
+    def call_on_news(self, callback: Callable[[AnyJob], object], *, unless: Callable[[], bool]) -> None:
+        """Call ``callback`` once, on whichever thread brings the next news (source free, done); at once if ``unless``
+        holds already. It must not block."""
+        with self._control.lock:
+            if not unless():
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def __repr__(self) -> str:
+        state = repr(self._result) if self._result else "under way"
+        return f"Job({self.ticket.kind.name.lower()}, {state})"
+
+    # --- for the cache ----------------------------------------------------------------------------------------------
+
+    def hear(self) -> None:
+        """The ticket has news: take them over, and tell whoever waits. Called once per piece of news, without a lock."""
+        with self._control.lock:
+            self._source_free = self._source_free or self.ticket.source_free
+            ended = self.ticket.finished and self._result is None
+            if ended:
+                self._result = cast(R, _result_of(self.ticket, self.span, self._block_tokens))
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+        if ended and self._client is not None:
+            self._client.add(self)
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
+        if ready():
+            return
+        clock = self._control.runtime.clock
+        deadline = None if timeout_s is None else clock.monotonic() + timeout_s
+        while not ready():
+            event = self._control.runtime.event()
+            self.call_on_news(lambda _: event.set(), unless=ready)  # noqa: B023  each event belongs to its round
+            if not event.wait(None if deadline is None else max(0.0, deadline - clock.monotonic())) and not ready():
+                raise TimeoutError(f"{self!r} after {timeout_s} s")
+
+
+class JobControl:
+    """What jobs share with their cache."""
+
+    def __init__(self, runtime: Runtime, cancel: Callable[[AnyJob], object]) -> None:
+        self.runtime = runtime
+        self.lock: Lock = runtime.lock()
+        self.cancel = cancel
+
+
+class Client:
+    """A queue of finished jobs of one consumer; nobody else can take its jobs."""
+
+    def __init__(self) -> None:
+        self._done: deque[AnyJob] = deque()
+        self._notifier = Notifier()
+
+    def fileno(self) -> int:
+        """Readable while ``poll`` has something: for select, epoll and event loops."""
+        return self._notifier.fileno()
+
+    def poll(self) -> list[AnyJob]:
+        """Jobs that ended since the last call, in order; never blocks."""
+        self._notifier.clear()
+        done = self._done
+        return [done.popleft() for _ in range(len(done))]
+
+    def add(self, job: AnyJob) -> None:
+        """A job of this client ended."""
+        armed = not self._done
+        self._done.append(job)
+        if armed:
+            self._notifier.set()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self._notifier.close()
+
+
+def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
+    failed = _reasons(ticket, block_tokens)
+    if ticket.kind == TicketKind.FLUSH:
+        return FlushResult(not failed, next(iter(failed), ""))
+    done, existing = (ticket.count(outcome) * block_tokens for outcome in (Outcome.DONE, Outcome.EXISTING))
+    if ticket.kind == TicketKind.STORE:
+        return StoreResult(done, existing, ticket.count(Outcome.FAILED) * block_tokens, failed, ticket.moved_bytes)
+    if ticket.kind == TicketKind.PREFETCH:
+        return PrefetchResult(done, existing, failed)
+    return _load_result(ticket, span, block_tokens, failed)
+
+
+def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:
+    bad = (ticket.outcome == Outcome.FAILED).nonzero()[0]
+    good = int(bad[0]) if len(bad) else len(ticket.outcome)
+    first = ticket.first_block * block_tokens
+    by_tier = dict.fromkeys(TIER_NAMES, 0)
+    for block, tier in enumerate(ticket.tiers[:good].tolist()):
+        begin = first + block * block_tokens
+        by_tier[Tier(tier).label] += min(begin + block_tokens, span.stop) - max(begin, span.start)
+    ok_tokens = min(first + good * block_tokens, span.stop) if good else span.start
+    return LoadResult(ok_tokens, by_tier, failed, ticket.moved_bytes)
+
+
+def _reasons(ticket: Ticket, block_tokens: int) -> dict[str, int]:
+    bad = ticket.reason[ticket.outcome == Outcome.FAILED]
+    counts = Counter(bad.tolist())
+    return {Reason(reason).name.lower(): count * block_tokens for reason, count in counts.items()}

@@ -1,0 +1,229 @@
+"""CacheManager: the asyncio face of a TieredCache.
+
+Cancelling an await detaches from the job, it never frees a buffer in flight: the job goes on, and the caller keeps its
+pages until the job's ``source_free`` (store) or ``done`` (load). ``job.cancel()`` ends it early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic
+
+from kvtier.cache import TieredCache
+from kvtier.config import Config
+from kvtier.core.keys import Extra, Keys, TokenIds
+from kvtier.core.memory import KVMemory, KVPages, PageTable
+from kvtier.hits import Hit, Session
+from kvtier.jobs import FlushResult, Job, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.models.layout import KVLayout
+from kvtier.planner.events import BlockEvent
+from kvtier.runtime.seam import Machine
+
+
+class AsyncJob(Generic[R]):
+    """A job that can be awaited, any number of times, from any task of its loop."""
+
+    def __init__(self, job: Job[R], loop: asyncio.AbstractEventLoop) -> None:
+        self.job = job
+        self._loop = loop
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self.job.done
+
+    @property
+    def source_free(self) -> bool:
+        """Whether the engine may use the pages of a store again."""
+        return self.job.source_free
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it."""
+        self.job.cancel()
+
+    async def wait_source_free(self) -> None:
+        """Wait until the engine may use the pages of a store again."""
+        await self._until(lambda: self.job.source_free)
+
+    async def wait_part(self, part: int) -> int:
+        """Wait until ``part`` of a load is in engine memory; returns ok_tokens. Raises as ``Job.wait_part``."""
+        await self._until(lambda: self.job.part_ready(part))
+        return self.job.wait_part(part, 0)
+
+    def __await__(self) -> Generator[Any, None, R]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> R:
+        await self._until(lambda: self.job.done)
+        return self.job.result(0)
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            woken = self._loop.create_future()
+            self.job.call_on_news(lambda _: self._loop.call_soon_threadsafe(_wake, woken), unless=ready)
+            await woken
+
+
+class CacheManager:
+    """The verbs of ``TieredCache`` for asyncio: ``async with``, ``await``. Lookups are plain calls, they never wait."""
+
+    def __init__(
+        self,
+        config: Config | str | dict[str, Any],
+        layout: KVLayout,
+        model_id: str,
+        *,
+        weights_version: str = "",
+        machine: Machine | None = None,
+    ) -> None:
+        """What ``TieredCache`` takes; the tiers are opened by ``async with``, or by the first use of ``core``."""
+        self._open = partial(TieredCache, config, layout, model_id, weights_version=weights_version, machine=machine)
+        self._core: TieredCache | None = None
+
+    @property
+    def core(self) -> TieredCache:
+        """The thread-safe cache underneath, for synchronous code."""
+        if self._core is None:
+            self._core = self._open()
+        return self._core
+
+    async def __aenter__(self) -> CacheManager:
+        if self._core is None:
+            self._core = await asyncio.to_thread(self._open)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self, timeout_s: float = 30.0) -> bool:
+        """Close the cache; True when nothing was left behind."""
+        if self._core is None:
+            return True
+        return await asyncio.shield(asyncio.to_thread(self._core.close, timeout_s))
+
+    def keys(self, tokens: TokenIds, *, tenant: str = "", adapter: str = "", extra: Iterable[Extra] = ()) -> Keys:
+        """As ``TieredCache.keys``."""
+        return self.core.keys(tokens, tenant=tenant, adapter=adapter, extra=extra)
+
+    def foreign_keys(
+        self,
+        raw_keys: Sequence[bytes],
+        *,
+        engine: str,
+        tenant: str = "",
+        adapter: str = "",
+        chained: bool = True,
+        num_tokens: int | None = None,
+    ) -> Keys:
+        """As ``TieredCache.foreign_keys``."""
+        return self.core.foreign_keys(
+            raw_keys, engine=engine, tenant=tenant, adapter=adapter, chained=chained, num_tokens=num_tokens
+        )
+
+    def match(
+        self, tokens: TokenIds | Keys, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False
+    ) -> int:
+        """As ``TieredCache.match``."""
+        return self.core.match(tokens, tenant=tenant, adapter=adapter, start=start, exact=exact)
+
+    def lookup(
+        self,
+        tokens: TokenIds | Keys,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+        start: int = 0,
+        exact: bool = False,
+        session: str | None = None,
+        owner: Hashable | None = None,
+    ) -> Hit:
+        """As ``TieredCache.lookup``."""
+        return self.core.lookup(
+            tokens, tenant=tenant, adapter=adapter, start=start, exact=exact, session=session, owner=owner
+        )
+
+    def load(
+        self,
+        hit: Hit,
+        pages: KVPages | PageTable,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        priority: str = "demand",
+        deadline_s: float | None = None,
+    ) -> AsyncJob[LoadResult]:
+        """As ``TieredCache.submit_load``: the job to be awaited, or waited for part by part."""
+        return self._job(
+            self.core.submit_load(hit, pages, start=start, stop=stop, priority=priority, deadline_s=deadline_s)
+        )
+
+    def store(
+        self,
+        tokens: TokenIds | Keys,
+        pages: KVPages | PageTable,
+        *,
+        tenant: str = "",
+        adapter: str = "",
+        start: int = 0,
+        derived_from: Hit | None = None,
+        durability: str = "memory",
+        session: str | None = None,
+    ) -> AsyncJob[StoreResult]:
+        """As ``TieredCache.submit_store``."""
+        return self._job(
+            self.core.submit_store(
+                tokens, pages, tenant=tenant, adapter=adapter, start=start, derived_from=derived_from,
+                durability=durability, session=session,
+            )
+        )  # fmt: skip
+
+    def prefetch(
+        self,
+        tokens: TokenIds | Keys,
+        *,
+        to: str = "host",
+        tenant: str = "",
+        adapter: str = "",
+        deadline_s: float | None = None,
+    ) -> AsyncJob[PrefetchResult]:
+        """As ``TieredCache.submit_prefetch``."""
+        return self._job(
+            self.core.submit_prefetch(tokens, to=to, tenant=tenant, adapter=adapter, deadline_s=deadline_s)
+        )
+
+    def flush(self, durability: str = "process") -> AsyncJob[FlushResult]:
+        """As ``TieredCache.submit_flush``."""
+        return self._job(self.core.submit_flush(durability))
+
+    def register(self, memory: KVMemory) -> int:
+        """As ``TieredCache.register``."""
+        return self.core.register(memory)
+
+    def session(self, session: str) -> Session:
+        """As ``TieredCache.session``."""
+        return self.core.session(session)
+
+    def set_weights_version(self, version: str) -> None:
+        """As ``TieredCache.set_weights_version``."""
+        self.core.set_weights_version(version)
+
+    def take_events(self) -> list[BlockEvent]:
+        """As ``TieredCache.take_events``."""
+        return self.core.take_events()
+
+    def stats(self) -> dict[str, float]:
+        """As ``TieredCache.stats``."""
+        return self.core.stats()
+
+    def _job(self, job: Job[R]) -> AsyncJob[R]:
+        return AsyncJob(job, asyncio.get_running_loop())
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,352 @@
+"""The last step of every journey: what data planes report becomes published state, and follow-ups are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.plan import (
+    PAGE_BYTES,
+    Completion,
+    DiskState,
+    Hello,
+    Lineage,
+    Lost,
+    PlanKind,
+    Priority,
+    Reason,
+    Recovered,
+    Table,
+    Tier,
+)
+from kvtier.index.entries import MISSING, EntryRows, Mask
+from kvtier.planner.hops import Hop
+from kvtier.planner.journeys import Journeys
+from kvtier.planner.state import ControlState
+from kvtier.planner.tickets import Ticket
+
+_SEGMENTS_LOOKED_AT: Final = 16
+
+
+class Commits:
+    """Takes completions and reports in."""
+
+    def __init__(self, state: ControlState, journeys: Journeys) -> None:
+        """Tickets go on through ``journeys``."""
+        self._state = state
+        self._journeys = journeys
+        self._orphans: dict[int, bytes] = {}
+        self._settle = {
+            PlanKind.STORE: self._settle_store,
+            PlanKind.LOAD: self._settle_load,
+            PlanKind.FETCH: self._settle_load,
+            PlanKind.SPILL: self._settle_spill,
+            PlanKind.SYNC: self._settle_sync,
+            PlanKind.RECLAIM: self._settle_reclaim,
+        }
+
+    # --- completions ------------------------------------------------------------------------------------------------
+
+    def complete(self, completion: Completion) -> None:
+        """One rank says how (part of) a plan ended; answers to plans that are over are passed over."""
+        state, rank = self._state, completion.rank
+        hop = state.hops.get(completion.plan_id)
+        if hop is None or not hop.finals_left >> rank & 1 or completion.incarnation != state.incarnations[rank]:
+            return
+        state.host.free(hop.take(completion))
+        if completion.final:
+            state.host.free(hop.end(rank))
+        elif completion.source_free:
+            hop.sources_left &= ~(1 << rank)
+        self._go_on(hop)
+
+    def _go_on(self, hop: Hop) -> None:
+        """Settle once every rank has answered; let go once every rank has said its last word."""
+        state, ticket = self._state, hop.ticket
+        if ticket and not hop.sources_left and not ticket.source_free and hop.kind == PlanKind.STORE:
+            ticket.source_free = True
+            state.news.append(ticket)
+        if not hop.settled and (hop.answered if len(hop.entries) else not hop.finals_left):
+            hop.settled = True
+            self._settle[hop.kind](hop)
+        if not hop.finals_left:
+            del state.hops[hop.plan_id]
+            state.unpinned(state.index.unpin(hop.entries))
+
+    # --- settling ---------------------------------------------------------------------------------------------------
+
+    def _settle_store(self, hop: Hop) -> None:
+        state = self._state
+        if hop.version != state.version:
+            hop.fail_all(Reason.RETIRED)
+        for entry in hop.entries.tolist():
+            state.storing.pop(entry, None)
+        complete = self._land(hop, ~hop.failed)
+        if state.config.policy.write == "write_through":
+            for entry in complete.tolist():
+                state.disk.enqueue(entry)
+        self._pass_on(hop)
+
+    def _settle_load(self, hop: Hop) -> None:
+        if hop.version != self._state.version:
+            hop.fail_all(Reason.RETIRED)
+        if hop.targets:
+            self._land(hop, ~hop.failed)
+        self._pass_on(hop)
+
+    def _settle_spill(self, hop: Hop) -> None:
+        state = self._state
+        state.disk.in_flight_bytes -= hop.nbytes
+        rows = np.flatnonzero(~hop.failed)
+        written = hop.entries[rows]
+        complete = written[:0]
+        for rank in hop.answers:
+            a = hop.answers[rank][rows]
+            complete = state.index.add_disk(rank, written, a["segment"], a["page"], a["pages"], a["generation"])
+        state.tell("stored", complete, Tier.DISK)
+        state.counts["spilled_bytes"] += sum(int(a["moved_bytes"].sum()) for a in hop.answers.values())
+        reasons = hop.reason.tolist()
+        for row, entry in enumerate(hop.entries.tolist()):
+            state.disk.write_ended(entry, written=not hop.failed[row])
+            self._advance(state.row_ended(entry, Reason(reasons[row])))
+
+    def _settle_sync(self, hop: Hop) -> None:
+        ticket = hop.ticket
+        if ticket is None:
+            return
+        if hop.failed.any():
+            ticket.fail_from(ticket.first_block, Reason(int(hop.reason[0])))
+        ticket.waits -= 1
+        self._journeys.advance(ticket)
+
+    def _settle_reclaim(self, hop: Hop) -> None:
+        for rank in hop.answers:
+            disk = self._state.disk.ranks[rank]
+            disk.reclaiming.discard(hop.segment)
+            disk.reclaims_wanted -= 1
+        self._state.counts["reclaimed_segments"] += 1
+
+    def _land(self, hop: Hop, good: Mask) -> EntryRows:
+        """Publish the copies that landed in host memory on every rank, free the others; returns what is complete."""
+        state, index = self._state, self._state.index
+        fresh = good & (index.host_ranks[hop.entries] == 0)
+        for rank in hop.answers:
+            fresh &= hop.landed(rank, Tier.HOST)
+        rows = np.flatnonzero(fresh).astype(np.int32)
+        complete = hop.entries[:0]
+        for rank in hop.answers:
+            stray = np.flatnonzero(hop.landed(rank, Tier.HOST) & ~fresh)
+            answers = hop.answers[rank][stray]
+            state.host.free(
+                (rank, page, n) for page, n in zip(answers["page"].tolist(), answers["pages"].tolist(), strict=True)
+            )
+            complete = state.host.publish(hop, rank, rows)
+        state.host.admit(complete)
+        state.tell("stored", complete, Tier.HOST)
+        return complete
+
+    def _pass_on(self, hop: Hop) -> None:
+        """Tell the ticket of ``hop`` and those that joined it how its rows ended."""
+        bad = np.flatnonzero(hop.failed[: len(hop.entries)])
+        ticket = hop.ticket
+        if ticket is not None:
+            for row in bad.tolist():
+                ticket.fail(int(hop.blocks[row]), int(hop.reason[row]))
+            ticket.moved_bytes += sum(int(a["moved_bytes"].sum()) for a in hop.answers.values())
+            ticket.waits -= 1
+            self._journeys.advance(ticket)
+        for join in hop.joins:
+            for row, block in zip(join.rows.tolist(), join.blocks.tolist(), strict=True):
+                if hop.failed[row]:
+                    join.ticket.fail(block, int(hop.reason[row]))
+            join.ticket.waits -= 1
+            self._journeys.advance(join.ticket)
+
+    def _advance(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            self._journeys.advance(ticket)
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def attach(self, hello: Hello) -> None:
+        """A data plane is there; if its rank was there before, all that the old life held is void."""
+        state = self._state
+        if hello.rank in state.incarnations:
+            self._void(hello.rank)
+        state.incarnations[hello.rank] = hello.incarnation
+        state.host.attach(hello.rank, hello.host_pages)
+        state.disk.attach(hello)
+        if hello.disk_bytes:
+            state.recovering.add(hello.rank)
+
+    def _void(self, rank: int) -> None:
+        state, index = self._state, self._state.index
+        state.incarnations[rank] = -1
+        for hop in [hop for hop in state.hops.values() if hop.finals_left >> rank & 1]:
+            hop.void(rank)
+            self._go_on(hop)
+        bit = np.uint32(1 << rank)
+        touched = slice(0, index.table.touched)
+        here = np.flatnonzero((index.host_ranks[touched] | index.disk_ranks[touched]) & bit).astype(np.int32)
+        for entry in here[(index.host_ranks[here] & bit) != 0].tolist():
+            state.host.drop(entry)
+        index.drop_disk(rank, here)
+        state.left(here, Tier.HOST)
+
+    def recovered(self, report: Recovered) -> None:
+        """Blocks that an earlier life left on disk: exact ones first, then the highest sequence wins."""
+        state = self._state
+        for group in np.unique(report.rows["group"]).tolist():
+            rows = report.rows[report.rows["group"] == group]
+            self._recover_group(report.rank, group, _winners(rows))
+        if report.final:
+            self._link_orphans()
+            state.recovering.discard(report.rank)
+
+    def _recover_group(self, rank: int, group: int, rows: Table) -> None:
+        state, index = self._state, self._state.index
+        keys = np.ascontiguousarray(rows["key"])
+        entries = index.table.find(keys, group)
+        known = entries >= 0
+        worse = known & (index.lineage[entries] == Lineage.EXACT) & (rows["lineage"] != Lineage.EXACT)
+        worse &= (index.disk_ranks[entries] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
+        missing = np.flatnonzero(~known)[: index.table.free]
+        entries[missing] = index.add(
+            keys[missing], group, depths=rows["depth"][missing], tokens=rows["tokens"][missing],
+            lineage=rows["lineage"][missing],
+        )  # fmt: skip
+        keep = np.flatnonzero((entries >= 0) & ~worse)
+        rows, entries = rows[keep], entries[keep]
+        complete = index.add_disk(rank, entries, rows["segment"], rows["page"], rows["pages"], rows["generation"])
+        state.tell("stored", complete, Tier.DISK)
+        orphans = entries[(index.parent[entries] == MISSING) & (rows["depth"] > 0)]
+        parents = rows["parent"][(index.parent[entries] == MISSING) & (rows["depth"] > 0)]
+        for entry, parent in zip(orphans.tolist(), parents, strict=True):
+            self._orphans[entry] = parent.tobytes()
+
+    def _link_orphans(self) -> None:
+        index = self._state.index
+        for entry, key in self._orphans.items():
+            if index.linked[entry] and index.parent[entry] == MISSING:
+                parent = index.table.find_one(key, int(index.table.groups[entry]))
+                if parent >= 0:
+                    index.link(np.array([entry], np.int32), np.array([parent], np.int32))
+        self._orphans.clear()
+
+    def lost(self, report: Lost) -> None:
+        """Copies that turned out damaged or gone; newer copies at other places stay."""
+        state, index, rank = self._state, self._state.index, report.rank
+        for row in report.rows:
+            entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
+            if entry < 0:
+                continue
+            if row["tier"] == Tier.HOST and index.host_ranks[entry] >> rank & 1:
+                if index.host_page[rank, entry] == row["page"]:
+                    state.host.drop(entry)
+                    state.left(np.array([entry], np.int32), Tier.HOST)
+            elif row["tier"] == Tier.DISK and index.disk_ranks[entry] >> rank & 1:
+                place = (
+                    index.disk_segment[rank, entry],
+                    index.disk_page[rank, entry],
+                    index.disk_generation[rank, entry],
+                )
+                if place == (row["segment"], row["page"], row["generation"]):
+                    index.drop_disk(rank, np.array([entry], np.int32))
+                    state.left(np.array([entry], np.int32), Tier.DISK)
+            state.counts["lost_copies"] += 1
+
+    def disk_state(self, report: DiskState) -> None:
+        """How a directory is; one that cannot be used any more loses all its copies."""
+        state, disk = self._state, self._state.disk.ranks[report.rank]
+        was_usable = disk.usable
+        state.disk.update(report)
+        if was_usable and not report.usable:
+            bit = np.uint32(1 << report.rank)
+            touched = state.index.disk_ranks[: state.index.table.touched]
+            entries = np.flatnonzero(touched & bit).astype(np.int32)
+            state.index.drop_disk(report.rank, entries)
+            state.left(entries, Tier.DISK)
+            disk.sealed.clear()
+
+    # --- follow-ups -------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Plan what nobody asked for: spills over the watermark, queued writes, reclaims."""
+        if self._state.host.used_fraction > self._state.config.host.high_watermark:
+            self._spill_to_low_watermark()
+        if self._state.disk.backlog:
+            self._write()
+        for rank, disk in self._state.disk.ranks.items():
+            while disk.reclaims_wanted > len(disk.reclaiming) and self._reclaim(rank):
+                pass
+
+    def _spill_to_low_watermark(self) -> None:
+        """Free what is on disk already, the least worth keeping first; if that is too little, queue the rest for it."""
+        state, low = self._state, self._state.config.host.low_watermark
+        free_pages = max(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
+        state.host.make_room(free_pages, state.may_go)
+        surplus = free_pages - min(space.free_pages for space in state.host.spaces.values())
+        if not state.disk.usable:
+            return
+        for entry in state.host.candidates():
+            if surplus <= 0:
+                break
+            if not state.index.pins[entry] and not state.may_go(entry):
+                surplus -= int(state.index.host_pages[0, entry])
+                state.disk.enqueue(entry)
+
+    def _write(self) -> None:
+        state = self._state
+        nbytes = max(state.layout.record_pages) * PAGE_BYTES
+        while entries := state.disk.next_writes(nbytes):
+            wanted = np.array(entries, np.int32)
+            wanted = (
+                wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
+            )
+            going = set(wanted.tolist())
+            for entry in entries:
+                if entry not in going:
+                    done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
+                    state.disk.write_ended(entry, written=done)
+                    self._advance(state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE))
+            if going:
+                self._send_write(wanted, nbytes)
+
+    def _send_write(self, entries: EntryRows, nbytes: int) -> None:
+        state = self._state
+        ranks = int(state.index.all_ranks)
+        blocks = state.index.depth[entries]
+        hop = Hop(state.next_number(), PlanKind.SPILL, entries, blocks, ranks, state.version)
+        hop.nbytes = nbytes * len(entries)
+        state.disk.in_flight_bytes += hop.nbytes
+        state.send(hop, priority=Priority.SPILL, chain=state.config.disk.codec)
+
+    def _reclaim(self, rank: int) -> bool:
+        """Unpublish the oldest sealed segment of ``rank`` that nobody reads, and ask for it to be made clean."""
+        state, index, disk = self._state, self._state.index, self._state.disk.ranks[rank]
+        looked_at = [item for item, _ in zip(disk.sealed.items(), range(_SEGMENTS_LOOKED_AT), strict=False)]
+        for segment, generation in looked_at:
+            entries = index.in_segment(rank, segment, generation)
+            if index.pins[entries].any():
+                continue
+            del disk.sealed[segment]
+            disk.reclaiming.add(segment)
+            index.drop_disk(rank, entries)
+            state.left(entries, Tier.DISK)
+            nothing = np.empty(0, np.int32)
+            hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
+            hop.segment, hop.generation = segment, generation
+            state.send(hop, priority=Priority.SPILL)
+            return True
+        return False
+
+
+def _winners(rows: Table) -> Table:
+    """One row per key: exact lineage before approximate, then the highest sequence."""
+    order = np.lexsort((-rows["sequence"], rows["lineage"]))
+    keys = np.ascontiguousarray(rows["key"][order]).view("V32").reshape(-1)
+    _, first = np.unique(keys, return_index=True)
+    winners: Table = rows[np.sort(order[first])]
+    return winners

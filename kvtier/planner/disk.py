@@ -1,0 +1,95 @@
+"""The disk tier as control sees it: whether it can be used, what waits to be written, which segment goes next."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from kvtier.core.plan import DiskState, Hello
+
+
+@dataclass(slots=True)
+class RankDisk:
+    """One rank's directory. ``sealed`` maps segment to generation, oldest first."""
+
+    capacity_bytes: int
+    segment_bytes: int
+    usable: bool = False
+    reason: str = "no disk tier"
+    clean_segments: int = 0
+    reclaims_wanted: int = 0
+    reclaiming: set[int] = field(default_factory=set)
+    sealed: OrderedDict[int, int] = field(default_factory=OrderedDict)
+
+
+class DiskBook:
+    """The directories of all ranks, and the queue of entries that have to be written."""
+
+    def __init__(self, write_budget_bytes: int) -> None:
+        """At most ``write_budget_bytes`` are in flight to one rank's disk."""
+        self.ranks: dict[int, RankDisk] = {}
+        self.in_flight_bytes = 0
+        self.write_budget_bytes = write_budget_bytes
+        self._queue: deque[int] = deque()
+        self._queued: set[int] = set()
+        self._refused: set[int] = set()
+
+    def attach(self, hello: Hello) -> None:
+        """Rank ``hello.rank`` brings a directory, or none (``disk_bytes`` 0)."""
+        usable = hello.disk_bytes > 0
+        self.ranks[hello.rank] = RankDisk(
+            hello.disk_bytes, hello.segment_bytes, usable, "" if usable else "no disk tier"
+        )
+
+    def update(self, state: DiskState) -> None:
+        """What a data plane says of its directory."""
+        disk = self.ranks[state.rank]
+        disk.usable, disk.reason = state.usable, state.reason
+        disk.clean_segments, disk.reclaims_wanted = state.clean_segments, state.reclaims_wanted
+        for segment, generation in state.sealed.tolist():
+            disk.sealed[segment] = generation
+
+    @property
+    def usable(self) -> bool:
+        """Whether every rank can write to its disk."""
+        return bool(self.ranks) and all(disk.usable for disk in self.ranks.values())
+
+    def enqueue(self, entry: int, *, first: bool = False) -> None:
+        """``entry`` must reach the disk; ``first`` when somebody waits for it. Once in the queue it stays there once."""
+        if entry in self._queued:
+            return
+        self._queued.add(entry)
+        if first:
+            self._queue.appendleft(entry)
+        else:
+            self._queue.append(entry)
+
+    def next_writes(self, nbytes: int) -> list[int]:
+        """Take entries for one plan of writes: as many as the budget allows, at ``nbytes`` each."""
+        room = max(0, self.write_budget_bytes - self.in_flight_bytes) // max(1, nbytes)
+        if not self.in_flight_bytes:
+            room = max(1, room)  # one block larger than the budget must still get through
+        return [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+
+    def awaits_write(self, entry: int) -> bool:
+        """Whether ``entry`` is queued for the disk or on its way."""
+        return entry in self._queued
+
+    def write_ended(self, entry: int, *, written: bool) -> None:
+        """The write of ``entry`` ended; one that failed is not tried again while the entry lives."""
+        self._queued.discard(entry)
+        if not written:
+            self._refused.add(entry)
+
+    def was_refused(self, entry: int) -> bool:
+        """Whether the disk would not take ``entry``."""
+        return entry in self._refused
+
+    def forget(self, entry: int) -> None:
+        """``entry`` lost its host copies: there is nothing to write any more."""
+        self._refused.discard(entry)
+
+    @property
+    def backlog(self) -> int:
+        """Entries that wait for the disk or are on their way."""
+        return len(self._queued)

@@ -1,0 +1,149 @@
+"""The host tier as control sees it: room per rank, the order in which blocks go, and what may go at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.plan import NOWHERE
+from kvtier.index.entries import EntryRows, Index
+from kvtier.index.space import Space
+from kvtier.planner.hops import Extent, Hop, Ints, Targets
+from kvtier.policy import EvictionPolicy
+
+_SCAN_LIMIT: Final = 4096
+
+
+class HostBook:
+    """Extents of all ranks and the eviction order; every copy that it drops is told to ``on_evict``."""
+
+    def __init__(
+        self, index: Index, policy: EvictionPolicy, record_pages: Sequence[int], on_evict: Callable[[int], None]
+    ) -> None:
+        """``record_pages`` is the worst-case length of a record per group; ``on_evict`` hears what was evicted."""
+        self._on_evict = on_evict
+        self.spaces: dict[int, Space] = {}
+        self.evicted = 0
+        self._index = index
+        self._policy = policy
+        self._record_pages = tuple(record_pages)
+        self._deferred: dict[int, list[Extent]] = {}
+
+    def attach(self, rank: int, host_pages: int) -> None:
+        """Rank ``rank`` brings an empty arena of ``host_pages``."""
+        self.spaces[rank] = Space(host_pages)
+
+    @property
+    def used_fraction(self) -> float:
+        """Share of the fullest arena that is taken."""
+        return max((s.used_pages / s.capacity_pages for s in self.spaces.values() if s.capacity_pages), default=0.0)
+
+    def reserve(self, group: int, count: int, may_go: Callable[[int], bool]) -> tuple[int, dict[int, list[int]]]:
+        """Room for ``count`` records of ``group`` on every rank, evicting what ``may_go`` where there is too little.
+
+        Returns how many fit, and per rank the first pages of exactly those.
+        """
+        pages = self._record_pages[group]
+        taken = self._take(pages, count)
+        fit = min(map(len, taken.values()), default=0)
+        if fit < count and self.make_room(pages * (count - fit), may_go):
+            more = self._take(pages, count, taken)
+            fit = min(map(len, more.values()))
+        for rank, starts in taken.items():
+            self.free((rank, start, pages) for start in starts[fit:])
+        return fit, {rank: starts[:fit] for rank, starts in taken.items()}
+
+    def make_room(self, pages: int, may_go: Callable[[int], bool]) -> int:
+        """Evict the least worth keeping until every rank has ``pages`` free; returns how many entries went."""
+        gone = 0
+        for scanned, entry in enumerate(self.leaves()):
+            if scanned >= _SCAN_LIMIT + 4 * gone or all(s.free_pages >= pages for s in self.spaces.values()):
+                break
+            if may_go(entry):
+                self.evict(entry)
+                gone += 1
+        return gone
+
+    def leaves(self) -> Iterator[int]:
+        """Unpinned entries that no block in host memory extends, the least worth keeping first.
+
+        The caller may evict the one it was just given: a parent that was passed over because of it comes next.
+        """
+        passed: set[int] = set()
+        for entry in self._policy.candidates():
+            while True:
+                if self._index.pins[entry] or self._index.host_children[entry]:
+                    passed.add(entry)
+                    break
+                parent = int(self._index.parent[entry])
+                yield entry
+                if parent not in passed:
+                    break
+                passed.discard(parent)
+                entry = parent
+
+    def candidates(self) -> Iterable[int]:
+        """Entries in host memory from the least to the most worth keeping."""
+        return self._policy.candidates()
+
+    def evict(self, entry: int) -> None:
+        """Free the host copies of an unpinned entry."""
+        self.evicted += 1
+        self.drop(entry)
+        self._on_evict(entry)
+
+    def drop(self, entry: int) -> None:
+        """Forget the host copies of ``entry``; their room is free once nobody holds the entry."""
+        if int(self._index.host_ranks[entry]) == int(self._index.all_ranks):
+            self._policy.remove(entry)
+        extents = self._index.drop_host(entry)
+        if self._index.pins[entry]:
+            self._deferred.setdefault(entry, []).extend(extents)
+        else:
+            self.free(extents)
+
+    def unpinned(self, entries: EntryRows) -> None:
+        """Nobody holds ``entries`` any more: room that waited for that is free."""
+        if self._deferred:
+            for entry in entries.tolist():
+                self.free(self._deferred.pop(entry, ()))
+
+    def publish(self, hop: Hop, rank: int, rows: Ints) -> EntryRows:
+        """Rows of ``hop`` landed on ``rank``; returns the entries that are complete in host memory by that."""
+        answers = hop.answers[rank][rows]
+        return self._index.add_host(rank, hop.entries[rows], answers["page"], answers["pages"])
+
+    def admit(self, entries: EntryRows) -> None:
+        """Entries that are now complete in host memory, in prefix order."""
+        self._policy.insert(entries)
+
+    def touch(self, entries: EntryRows) -> None:
+        """Entries that were used together, in prefix order; those not in host memory are passed over."""
+        here = entries[self._index.on_host(entries)]
+        self._policy.touch(here)
+
+    def free(self, extents: Iterable[Extent]) -> None:
+        """Room that nobody uses any more."""
+        for rank, page, pages in extents:
+            self.spaces[rank].give_back(page, pages)
+
+    def __len__(self) -> int:
+        """Entries in host memory."""
+        return len(self._policy)
+
+    def _take(self, pages: int, count: int, taken: dict[int, list[int]] | None = None) -> dict[int, list[int]]:
+        taken = {rank: [] for rank in self.spaces} if taken is None else taken
+        for rank, space in self.spaces.items():
+            taken[rank] += space.take_many(pages, count - len(taken[rank]))
+        return taken
+
+
+def targets_of(starts: Sequence[int], rows: Ints, count: int, pages: int) -> Targets:
+    """Reserved extents for ``rows`` of a hop of ``count`` rows, all ``pages`` long."""
+    page = np.full(count, NOWHERE, np.int32)
+    length = np.zeros(count, np.int32)
+    page[rows] = starts
+    length[rows] = pages
+    return Targets(page, length)

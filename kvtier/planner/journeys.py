@@ -1,0 +1,306 @@
+"""The first step of every journey: from a wish to plans in the outbox and a ticket to wait for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtier.core.keys import Keys
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import Lineage, PlanKind, Priority, Reason, Tier
+from kvtier.index.entries import MISSING, EntryRows
+from kvtier.planner.hops import Hop, Ints, Join, Targets
+from kvtier.planner.host import targets_of
+from kvtier.planner.leases import Lease
+from kvtier.planner.state import ControlState
+from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+
+
+@dataclass(slots=True, eq=False)
+class _NewRows:
+    """What one group of a store adds: entries, their blocks, and the reserved extents per rank."""
+
+    entries: EntryRows
+    blocks: Ints
+    starts: dict[int, list[int]]
+    pages: int
+
+
+class Journeys:
+    """Plans loads, stores, prefetches and flushes."""
+
+    def __init__(self, state: ControlState) -> None:
+        """Everything is kept in ``state``."""
+        self._state = state
+
+    # --- load -------------------------------------------------------------------------------------------------------
+
+    def load(
+        self, lease: Lease, pages: PageTable, start: int, stop: int, priority: Priority, deadline_s: float | None
+    ) -> Ticket:
+        """Bring tokens [start, stop) of ``lease`` into engine pages, promoting what is only on disk."""
+        state, size = self._state, lease.keys.block_tokens
+        first, last = start // size, -(-stop // size)
+        ticket = state.new_ticket(TicketKind.LOAD, first, last - first)
+        if lease.released or lease.keys.root.weights_version != state.version:
+            ticket.fail_from(first, Reason.GONE if lease.released else Reason.RETIRED)
+            return self.advance(ticket)
+        cut = slice(first - lease.first_block, last - lease.first_block)
+        groups = [entries[cut] for entries in lease.groups]
+        for entries in groups:
+            ticket.tiers = np.maximum(ticket.tiers, np.where(state.index.on_host(entries), Tier.HOST, Tier.DISK))
+        hop = self._hop(PlanKind.LOAD, groups, first, ticket)
+        if state.config.read.promote:
+            self._target(hop)
+        if len(hop.entries):
+            state.send(hop, priority=priority, pages=pages, start=start, stop=stop, deadline_s=deadline_s)
+        return self.advance(ticket)
+
+    def prefetch(self, keys: Keys, deadline_s: float | None) -> Ticket:
+        """Bring the blocks of the longest stored prefix that are only on disk into host memory."""
+        state = self._state
+        stale = keys.root.weights_version != state.version
+        wanted = keys.rows()[: 0 if stale else len(keys)]
+        groups = [state.index.prefix(wanted, group, exact=False) for group in range(len(state.layout.groups))]
+        blocks = min(map(len, groups))
+        ticket = state.new_ticket(TicketKind.PREFETCH, 0, blocks)
+        hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
+        elsewhere = state.index.host_ranks[hop.entries] == 0
+        ticket.outcome[hop.blocks[~elsewhere]] = Outcome.EXISTING
+        ticket.outcome[hop.blocks[elsewhere]] = Outcome.WAITING
+        hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, ticket)
+        placed = self._target(hop)
+        for block in hop.blocks[~placed].tolist():
+            ticket.fail(block, Reason.REFUSED)
+        if placed.any():
+            state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=deadline_s)
+        return self.advance(ticket)
+
+    # --- store ------------------------------------------------------------------------------------------------------
+
+    def store(self, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> Ticket:
+        """Keep the full blocks of ``keys`` from ``start`` on: new ones are gathered, pending ones are joined."""
+        state = self._state
+        first = -(-start // keys.block_tokens)
+        ticket = state.new_ticket(TicketKind.STORE, first, max(0, len(keys) - first))
+        ticket.durability = durability
+        if keys.root.weights_version != state.version or not state.attached:
+            ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
+            return self.advance(ticket)
+        new: list[_NewRows] = []
+        held: list[tuple[EntryRows, Ints]] = []
+        for group in range(len(state.layout.groups)):
+            entries = state.index.table.find(keys.rows()[first:], group)
+            entries = self._superseded(entries, lineage)
+            kept = (entries >= 0) & state.index.readable(entries)
+            state.host.touch(entries[kept])
+            self._join(ticket, entries, first)
+            new.append(self._add(keys, group, first, entries, kept, lineage, ticket))
+            held.append((entries, np.arange(first, first + len(entries), dtype=np.int32)))
+        if durability > Durability.MEMORY:
+            self._hold(ticket, held)
+        self._send_store(ticket, keys, new, pages, start)
+        ticket.outcome[(ticket.outcome == Outcome.WAITING) & ~self._moving(ticket, new)] = Outcome.EXISTING
+        return self.advance(ticket)
+
+    def _superseded(self, entries: EntryRows, lineage: Lineage) -> EntryRows:
+        """Exact content takes the place of approximate content; whoever holds the old one may finish with it."""
+        index = self._state.index
+        if lineage != Lineage.EXACT or not len(entries):
+            return entries
+        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT) & index.readable(entries)
+        for at in np.flatnonzero(worse).tolist():
+            entry = int(entries[at])
+            index.unlink(entry)
+            self._drop_copies(entry)
+            entries[at] = MISSING
+        return entries
+
+    def _drop_copies(self, entry: int) -> None:
+        state = self._state
+        if state.index.host_ranks[entry]:
+            state.host.drop(entry)
+        for rank in range(state.index.ranks):
+            state.index.drop_disk(rank, np.array([entry], np.int32))
+        state.index.release(entry)
+
+    def _join(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
+        storing = self._state.storing
+        if not storing:
+            return
+        joined: dict[int, list[tuple[int, int]]] = {}
+        for at, entry in enumerate(entries.tolist()):
+            hop = storing.get(entry)
+            if hop is not None:
+                joined.setdefault(hop.plan_id, []).append((entry, first + at))
+        for plan_id, pairs in joined.items():
+            hop = self._state.hops[plan_id]
+            row_of = {entry: row for row, entry in enumerate(hop.entries.tolist())}
+            rows = np.array([row_of[entry] for entry, _ in pairs], np.int32)
+            hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
+            ticket.waits += 1
+
+    def _add(
+        self,
+        keys: Keys,
+        group: int,
+        first: int,
+        entries: EntryRows,
+        kept: np.ndarray[tuple[int], np.dtype[np.bool_]],
+        lineage: Lineage,
+        ticket: Ticket,
+    ) -> _NewRows:
+        """Reserve room for, and make entries of, the blocks that nobody keeps or is storing; fills ``entries`` in."""
+        state, index = self._state, self._state.index
+        wanted = np.flatnonzero(~kept)
+        if state.storing:
+            wanted = wanted[[int(entry) not in state.storing for entry in entries[wanted]]]
+        # What is kept already must not be evicted to make room for what extends it.
+        shield = entries[entries >= 0]
+        index.pin(shield)
+        fit, starts = state.host.reserve(group, min(len(wanted), index.table.free), state.may_go)
+        state.unpinned(index.unpin(shield))
+        for at in wanted[fit:].tolist():
+            ticket.fail(first + at, Reason.REFUSED)
+        wanted = wanted[:fit]
+        missing = wanted[entries[wanted] == MISSING]
+        if len(missing):
+            depths = (first + missing).astype(np.int32)
+            entries[missing] = index.add(
+                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=lineage
+            )
+            if keys.chained:
+                index.link(entries[missing], self._parents(keys, group, first, entries)[missing])
+        index.lineage[entries[wanted]] = lineage
+        return _NewRows(entries[wanted], (first + wanted).astype(np.int32), starts, state.layout.record_pages[group])
+
+    def _parents(self, keys: Keys, group: int, first: int, entries: EntryRows) -> EntryRows:
+        before = self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
+        return np.concatenate((np.array([before], np.int32), entries[:-1]))
+
+    def _send_store(self, ticket: Ticket, keys: Keys, new: list[_NewRows], pages: PageTable, start: int) -> None:
+        state = self._state
+        entries = np.concatenate([part.entries for part in new])
+        if not len(entries):
+            ticket.source_free = True
+            return
+        blocks = np.concatenate([part.blocks for part in new])
+        hop = Hop(
+            state.next_number(), PlanKind.STORE, entries, blocks, int(state.index.all_ranks), state.version, ticket
+        )
+        for rank in state.host.spaces:
+            hop.targets[rank] = Targets(
+                np.concatenate([np.array(part.starts[rank], np.int32) for part in new]),
+                np.concatenate([np.full(len(part.entries), part.pages, np.int32) for part in new]),
+            )
+        state.storing.update(dict.fromkeys(entries.tolist(), hop))
+        parents = np.frombuffer(b"".join(map(keys.parent, blocks.tolist())), np.uint8).reshape(-1, 32)
+        stop = len(keys) * keys.block_tokens
+        state.send(
+            hop,
+            priority=Priority.SPILL,
+            parents=parents,
+            chain=state.config.host.codec,
+            pages=pages,
+            start=start,
+            stop=stop,
+        )
+
+    def _hold(self, ticket: Ticket, held: list[tuple[EntryRows, Ints]]) -> None:
+        for entries, blocks in held:
+            there = entries >= 0
+            self._state.index.pin(entries[there])
+            ticket.held.append((entries[there], blocks[there]))
+
+    def _moving(self, ticket: Ticket, new: list[_NewRows]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        moving = np.zeros(len(ticket.outcome), np.bool_)
+        for part in new:
+            moving[part.blocks - ticket.first_block] = True
+        return moving
+
+    # --- flush ------------------------------------------------------------------------------------------------------
+
+    def flush(self, durability: Durability) -> Ticket:
+        """Wait for the stores under way; then, level by level, write and sync everything that is in host memory."""
+        state = self._state
+        ticket = state.new_ticket(TicketKind.FLUSH, 0, 1)
+        ticket.durability = durability
+        nothing = np.empty(0, np.int32)
+        for hop in {id(hop): hop for hop in state.storing.values()}.values():
+            hop.joins.append(Join(ticket, nothing, nothing))
+            ticket.waits += 1
+        return self.advance(ticket)
+
+    # --- the stages of a ticket -------------------------------------------------------------------------------------
+
+    def advance(self, ticket: Ticket) -> Ticket:
+        """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it."""
+        while not ticket.waits and not ticket.finished:
+            if ticket.stage == ticket.durability:
+                self._finish(ticket)
+            elif ticket.stage == Durability.MEMORY:
+                ticket.stage = Durability.PROCESS
+                self._await_writes(ticket)
+            else:
+                ticket.stage = Durability.DURABLE
+                self._state.sync_hop(ticket)
+        return ticket
+
+    def _await_writes(self, ticket: Ticket) -> None:
+        state = self._state
+        if ticket.kind == TicketKind.FLUSH:
+            entries = [entry for entry in state.host.candidates() if not state.disk.was_refused(entry)]
+            held = [(np.array(entries, np.int32), np.zeros(len(entries), np.int32))]
+        else:
+            held = ticket.held
+        for entries_of, blocks in held:
+            dirty = ~state.index.on_disk(entries_of)
+            if ticket.kind == TicketKind.STORE:
+                dirty &= ticket.outcome[blocks - ticket.first_block] != Outcome.FAILED
+            for entry, block in zip(entries_of[dirty].tolist(), blocks[dirty].tolist(), strict=True):
+                if state.disk.usable:
+                    state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
+                    state.row_waiters.setdefault(entry, []).append((ticket, block))
+                    ticket.waits += 1
+                else:
+                    ticket.fail(block, Reason.NO_SPACE)
+
+    def _finish(self, ticket: Ticket) -> None:
+        ticket.outcome[ticket.outcome == Outcome.WAITING] = Outcome.DONE
+        ticket.finished = ticket.source_free = True
+        for entries, _ in ticket.held:
+            self._state.unpinned(self._state.index.unpin(entries))
+        ticket.held.clear()
+        self._state.news.append(ticket)
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket) -> Hop:
+        state = self._state
+        entries = groups[0] if len(groups) == 1 else np.concatenate(groups)
+        blocks = np.concatenate([np.arange(first, first + len(entries), dtype=np.int32) for entries in groups])
+        return Hop(state.next_number(), kind, entries, blocks, int(state.index.all_ranks), state.version, ticket)
+
+    def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Reserve host extents for the rows that no rank has in host memory; returns which rows got one."""
+        state, index = self._state, self._state.index
+        placed = np.zeros(len(hop.entries), np.bool_)
+        elsewhere = index.host_ranks[hop.entries] == 0
+        if not elsewhere.any():
+            return placed
+        index.pin(hop.entries)
+        for group, pages in enumerate(state.layout.record_pages):
+            rows = np.flatnonzero(elsewhere & (index.table.groups[hop.entries] == group)).astype(np.int32)
+            fit, starts = state.host.reserve(group, len(rows), state.may_go)
+            placed[rows[:fit]] = True
+            for rank, first_pages in starts.items():
+                mine = targets_of(first_pages, rows[:fit], len(hop.entries), pages)
+                hop.targets[rank] = mine if rank not in hop.targets else hop.targets[rank].merged(mine)
+        index.unpin(hop.entries)
+        return placed
+
+    def _only(self, hop: Hop, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Hop:
+        less = Hop(hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket)
+        less.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in hop.targets.items()}
+        return less

@@ -1,0 +1,257 @@
+"""The planner: wish -> plan; completion and report -> published state.
+
+Single-threaded code without I/O. Its owner (``cache.py``, or an engine's scheduler) serialises the calls, passes the
+time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tells callers of ``take_finished``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import Final
+
+import numpy as np
+
+from kvtier.config import Config
+from kvtier.core.keys import Keys
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import (
+    PAGE_BYTES,
+    Completion,
+    DiskState,
+    Hello,
+    LaneRate,
+    Lineage,
+    Lost,
+    Message,
+    Plan,
+    Priority,
+    Recovered,
+    Tier,
+)
+from kvtier.errors import ConfigError
+from kvtier.index import Index
+from kvtier.index.entries import MAX_RANKS, MISSING, EntryRows
+from kvtier.models.layout import KVLayout
+from kvtier.planner.commits import Commits
+from kvtier.planner.events import ControlEvents
+from kvtier.planner.journeys import Journeys
+from kvtier.planner.leases import Lease
+from kvtier.planner.sessions import Sessions
+from kvtier.planner.state import ControlState
+from kvtier.planner.tickets import Durability, Ticket
+
+_MAX_ENTRIES: Final = 1 << 24
+
+
+class Planner:
+    """The whole control plane of one cache."""
+
+    def __init__(self, config: Config, layout: KVLayout, *, ranks: int = 1) -> None:
+        """``layout`` gives block and record sizes, equal on all ``ranks``.
+
+        Raises:
+            ConfigError: a group has a reuse rule that the index does not serve, or there are too many ranks.
+        """
+        if not 1 <= ranks <= MAX_RANKS:
+            raise ConfigError(f"ranks = {ranks}: between 1 and {MAX_RANKS} are served")
+        for group in layout.groups:
+            if group.reuse.rule != "all":
+                raise ConfigError(
+                    f"group {group.name!r}: reuse rule {group.reuse.rule!r} is not served; describe the group with"
+                    " rule 'all', which keeps the KV of every block"
+                )
+        self._state = ControlState(config, layout, Index(max_entries(config, layout), ranks))
+        self._journeys = Journeys(self._state)
+        self._commits = Commits(self._state, self._journeys)
+        self.sessions = Sessions()
+
+    # --- looking up -------------------------------------------------------------------------------------------------
+
+    def match(self, keys: Keys, *, start: int = 0, exact: bool = False) -> int:
+        """Tokens that ``lookup`` would find: without a pin, without a trace."""
+        first, found = self._find(keys, start, exact=exact)
+        return (first + min(len(entries) for entries in found)) * keys.block_tokens
+
+    def lookup(
+        self,
+        keys: Keys,
+        *,
+        now_s: float,
+        start: int = 0,
+        exact: bool = False,
+        session: str | None = None,
+        owner: Hashable | None = None,
+    ) -> Lease:
+        """Pin the longest prefix that can be read beyond ``start``, which the engine holds itself."""
+        state = self._state
+        first = start // keys.block_tokens
+        if owner is not None and (held := state.leases.of(owner, keys, first)):
+            return held
+        first, found = self._find(keys, start, exact=exact)
+        blocks = min(len(entries) for entries in found)
+        groups = tuple(entries[:blocks] for entries in found)
+        lease = Lease(
+            number=0, owner=owner, keys=keys, first_block=first, blocks=blocks, groups=groups,
+            tiers=self._tiers(groups, blocks), pending_blocks=self._pending_after(keys, first + blocks),
+            lineage=self._lineage(groups), since_s=now_s,
+        )  # fmt: skip
+        for entries in groups:
+            state.host.touch(entries)
+        state.counts["lookup_tokens"] += keys.num_tokens - start
+        state.counts["hit_tokens"] += blocks * keys.block_tokens
+        if session is not None:
+            self.sessions.used(session, keys, now_s)
+        return state.leases.open(lease)
+
+    def release(self, lease: Lease) -> None:
+        """Give the lease back; a second time is harmless."""
+        for entries in self._state.leases.release(lease):
+            self._state.unpinned(entries)
+
+    # --- moving -----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        lease: Lease,
+        pages: PageTable,
+        *,
+        start: int,
+        stop: int,
+        priority: Priority = Priority.DEMAND,
+        deadline_s: float | None = None,
+    ) -> Ticket:
+        """Plan to bring tokens [start, stop) of a lease into engine pages."""
+        return self._journeys.load(lease, pages, start, stop, priority, deadline_s)
+
+    def store(
+        self,
+        keys: Keys,
+        pages: PageTable,
+        *,
+        start: int = 0,
+        lineage: Lineage = Lineage.EXACT,
+        durability: Durability = Durability.MEMORY,
+    ) -> Ticket:
+        """Plan to keep the full blocks in [start, len) that are not kept yet."""
+        ticket = self._journeys.store(keys, pages, start, lineage, durability)
+        self._commits.pump()
+        return ticket
+
+    def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
+        """Plan to bring what is only on disk into host memory."""
+        return self._journeys.prefetch(keys, deadline_s)
+
+    def flush(self, durability: Durability) -> Ticket:
+        """Everything stored so far reaches ``durability``."""
+        ticket = self._journeys.flush(durability)
+        self._commits.pump()
+        return ticket
+
+    # --- hearing ----------------------------------------------------------------------------------------------------
+
+    def hear(self, message: Message, *, now_s: float) -> None:
+        """Commit a completion, or take a report in."""
+        if isinstance(message, Completion):
+            self._commits.complete(message)
+        elif isinstance(message, Hello):
+            self._commits.attach(message)
+        elif isinstance(message, Recovered):
+            self._commits.recovered(message)
+        elif isinstance(message, Lost):
+            self._commits.lost(message)
+        elif isinstance(message, DiskState):
+            self._commits.disk_state(message)
+        elif isinstance(message, LaneRate):
+            self._state.lane_rates[message.rank, message.lane] = message
+        self._commits.pump()
+
+    def set_weights_version(self, version: str) -> None:
+        """From now on only KV of ``version`` hits; loads and stores of older versions that are under way end as misses."""
+        self._state.version = version
+
+    @property
+    def weights_version(self) -> str:
+        """The version whose KV may hit."""
+        return self._state.version
+
+    def take_plans(self) -> list[Plan]:
+        """Plans to send, once."""
+        plans, self._state.plans = self._state.plans, []
+        return plans
+
+    def take_finished(self) -> list[Ticket]:
+        """Tickets that finished or whose source became free since the last call."""
+        finished, self._state.news = self._state.news, []
+        return finished
+
+    @property
+    def events(self) -> ControlEvents:
+        """Stored and removed blocks."""
+        return self._state.events
+
+    @property
+    def recovering(self) -> bool:
+        """Whether a data plane has not told all of what it found on disk yet."""
+        return bool(self._state.recovering) or len(self._state.incarnations) < self._state.index.ranks
+
+    @property
+    def recovered_ranks(self) -> int:
+        """Ranks that have reported everything that they found."""
+        return len(self._state.incarnations) - len(self._state.recovering)
+
+    def stats(self) -> dict[str, float]:
+        """Counters and levels; names end in their unit."""
+        state = self._state
+        levels: Counter[str] = Counter(state.counts)
+        levels["entries"] = state.index.count
+        levels["host_entries"] = len(state.host)
+        levels["host_used_bytes"] = PAGE_BYTES * sum(space.used_pages for space in state.host.spaces.values())
+        levels["host_capacity_bytes"] = PAGE_BYTES * sum(space.capacity_pages for space in state.host.spaces.values())
+        levels["evicted_entries"] = state.host.evicted
+        levels["leases"] = len(state.leases)
+        levels["hops"] = len(state.hops)
+        levels["pinned_entries"] = int(np.count_nonzero(state.index.pins[: state.index.table.touched]))
+        levels["write_backlog_entries"] = state.disk.backlog
+        levels["disk_entries"] = int(np.count_nonzero(state.index.disk_ranks[: state.index.table.touched]))
+        return dict(levels)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _find(self, keys: Keys, start: int, *, exact: bool) -> tuple[int, list[EntryRows]]:
+        first = start // keys.block_tokens
+        last = (keys.num_tokens - 1) // keys.block_tokens if keys.num_tokens else 0
+        index, groups = self._state.index, range(len(self._state.layout.groups))
+        if keys.root.weights_version != self._state.version or last <= first:
+            return first, [np.empty(0, np.int32) for _ in groups]
+        wanted = keys.rows()[first:last]
+        found: list[EntryRows] = []
+        for group in groups:
+            found.append(index.prefix(wanted, group, exact=exact))
+            wanted = wanted[: len(found[-1])]
+        return first, found
+
+    def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        tiers = np.full(blocks, Tier.HOST, np.uint8)
+        for entries in groups:
+            tiers[~self._state.index.on_host(entries)] = Tier.DISK
+        return tiers
+
+    def _lineage(self, groups: tuple[EntryRows, ...]) -> int:
+        return max((int(self._state.index.lineage[entries].max()) for entries in groups if len(entries)), default=0)
+
+    def _pending_after(self, keys: Keys, block: int) -> int:
+        storing, table, at = self._state.storing, self._state.index.table, block
+        while storing and at < len(keys) and table.find_one(keys.digests[at], 0) in storing:
+            at += 1
+        return at - block
+
+
+def max_entries(config: Config, layout: KVLayout) -> int:
+    """Entries that the tiers can hold, doubled for compression and for links that outlive their copies."""
+    nbytes = config.host.capacity + config.disk.capacity * bool(config.disk.directories)
+    smallest = min(layout.record_pages) * PAGE_BYTES
+    return min(_MAX_ENTRIES, 2 * (nbytes // smallest) * len(layout.groups) + 4096)
+
+
+__all__ = ["MISSING", "Planner", "max_entries"]

@@ -1,0 +1,171 @@
+"""What the planner knows: one object that its journeys and commits share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+from kvtier.config import Config
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import NOWHERE, ROW, LaneRate, Plan, PlanKind, Priority, Reason, Table, Tier
+from kvtier.index.entries import EntryRows, Index
+from kvtier.models.layout import KVLayout
+from kvtier.planner.disk import DiskBook
+from kvtier.planner.events import ControlEvents
+from kvtier.planner.hops import Hop, Ints
+from kvtier.planner.host import HostBook
+from kvtier.planner.leases import LeaseBook
+from kvtier.planner.tickets import Ticket, TicketKind
+from kvtier.policy import EVICTION_POLICIES
+
+
+class ControlState:
+    """Books, hops in flight and the outbox of one planner."""
+
+    def __init__(self, config: Config, layout: KVLayout, index: Index) -> None:
+        """Nothing is stored, nobody is attached."""
+        self.config = config
+        self.layout = layout
+        self.index = index
+        policy = EVICTION_POLICIES[config.policy.eviction](index.table.capacity)
+        self.host = HostBook(index, policy, layout.record_pages, self._evicted)
+        self.disk = DiskBook(config.host.staging)
+        self.leases = LeaseBook(index)
+        self.events = ControlEvents()
+        self.version = ""
+        self.incarnations: dict[int, int] = {}
+        self.recovering: set[int] = set()
+        self.hops: dict[int, Hop] = {}
+        self.storing: dict[int, Hop] = {}
+        self.row_waiters: dict[int, list[tuple[Ticket, int]]] = {}
+        self.plans: list[Plan] = []
+        self.news: list[Ticket] = []
+        self.lane_rates: dict[tuple[int, str], LaneRate] = {}
+        self.counts: Counter[str] = Counter()
+        self._next_number = 0
+
+    @property
+    def attached(self) -> bool:
+        """Whether every rank has a data plane."""
+        return len(self.incarnations) == self.index.ranks
+
+    def next_number(self) -> int:
+        """A number that no plan or ticket of this planner has had."""
+        self._next_number += 1
+        return self._next_number
+
+    def new_ticket(self, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
+        """A ticket over ``blocks`` blocks."""
+        return Ticket.of(self.next_number(), kind, first_block, blocks)
+
+    def may_go(self, entry: int) -> bool:
+        """Whether the host copies of ``entry`` may be evicted: nothing is lost by it that could have been kept."""
+        if self.disk.awaits_write(entry):
+            return False
+        if int(self.index.disk_ranks[entry]) == int(self.index.all_ranks):
+            return True
+        return not self.disk.usable or self.disk.was_refused(entry)
+
+    def send(
+        self,
+        hop: Hop,
+        *,
+        priority: Priority,
+        parents: np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None = None,
+        chain: str = "raw",
+        pages: PageTable | None = None,
+        start: int = 0,
+        stop: int = 0,
+        durable: bool = False,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Pin the entries of ``hop`` and put one plan per rank into the outbox."""
+        self.index.pin(hop.entries)
+        self.hops[hop.plan_id] = hop
+        if hop.ticket is not None:
+            hop.ticket.plan_ids.append(hop.plan_id)
+            hop.ticket.waits += 1
+        for rank in hop.unanswered:
+            self.plans.append(
+                Plan(
+                    plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
+                    rows=self._rows(hop, rank, parents), chains=(chain,) if chain == "raw" else (chain, "raw"), pages=pages, start=start, stop=stop,
+                    durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
+                )
+            )  # fmt: skip
+
+    def sync_hop(self, ticket: Ticket) -> None:
+        """What was written so far becomes durable on every rank; ``ticket`` waits for it."""
+        nothing = np.empty(0, np.int32)
+        ranks = int(self.index.all_ranks)
+        hop = Hop(self.next_number(), PlanKind.SYNC, nothing, nothing, ranks, self.version, ticket)
+        self.send(hop, priority=Priority.SPILL)
+
+    def unpinned(self, entries: EntryRows) -> None:
+        """Nobody holds ``entries`` any more: free what waited for that, forget those without copies and children."""
+        self.host.unpinned(entries)
+        index = self.index
+        bare = (index.host_ranks[entries] | index.disk_ranks[entries] | index.children[entries].view(np.uint32)) == 0
+        for entry in entries[bare].tolist():
+            index.release(entry)
+
+    def left(self, entries: EntryRows, tier: Tier) -> None:
+        """Copies of ``entries`` in ``tier`` are gone: tell, and forget those that cannot be read any more."""
+        self.tell("removed", entries, tier)
+        for entry in entries[~self.index.readable(entries)].tolist():
+            if self.index.host_ranks[entry]:
+                self.host.drop(entry)
+            self.disk.forget(entry)
+            self.index.release(entry)
+
+    def _evicted(self, entry: int) -> None:
+        self.left(np.array([entry], np.int32), Tier.HOST)
+
+    def tell(self, change: Literal["stored", "removed"], entries: EntryRows, tier: Tier) -> None:
+        """Note an event for whoever listens."""
+        self.counts[f"{change}_{tier.label}_blocks"] += len(entries)
+        if self.events.listening and len(entries):
+            index, parents = self.index, self.index.parent[entries]
+            keys = index.table.keys
+            self.events.add(change, tier, keys[entries], keys[parents], parents >= 0, index.tokens[entries])
+
+    def row_ended(self, entry: int, reason: Reason) -> list[Ticket]:
+        """A write that tickets wait for ended; returns those that wait for nothing more."""
+        ready = []
+        for ticket, block in self.row_waiters.pop(entry, ()):
+            if reason != Reason.NONE:
+                ticket.fail(block, reason)
+            ticket.waits -= 1
+            if not ticket.waits:
+                ready.append(ticket)
+        return ready
+
+    def _rows(self, hop: Hop, rank: int, parents: np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None) -> Table:
+        index, entries = self.index, hop.entries
+        rows = np.zeros(len(entries), ROW)
+        if not len(entries):
+            return rows
+        rows["key"] = index.table.keys[entries]
+        if parents is not None:
+            rows["parent"] = parents
+        rows["group"] = index.table.groups[entries]
+        rows["lineage"] = index.lineage[entries]
+        rows["depth"] = index.depth[entries]
+        rows["block"] = hop.blocks
+        rows["tokens"] = index.tokens[entries]
+        bit = np.uint32(1 << rank)
+        on_host = (index.host_ranks[entries] & bit) != 0
+        rows["host_page"] = np.where(on_host, index.host_page[rank, entries], NOWHERE)
+        rows["host_pages"] = index.host_pages[rank, entries]
+        on_disk = (index.disk_ranks[entries] & bit) != 0
+        rows["disk_segment"] = np.where(on_disk, index.disk_segment[rank, entries], NOWHERE)
+        rows["disk_page"] = index.disk_page[rank, entries]
+        rows["disk_pages"] = index.disk_pages[rank, entries]
+        rows["disk_generation"] = index.disk_generation[rank, entries]
+        targets: tuple[Ints, Ints] | None = None
+        if (reserved := hop.targets.get(rank)) is not None:
+            targets = (reserved.page, reserved.pages)
+        rows["target_page"], rows["target_pages"] = targets or (NOWHERE, 0)
+        return rows

@@ -1,0 +1,84 @@
+"""Tickets: what a caller waits for. One ticket is one job; it may wait for several hops, also for those of others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.core.plan import Reason, Tier
+
+
+class TicketKind(IntEnum):
+    """What was asked for."""
+
+    LOAD = 0
+    STORE = 1
+    PREFETCH = 2
+    FLUSH = 3
+
+
+class Durability(IntEnum):
+    """When a store is acknowledged: in host memory, written (survives kill -9), or synced (survives a power cut)."""
+
+    MEMORY = 0
+    PROCESS = 1
+    DURABLE = 2
+
+
+class Outcome(IntEnum):
+    """How one block of a ticket ended. WAITING is not an end."""
+
+    WAITING = 0
+    DONE = 1
+    EXISTING = 2
+    FAILED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """Per block of the request, from ``first_block`` on: how it ended, and where it came from.
+
+    ``stage`` is the durability that is being waited for; ``waits`` counts what is missing for it.
+    """
+
+    number: int
+    kind: TicketKind
+    first_block: int
+    outcome: npt.NDArray[np.uint8]
+    reason: npt.NDArray[np.uint8]
+    tiers: npt.NDArray[np.uint8]
+    durability: Durability = Durability.MEMORY
+    stage: Durability = Durability.MEMORY
+    waits: int = 0
+    source_free: bool = False
+    finished: bool = False
+    moved_bytes: int = 0
+    plan_ids: list[int] = field(default_factory=list)
+    held: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = field(default_factory=list)
+    """(entries, their blocks) that are pinned until the ticket ends, because it follows them down to disk."""
+
+    @classmethod
+    def of(cls, number: int, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
+        """A ticket over ``blocks`` blocks, none of which has ended."""
+        zeros = np.zeros(blocks, np.uint8)
+        return cls(number, kind, first_block, zeros, zeros.copy(), np.full(blocks, Tier.ENGINE, np.uint8))
+
+    def fail(self, block: int, reason: int) -> None:
+        """Block ``block`` of the sequence failed; the first reason stands."""
+        at = block - self.first_block
+        if self.outcome[at] != Outcome.FAILED:
+            self.outcome[at] = Outcome.FAILED
+            self.reason[at] = reason
+
+    def fail_from(self, block: int, reason: Reason) -> None:
+        """Every block from ``block`` on failed."""
+        at = max(0, block - self.first_block)
+        self.outcome[at:] = Outcome.FAILED
+        self.reason[at:] = reason
+
+    def count(self, outcome: Outcome) -> int:
+        """Number of blocks that ended so."""
+        return int(np.count_nonzero(self.outcome == outcome))

@@ -1,0 +1,88 @@
+"""Leaf-first LRU: the least recently used block whose children are gone goes first.
+
+A request touches its blocks tail first, so a parent is never older than its child, and the order of use is the
+order of leaves. The order is a doubly linked list in two int32 arrays (8 bytes an entry). A request's blocks stand
+together in it, deepest first, so moving them again is one splice per run instead of one step per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from kvtier.policy.base import Entries
+
+_NONE = -1
+
+
+class LeafFirstLRU:
+    """Least recently used order over entry numbers in [0, capacity)."""
+
+    def __init__(self, capacity: int) -> None:
+        """``capacity`` is one more than the largest entry number."""
+        # The sentinel closes the ring: newer[sentinel] is the oldest entry, older[sentinel] the newest one.
+        self._sentinel = capacity
+        self._older = np.empty(capacity + 1, np.int32)
+        self._newer = np.empty(capacity + 1, np.int32)
+        self._older_at = self._older.data  # scalar access at a third of the price of numpy's
+        self._newer_at = self._newer.data
+        self._older_at[capacity] = self._newer_at[capacity] = capacity
+        self._count = 0
+
+    def insert(self, entries: Entries) -> None:
+        """Entries that came into the tier, in prefix order."""
+        if len(entries):
+            self._append(entries[::-1])
+            self._count += len(entries)
+
+    def touch(self, entries: Entries) -> None:
+        """Entries that were used together, in prefix order."""
+        if not len(entries):
+            return
+        ordered = entries[::-1]
+        self._unlink_runs(ordered)
+        self._append(ordered)
+
+    def remove(self, entry: int) -> None:
+        """An entry that left the tier."""
+        self._unlink(entry, entry)
+        self._newer_at[entry] = _NONE
+        self._count -= 1
+
+    def candidates(self) -> Iterator[int]:
+        """Entries from the oldest to the newest; the one just yielded may be removed."""
+        newer = self._newer_at
+        entry = newer[self._sentinel]
+        while entry != self._sentinel:
+            following = newer[entry]
+            yield entry
+            entry = following
+
+    def __len__(self) -> int:
+        """Number of entries in the tier."""
+        return self._count
+
+    def _append(self, ordered: Entries) -> None:
+        older, newer, sentinel = self._older, self._newer, self._sentinel
+        first, last = int(ordered[0]), int(ordered[-1])
+        newest = self._older_at[sentinel]
+        newer[ordered[:-1]] = ordered[1:]
+        older[ordered[1:]] = ordered[:-1]
+        self._newer_at[newest] = first
+        self._older_at[first] = newest
+        self._newer_at[last] = sentinel
+        self._older_at[sentinel] = last
+
+    def _unlink_runs(self, ordered: Entries) -> None:
+        breaks = np.flatnonzero(self._newer[ordered[:-1]] != ordered[1:])
+        start = 0
+        for stop in breaks.tolist():
+            self._unlink(int(ordered[start]), int(ordered[stop]))
+            start = stop + 1
+        self._unlink(int(ordered[start]), int(ordered[-1]))
+
+    def _unlink(self, oldest: int, newest: int) -> None:
+        before, after = self._older_at[oldest], self._newer_at[newest]
+        self._newer_at[before] = after
+        self._older_at[after] = before

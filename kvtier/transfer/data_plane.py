@@ -1,0 +1,337 @@
+"""The data plane of one rank: moves the bytes of plans, and chooses only among the sources that a plan allows.
+
+Its copy threads are loops over ``step``: each takes a short piece of work, runs it without a lock, and brings the
+result back; in passing it reaps what the lanes finished and hands them more. One housekeeping loop keeps the
+directories going and ends what is past its deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from kvtier.config import Config
+from kvtier.core.memory import KVMemory
+from kvtier.core.plan import (
+    PAGE_BYTES,
+    DiskState,
+    Hello,
+    LaneRate,
+    Message,
+    Plan,
+    PlanKind,
+    Reason,
+    Recovered,
+)
+from kvtier.errors import ClosedError, ConfigError
+from kvtier.models.layout import KVLayout
+from kvtier.runtime.seam import Buffer, Event, Machine, Worker
+from kvtier.tiers.disk import DiskTier
+from kvtier.transfer.gathering import StoreRun
+from kvtier.transfer.lanes import Lane, global_segment
+from kvtier.transfer.parts import DiskPath, Equipment
+from kvtier.transfer.run import Run
+from kvtier.transfer.scattering import LoadRun
+from kvtier.transfer.spilling import ReclaimRun, SpillRun, SyncRun
+from kvtier.transfer.staging import Staging
+
+_RUNS: Final[dict[PlanKind, type[Run]]] = {
+    PlanKind.STORE: StoreRun,
+    PlanKind.LOAD: LoadRun,
+    PlanKind.FETCH: LoadRun,
+    PlanKind.SPILL: SpillRun,
+    PlanKind.SYNC: SyncRun,
+    PlanKind.RECLAIM: ReclaimRun,
+}
+_HEADER_PAGES: Final = 512
+_HOUSEKEEPING_S: Final = 0.05
+
+
+class DataPlane:
+    """Tiers, lanes and threads of one rank. Everything public is safe to call from any thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        layout: KVLayout,
+        machine: Machine,
+        *,
+        rank: int = 0,
+        incarnation: int = 1,
+        on_news: Callable[[], None] = lambda: None,
+        pin: Callable[[Buffer], None] = lambda buffer: None,
+    ) -> None:
+        """Make the arenas, open the directories, start the threads. ``on_news`` is called, without a lock, whenever
+        ``poll`` has something; ``pin`` page-locks an arena for a GPU.
+
+        Raises:
+            CapacityError: a block is larger than a tier.
+            TierError: a directory cannot be used.
+        """
+        self.rank = rank
+        self._config = config
+        self._machine = machine
+        self._on_news = on_news
+        self._lock = machine.runtime.lock()
+        self._runs: dict[int, Run] = {}
+        self._next_memory = 0
+        self._closed = False
+        self._workers: list[Worker] = []
+        record_pages = max(layout.record_pages)
+        host = machine.arena("host", config.host.capacity // PAGE_BYTES * PAGE_BYTES)
+        staging = machine.arena("staging", Staging.arena_bytes(config.host.staging, record_pages))
+        headers = machine.arena("headers", _HEADER_PAGES * PAGE_BYTES)
+        self._arenas = (host, staging, headers)
+        for arena in (host, staging):
+            pin(arena.data)
+        self._equipment = Equipment(
+            rank=rank, incarnation=incarnation, layout=layout, verify_memory=config.read.verify_memory,
+            clock=machine.runtime.clock, host=host, staging=Staging(staging, record_pages),
+            headers=Staging(headers, 1, shares=False), paths=[],
+        )  # fmt: skip
+        self._open_directories(layout)
+        self._start()
+
+    # --- the engine's memory ----------------------------------------------------------------------------------------
+
+    def register(self, memory: KVMemory) -> int:
+        """Number of ``memory``, to be used in page tables; the caller keeps it alive until ``unregister``.
+
+        Raises:
+            ConfigError: it was built for another layout than this data plane's.
+        """
+        wanted = self._equipment.layout.placement
+        if memory.placement != wanted:
+            raise ConfigError(
+                f"memory of placement {memory.placement[:12]} does not fit this cache's layout {wanted[:12]}: build it"
+                " with the KVLayout that the cache was opened with"
+            )
+        with self._lock:
+            number = self._next_memory
+            self._next_memory += 1
+            self._equipment.memories[number] = memory
+            return number
+
+    def unregister(self, memory_id: int) -> None:
+        """Forget a memory; plans that still name it fail."""
+        with self._lock:
+            self._equipment.memories.pop(memory_id, None)
+
+    # --- plans ------------------------------------------------------------------------------------------------------
+
+    def submit(self, plans: Iterable[Plan]) -> None:
+        """Begin plans; never blocks. After ``close`` their rows fail."""
+        with self._lock:
+            for plan in plans:
+                run = _RUNS[plan.kind](plan, self._equipment)
+                self._runs[plan.plan_id] = run
+                if self._closed:
+                    run.abandon(Reason.CLOSED)
+                else:
+                    run.begin()
+            self._equipment.kick()
+
+    def cancel(self, plan_id: int, reason: Reason = Reason.ABANDONED) -> None:
+        """Nobody waits for ``plan_id`` any more; its rows end as soon as nothing touches engine memory for them."""
+        with self._lock:
+            run = self._runs.get(plan_id)
+            if run is not None and not run.abandoned:
+                run.abandon(reason)
+        self._on_news()
+
+    def poll(self) -> list[Message]:
+        """Completions and reports since the last call, in order; never blocks."""
+        with self._lock:
+            outbox = self._equipment.outbox
+            if not outbox:
+                return []
+            news = list(outbox)
+            outbox.clear()
+            for message in news:
+                if getattr(message, "final", False) and hasattr(message, "plan_id"):
+                    self._runs.pop(message.plan_id, None)
+            return news
+
+    def part_ready(self, plan_id: int, part: int) -> bool:
+        """Whether ``part`` of every row of a load is in engine memory; True for plans that are over."""
+        with self._lock:
+            run = self._runs.get(plan_id)
+            return run is None or run.part_ready(part)
+
+    def counts(self) -> dict[str, float]:
+        """What happened to the bytes: errors and damage, by name."""
+        with self._lock:
+            levels: dict[str, float] = dict(self._equipment.counts)
+            levels["runs"] = len(self._runs)
+            levels["staging_free"] = self._equipment.staging.free
+            levels["staging_buffers"] = self._equipment.staging.count
+            levels["headers_free"] = self._equipment.headers.free
+            for path in self._equipment.paths:
+                levels[f"{path.lane.name}_queued_bytes"] = path.lane.queued_bytes
+            return levels
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop taking plans, end what is under way, close the directories; True when nothing was left behind.
+
+        A read or write that has not returned by then keeps its buffers: they are leaked on purpose.
+        """
+        with self._lock:
+            if self._closed:
+                return True
+            self._closed = True
+            for run in list(self._runs.values()):
+                run.abandon(Reason.CLOSED)
+            self._equipment.kick()
+        self._on_news()
+        # Engines first: the copy threads are still there to take in what was in flight.
+        stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
+        with self._lock:
+            for path in self._equipment.paths:
+                path.lane.reap()
+        stopped = [worker.stop(timeout_s) for worker in self._workers]
+        self._on_news()
+        if stuck or not all(stopped):
+            return False
+        for path in self._equipment.paths:
+            path.tier.close()
+        for arena in self._arenas:
+            arena.close()
+        return True
+
+    # --- threads ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        runtime, threads = self._machine.runtime, self._config.host.copy_threads
+        for number in range(threads):
+            wake = runtime.event()
+            self._workers.append(runtime.spawn(f"copy-{number}", partial(self._step, wake), wake))
+        for path in self._equipment.paths:
+            path.lane.engine.ready = _WakeOne(self)
+        wake = runtime.event()
+        self._workers.append(runtime.spawn("housekeeping", self._housekeep, wake, _HOUSEKEEPING_S))
+
+    def _step(self, wake: Event) -> bool:
+        """One piece of work, if there is any."""
+        with self._lock:
+            reaped = sum(path.lane.reap() for path in self._equipment.paths)
+            self._equipment.kick()
+            piece = self._equipment.work.take(wake)
+            if piece is None:
+                # What ended before this thread was known to wait woke nobody: look once more.
+                reaped += sum(path.lane.reap() for path in self._equipment.paths)
+            news = bool(self._equipment.outbox)
+        if news:
+            self._on_news()
+        if piece is None:
+            return news or reaped > 0
+        try:
+            result = piece.work()
+        except Exception as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
+            result = error
+            self._equipment.counts["failed_pieces"] += 1
+            self._last_error = error
+        with self._lock:
+            piece.finish(result)
+            self._equipment.kick()
+            news = bool(self._equipment.outbox)
+        if news:
+            self._on_news()
+        return True
+
+    def _housekeep(self) -> bool:
+        """One bounded step for every directory; then deadlines, and what the directories have to say."""
+        busy = [path.tier.housekeep() for path in self._equipment.paths]
+        with self._lock:
+            for directory, path in enumerate(self._equipment.paths):
+                self._report(directory, path)
+            now_s = self._equipment.clock.monotonic()
+            for run in list(self._runs.values()):
+                if run.plan.deadline_s is not None and run.plan.deadline_s <= now_s and not run.abandoned:
+                    run.abandon(Reason.ABANDONED)
+            for path in self._equipment.paths:
+                path.lane.reap()
+            self._equipment.kick()
+            news = bool(self._equipment.outbox)
+        if news:
+            self._on_news()
+        return any(busy)
+
+    def wake(self) -> None:
+        """Let a copy thread look for finished I/O."""
+        self._equipment.work.wake_one()
+
+    # --- directories ------------------------------------------------------------------------------------------------
+
+    def _open_directories(self, layout: KVLayout) -> None:
+        config, equipment = self._config, self._equipment
+        directories = config.disk.directories
+        recovered: list[Recovered] = []
+        for number, directory in enumerate(directories):
+            tier = DiskTier(
+                self._machine.files, self._machine.runtime, directory=directory, layout=layout,
+                capacity_bytes=config.disk.capacity // len(directories),
+                segment_bytes=None if config.disk.segment == "auto" else config.disk.segment,
+                clean_target=config.disk.clean_segments,
+            )  # fmt: skip
+            engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
+            equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, depth=config.disk.io_threads)))
+            for rows in tier.open():
+                rows["segment"] = global_segment(number, 0) + rows["segment"]
+                recovered.append(Recovered(self.rank, equipment.incarnation, rows))
+        tiers = [path.tier for path in equipment.paths]
+        equipment.outbox.append(
+            Hello(
+                rank=self.rank, incarnation=equipment.incarnation, placement=layout.placement,
+                host_pages=self._arenas[0].data.nbytes // PAGE_BYTES,
+                disk_bytes=sum(tier.capacity_bytes for tier in tiers),
+                segment_bytes=max((tier.segment_bytes for tier in tiers), default=0), directories=directories,
+            )
+        )  # fmt: skip
+        equipment.outbox.extend(recovered)
+
+    def _report(self, directory: int, path: DiskPath) -> None:
+        events = path.tier.take_events()
+        if events is None:
+            return
+        equipment = self._equipment
+        for segment in events.reclaimed:
+            waiting = equipment.reclaims.pop(global_segment(directory, segment), None)
+            if waiting is not None:
+                waiting.ended()
+        sealed = np.array(events.sealed, np.int64).reshape(-1, 2)
+        sealed[:, 0] += global_segment(directory, 0)
+        equipment.outbox.append(
+            DiskState(
+                self.rank, equipment.incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed,
+                events.reason,
+            )
+        )  # fmt: skip
+        lane = path.lane
+        equipment.outbox.append(
+            LaneRate(self.rank, equipment.incarnation, lane.name, lane.bytes_per_s, lane.queued_bytes)
+        )
+
+
+class _WakeOne:
+    """The event of an I/O engine: wakes one copy thread instead of somebody who waits for it."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+
+    def set(self) -> None:
+        """Something can be reaped."""
+        self._plane.wake()
+
+    def clear(self) -> None:
+        """Threads clear their own events."""
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Nobody waits for an engine: ``step`` asks it."""
+        del timeout_s
+        return False
+
+
+__all__ = ["ClosedError", "DataPlane"]

@@ -1,0 +1,85 @@
+"""What the runs of one data plane share: its memory, paths, queues and outbox."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+from kvtier.codecs.base import pages_of
+from kvtier.core.memory import KVMemory
+from kvtier.core.plan import PAGE_BYTES, Message
+from kvtier.models.layout import KVLayout, SliceSpan
+from kvtier.runtime.seam import Arena, Buffer, Clock
+from kvtier.tiers.disk import DiskTier
+from kvtier.transfer.lanes import Lane
+from kvtier.transfer.staging import Staging
+from kvtier.transfer.work import WorkQueue
+
+
+class WaitsForStaging(Protocol):
+    """A run that has rows to encode and no buffer for them."""
+
+    def encode_more(self) -> None:
+        """There is a buffer again."""
+
+
+class WaitsForReclaim(Protocol):
+    """A run that ends with the reclaim of one segment."""
+
+    def ended(self) -> None:
+        """The segment is clean again, or given up."""
+
+
+@dataclass(slots=True)
+class DiskPath:
+    """One directory and the lane to it."""
+
+    tier: DiskTier
+    lane: Lane
+
+
+@dataclass(slots=True, eq=False)
+class Equipment:
+    """Everything that a plan needs to be run; guarded by the data plane's lock."""
+
+    rank: int
+    incarnation: int
+    layout: KVLayout
+    verify_memory: bool
+    clock: Clock
+    host: Arena
+    staging: Staging
+    headers: Staging
+    paths: list[DiskPath]
+    raw_spans: tuple[tuple[tuple[SliceSpan, int], ...], ...] = field(init=False)
+    """Per group, every slice and where it begins in a raw record."""
+    placement: bytes = field(init=False)
+    scratch: list[Buffer] = field(default_factory=list)
+    """Room for one decoded slice per copy thread."""
+    work: WorkQueue = field(default_factory=WorkQueue)
+    memories: dict[int, KVMemory] = field(default_factory=dict)
+    outbox: deque[Message] = field(default_factory=deque)
+    counts: Counter[str] = field(default_factory=Counter)
+    waiting_for_staging: deque[WaitsForStaging] = field(default_factory=deque)
+    reclaims: dict[int, WaitsForReclaim] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """What every record needs is worked out once."""
+        self.placement = bytes.fromhex(self.layout.placement)
+        self.raw_spans = tuple(
+            tuple(
+                zip(
+                    spans,
+                    accumulate((pages_of(s.nbytes) * PAGE_BYTES for s in spans[:-1]), initial=PAGE_BYTES),
+                    strict=True,
+                )
+            )
+            for spans in self.layout.slices
+        )
+
+    def kick(self) -> None:
+        """Let every lane submit what it may."""
+        for path in self.paths:
+            path.lane.submit()

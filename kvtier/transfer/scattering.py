@@ -1,0 +1,300 @@
+"""Loads and fetches: any copy -> engine pages, or -> the host extent reserved for it, or both.
+
+A copy is read at most twice and another copy at most once; after that the row is a miss. A damaged copy is reported
+lost. Reads go to the reserved extent where there is one, to staging otherwise: only the last copy, and only while the
+caller still wants it, touches engine memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier
+from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
+from kvtier.transfer.lanes import lane_of
+from kvtier.transfer.parts import DiskPath, Equipment
+from kvtier.transfer.records import deliver_record
+from kvtier.transfer.run import Run
+from kvtier.transfer.work import PIECE_BYTES, Piece, Rank
+
+_MAX_ROWS_A_MOVE: Final = 64
+
+
+class _State(IntEnum):
+    WAITING = 0  # in a lane's queue
+    READING = 1  # the engine has it
+    WORKING = 2  # with the copy threads
+    ENDED = 3
+
+
+class LoadRun(Run):
+    """Runs one LOAD or FETCH plan."""
+
+    def __init__(self, plan: Plan, equipment: Equipment) -> None:
+        """The rows' columns become lists once: scalar access to them is many times faster."""
+        super().__init__(plan, equipment)
+        rows = plan.rows
+        self.block = rows["block"].tolist()
+        self.host_page = rows["host_page"].tolist()
+        self.host_pages = rows["host_pages"].tolist()
+        self.segment = rows["disk_segment"].tolist()
+        self.disk_page = rows["disk_page"].tolist()
+        self.disk_pages = rows["disk_pages"].tolist()
+        self.generation = rows["disk_generation"].tolist()
+        self.target_page = rows["target_page"].tolist()
+        self.states = [_State.WAITING] * len(rows)
+        self._sources = [_sources(host, disk) for host, disk in zip(self.host_page, self.segment, strict=True)]
+        self._work_rank = Rank.LOAD if plan.priority == Priority.DEMAND else Rank.FETCH
+
+    def begin(self) -> None:
+        """Queue the rows that are in host memory for copying, the others for reading, adjacent ones together."""
+        first = [sources[0] if sources else None for sources in self._sources]
+        on_host = [row for row, source in enumerate(first) if source == Tier.HOST]
+        for rows in self.pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES):
+            for row in rows:
+                self._sources[row].popleft()
+            self._deliver(rows, [self._host_record(row) for row in rows], Tier.HOST, None)
+        self._read([row for row, source in enumerate(first) if source == Tier.DISK])
+        for row, source in enumerate(first):
+            if source is None:
+                self._end(row, Reason.GONE)
+        self.settle()
+
+    def abandon(self, reason: Reason) -> None:
+        """Rows that wait end now; those being read are quarantined; copy threads end theirs at once."""
+        super().abandon(reason)
+        for row, state in enumerate(self.states):
+            if state == _State.WAITING:
+                self._end(row, reason)
+            elif state == _State.READING:
+                self.states[row] = _State.ENDED
+                if self.target_page[row] != NOWHERE:
+                    self.quarantine(row, reason)
+                else:
+                    self.failed(row, reason)
+        self.settle()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _read(self, rows: list[int]) -> None:
+        """Queue ``rows`` on their lanes in moves of adjacent records."""
+        for run in self._adjacent(rows):
+            for row in run:
+                self._sources[row].popleft()
+                self.states[row] = _State.WAITING
+            directory, _ = lane_of(self.segment[run[0]])
+            if directory < len(self.equipment.paths):
+                path = self.equipment.paths[directory]
+                path.lane.put(ReadMove(self, run, path))
+            else:
+                self.lost(run, Tier.DISK, Reason.GONE)
+
+    def _adjacent(self, rows: list[int]) -> list[list[int]]:
+        limit = min(_MAX_ROWS_A_MOVE, max(1, self.equipment.staging.count // 4))
+        runs: list[list[int]] = []
+        for row in rows:
+            last = runs[-1] if runs else None
+            if (
+                last
+                and len(last) < limit
+                and self.segment[last[-1]] == self.segment[row]
+                and self.disk_page[last[-1]] + self.disk_pages[last[-1]] == self.disk_page[row]
+                and (self.disk_page[row] + self.disk_pages[row] - self.disk_page[last[0]]) * PAGE_BYTES <= PIECE_BYTES
+            ):
+                last.append(row)
+            else:
+                runs.append([row])
+        return runs
+
+    def read_ended(
+        self, rows: list[int], buffers: list[Buffer], staged: list[int | None], error: OSError | None
+    ) -> None:
+        """The lane is done with ``rows``; the staging buffers among ``buffers`` go back when their content was used."""
+        if error is not None:
+            self.equipment.counts["read_errors"] += 1
+            self._give_back(staged)
+            for row in rows:
+                if self.states[row] == _State.ENDED:
+                    self._release(row)
+                else:
+                    self._try_again(row, Tier.DISK, Reason.IO_ERROR)
+            self.settle()
+            return
+        self._deliver(rows, buffers, Tier.DISK, staged)
+
+    # --- delivering -------------------------------------------------------------------------------------------------
+
+    def _deliver(self, rows: list[int], records: list[Buffer], origin: Tier, staged: list[int | None] | None) -> None:
+        for row in rows:
+            if self.states[row] != _State.ENDED:
+                self.states[row] = _State.WORKING
+
+        def work() -> list[Reason]:
+            return [self._deliver_one(row, record, origin) for row, record in zip(rows, records, strict=True)]
+
+        def finish(result: list[Reason] | Exception) -> None:
+            self._give_back(staged or [])
+            reasons = [Reason.IO_ERROR] * len(rows) if isinstance(result, Exception) else result
+            for row, reason in zip(rows, reasons, strict=True):
+                self._delivered(row, reason, origin)
+            self.settle()
+
+        self.equipment.work.put(Piece(self._work_rank, work, finish))
+
+    def _deliver_one(self, row: int, record: Buffer, origin: Tier) -> Reason:
+        if self.states[row] == _State.ENDED or (self.abandoned and self.plan.kind == PlanKind.LOAD):
+            return Reason.ABANDONED
+        equipment, plan = self.equipment, self.plan
+        memory = equipment.memories.get(plan.pages.memory_id) if plan.pages else None
+        if plan.pages is not None and memory is None:
+            return Reason.GONE
+        verify = equipment.verify_memory if origin == Tier.HOST else True
+        place = None if origin == Tier.HOST else self._place(row)
+        return deliver_record(equipment, plan, row, record, memory, place=place, verify=verify)
+
+    def _place(self, row: int) -> dict[str, int | bytes]:
+        """What the header of a record from disk has to say of where it lies."""
+        directory, segment = lane_of(self.segment[row])
+        nonce = self.equipment.paths[directory].tier.nonce
+        return {"nonce": nonce, "segment": segment, "generation": self.generation[row], "page": self.disk_page[row]}
+
+    def _delivered(self, row: int, reason: Reason, origin: Tier) -> None:
+        if self.states[row] == _State.ENDED:
+            self._release(row)
+        elif reason == Reason.NONE:
+            self.states[row] = _State.ENDED
+            pages = self.host_pages[row] if origin == Tier.HOST else self.disk_pages[row]
+            if origin == Tier.DISK and self.target_page[row] != NOWHERE:
+                page = self.target_page[row]
+                self.ok(row, moved_bytes=pages * PAGE_BYTES, tier=Tier.HOST, page=page, pages=pages)
+            else:
+                self.ok(row, moved_bytes=pages * PAGE_BYTES)
+        elif reason == Reason.DAMAGED:
+            self.equipment.counts["damaged_reads"] += 1
+            self._try_again(row, origin, reason)
+        else:
+            self._end(row, reason)
+
+    def _try_again(self, row: int, origin: Tier, reason: Reason) -> None:
+        """Read the same copy once more, or report it lost and take the other one, or give up."""
+        sources = self._sources[row]
+        if self.abandoned:
+            self._end(row, Reason.ABANDONED)
+            return
+        if not sources or sources[0] != origin:
+            self.report_lost([row], origin, reason)
+        if not sources:
+            self._end(row, reason)
+        elif sources[0] == Tier.HOST:
+            sources.popleft()
+            self._deliver([row], [self._host_record(row)], Tier.HOST, None)
+        else:
+            self._read([row])
+
+    def lost(self, rows: list[int], tier: Tier, reason: Reason) -> None:
+        """The copies of ``rows`` in ``tier`` are not there any more: no use in reading them again."""
+        for row in rows:
+            while self._sources[row] and self._sources[row][0] == tier:
+                self._sources[row].popleft()
+            self._try_again(row, tier, reason)
+        self.settle()
+
+    def report_lost(self, rows: list[int], tier: Tier, reason: Reason) -> None:
+        """Tell the index to forget copies."""
+        table = np.zeros(len(rows), LOST)
+        table["key"] = self.plan.rows["key"][rows]
+        table["group"] = self.plan.rows["group"][rows]
+        table["tier"], table["reason"] = tier, reason
+        for at, row in enumerate(rows):
+            on_disk = tier == Tier.DISK
+            table["segment"][at] = self.segment[row] if on_disk else NOWHERE
+            table["page"][at] = self.disk_page[row] if on_disk else self.host_page[row]
+            table["generation"][at] = self.generation[row] if on_disk else 0
+        equipment = self.equipment
+        equipment.counts["lost_copies"] += len(rows)
+        equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
+
+    def _end(self, row: int, reason: Reason) -> None:
+        self.states[row] = _State.ENDED
+        self.failed(row, reason)
+
+    def _release(self, row: int) -> None:
+        """An abandoned row came back: nothing writes to its target any more."""
+        if row in self.quarantined:
+            self.failed(row, Reason.ABANDONED)
+
+    def _give_back(self, staged: list[int | None]) -> None:
+        for buffer in staged:
+            if buffer is not None:
+                self.equipment.staging.give_back(buffer, self.priority)
+
+    def _host_record(self, row: int) -> Buffer:
+        return self.equipment.host.view(self.host_page[row], self.host_pages[row])
+
+
+class ReadMove:
+    """Adjacent records of one segment, read with one call."""
+
+    def __init__(self, run: LoadRun, rows: list[int], path: DiskPath) -> None:
+        """``rows`` of ``run`` lie one after another in one segment of ``path``."""
+        self.priority = run.priority
+        self.nbytes = sum(run.disk_pages[row] for row in rows) * PAGE_BYTES
+        self._run = run
+        self._rows = rows
+        self._path = path
+        self._staged: list[int | None] = []
+        self._buffers: list[Buffer] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a row still waits for it."""
+        return any(self._run.states[row] == _State.WAITING for row in self._rows)
+
+    def prepare(self) -> IORequest | None:
+        """Take buffers and find the file; rows whose segment is not there any more look for another copy."""
+        run, first = self._run, self._rows[0]
+        _, segment = lane_of(run.segment[first])
+        fd = self._path.tier.locate(segment, run.generation[first])
+        if fd is None:
+            rows = [row for row in self._rows if run.states[row] == _State.WAITING]
+            for row in rows:
+                run.states[row] = _State.WORKING
+            run.lost(rows, Tier.DISK, Reason.GONE)
+            return None
+        if not self._take_buffers():
+            return None
+        for row in self._rows:
+            if run.states[row] == _State.WAITING:
+                run.states[row] = _State.READING
+        return IORequest(Op.READ, fd, run.disk_page[first] * PAGE_BYTES, self._buffers, self)
+
+    def finish(self, done: IODone) -> None:
+        """Hand the bytes on."""
+        self._run.read_ended(self._rows, self._buffers, self._staged, done.error)
+
+    def _take_buffers(self) -> bool:
+        run, staging = self._run, self._run.equipment.staging
+        self._staged, self._buffers = [], []
+        for row in self._rows:
+            if run.target_page[row] != NOWHERE:
+                self._staged.append(None)
+                self._buffers.append(run.equipment.host.view(run.target_page[row], run.disk_pages[row]))
+                continue
+            buffer = staging.take(run.priority)
+            if buffer is None:
+                for taken in self._staged:
+                    if taken is not None:
+                        staging.give_back(taken, run.priority)
+                return False
+            self._staged.append(buffer)
+            self._buffers.append(staging.view(buffer)[: run.disk_pages[row] * PAGE_BYTES])
+        return True
+
+
+def _sources(host_page: int, segment: int) -> deque[Tier]:
+    copies = [tier for tier, place in ((Tier.HOST, host_page), (Tier.DISK, segment)) if place != NOWHERE]
+    return deque([copies[0], *copies] if copies else [])

@@ -1,0 +1,304 @@
+"""Spills, syncs and reclaims: host extents -> disk, and what keeps the disk going."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kvtier.codecs.chain import chain_of
+from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
+from kvtier.errors import CapacityError
+from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
+from kvtier.tiers.disk import Place, SyncTarget
+from kvtier.transfer.lanes import global_segment, lane_of
+from kvtier.transfer.parts import DiskPath, Equipment
+from kvtier.transfer.records import encode_record, stamp
+from kvtier.transfer.run import Run
+from kvtier.transfer.work import Piece, Rank
+
+_MAX_ROWS_A_MOVE: Final = 64
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A record on its way to disk: where its bytes are, and the staging buffer that they are in, if any."""
+
+    row: int
+    record: Buffer
+    staged: int | None = None
+    chain: int = 0
+
+
+class SpillRun(Run):
+    """Runs one SPILL plan: straight from the arena, or through staging where a byte codec is added."""
+
+    def __init__(self, plan: Plan, equipment: Equipment) -> None:
+        """The rows' columns become lists once: scalar access to them is many times faster."""
+        super().__init__(plan, equipment)
+        self._page = plan.rows["host_page"].tolist()
+        self._pages = plan.rows["host_pages"].tolist()
+        self._to_encode: deque[int] = deque()
+        self._encoding = chain_of(plan.chains[0]).byte is not None
+
+    def begin(self) -> None:
+        """Queue all rows for writing, or first for encoding."""
+        rows = [row for row, page in enumerate(self._page) if page != NOWHERE]
+        for row in set(range(len(self._page))) - set(rows):
+            self.failed(row, Reason.GONE)
+        if not self.equipment.paths:
+            for row in rows:
+                self.failed(row, Reason.NO_SPACE)
+        elif self._encoding:
+            self._to_encode.extend(rows)
+            self.encode_more()
+        else:
+            for piece in self.pieces(rows, max(self._pages) * PAGE_BYTES):
+                for at in range(0, len(piece), _MAX_ROWS_A_MOVE):
+                    self._write([Outgoing(row, self._host_record(row)) for row in piece[at : at + _MAX_ROWS_A_MOVE]])
+        self.settle()
+
+    def abandon(self, reason: Reason) -> None:
+        """Only closing gives a spill up: rows that no lane has yet end now."""
+        super().abandon(reason)
+        while self._to_encode:
+            self.failed(self._to_encode.popleft(), reason)
+        self.settle()
+
+    def encode_more(self) -> None:
+        """Encode as many rows as there are staging buffers for."""
+        while self._to_encode:
+            buffer = self.equipment.staging.take(Priority.SPILL)
+            if buffer is None:
+                self.equipment.waiting_for_staging.append(self)
+                return
+            self._encode(self._to_encode.popleft(), buffer)
+
+    def _encode(self, row: int, buffer: int) -> None:
+        out = self.equipment.staging.view(buffer)
+
+        def work() -> tuple[int, bool]:
+            return encode_record(self._host_record(row), self.plan.chains[0], out)
+
+        def finish(result: tuple[int, bool] | Exception) -> None:
+            if isinstance(result, Exception):
+                self.give_back(buffer)
+                self.failed(row, Reason.DAMAGED)
+                self.settle()
+            else:
+                pages, coded = result
+                self._write([Outgoing(row, out[: pages * PAGE_BYTES], buffer, chain=int(not coded))])
+
+        self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
+
+    def _write(self, records: list[Outgoing]) -> None:
+        path = min(self.equipment.paths, key=lambda path: (not path.tier.usable, path.lane.queued_bytes))
+        path.lane.put(WriteMove(self, records, path))
+
+    def written(self, record: Outgoing, place: Place, directory: int) -> None:
+        """``record`` is in its place; what it went through comes back as the row's chain."""
+        self._done_with(record)
+        self.ok(
+            record.row, moved_bytes=place.pages * PAGE_BYTES, tier=Tier.DISK, pages=place.pages, page=place.page,
+            segment=global_segment(directory, place.segment), generation=place.generation, chain=record.chain,
+        )  # fmt: skip
+
+    def not_written(self, record: Outgoing, reason: Reason) -> None:
+        """``record`` is not on disk."""
+        self._done_with(record)
+        self.failed(record.row, reason)
+
+    def give_back(self, buffer: int) -> None:
+        """A staging buffer is free: spills that wait for one go on."""
+        self.equipment.staging.give_back(buffer, Priority.SPILL)
+        while self.equipment.waiting_for_staging and self.equipment.staging.free:
+            self.equipment.waiting_for_staging.popleft().encode_more()
+
+    def _done_with(self, record: Outgoing) -> None:
+        if record.staged is not None:
+            self.give_back(record.staged)
+
+    def _host_record(self, row: int) -> Buffer:
+        return self.equipment.host.view(self._page[row], self._pages[row])
+
+
+class WriteMove:
+    """Records that go to adjacent places of one segment with one call, each behind its own header page."""
+
+    priority = Priority.SPILL
+
+    def __init__(self, run: SpillRun, records: list[Outgoing], path: DiskPath) -> None:
+        """Places are taken when the lane has room, so that segments fill in the order of writing."""
+        self.nbytes = sum(record.record.nbytes for record in records)
+        self._run = run
+        self._path = path
+        self._records = records
+        self._places: list[Place] = []
+        self._headers: list[int] = []
+        self._since_s = run.equipment.clock.monotonic()
+
+    @property
+    def wanted(self) -> bool:
+        """False once there is nothing left to write."""
+        return bool(self._records)
+
+    def prepare(self) -> IORequest | None:
+        """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move."""
+        run, tier = self._run, self._path.tier
+        if run.abandoned or not tier.usable or self._late():
+            self._give_up(Reason.CLOSED if run.abandoned else Reason.NO_SPACE)
+            return None
+        while len(self._places) < len(self._records):
+            if len(self._headers) == len(self._places) and not self._take_header():
+                break
+            place = self._next_place()
+            if place is None:
+                break
+            self._places.append(place)
+            if len(self._places) > 1 and not _adjacent(*self._places[-2:]):
+                self._split(len(self._places) - 1)
+        if not self._places:
+            return None
+        self._split(len(self._places))
+        buffers: list[Buffer] = []
+        for record, place, header in zip(self._records, self._places, self._headers, strict=True):
+            page = run.equipment.headers.view(header)
+            np.copyto(page, record.record[:PAGE_BYTES])
+            stamp(page, tier, place)
+            buffers += [page, record.record[PAGE_BYTES:]]
+        return IORequest(Op.WRITE, self._places[0].fd, self._places[0].page * PAGE_BYTES, buffers, self)
+
+    def finish(self, done: IODone) -> None:
+        """The write returned: publish its records, or give up the segment."""
+        run, tier = self._run, self._path.tier
+        directory = run.equipment.paths.index(self._path)
+        for record, place, header in zip(self._records, self._places, self._headers, strict=True):
+            if done.error is None:
+                tier.written(place, run.equipment.headers.view(header))
+                run.written(record, place, directory)
+            else:
+                tier.failed(place)
+                run.not_written(record, Reason.IO_ERROR)
+            run.equipment.headers.give_back(header, Priority.SPILL)
+        if done.error is not None:
+            run.equipment.counts["write_errors"] += 1
+        run.settle()
+
+    def _late(self) -> bool:
+        return not self._places and self._run.equipment.clock.monotonic() - self._since_s > _WRITE_PATIENCE_S
+
+    def _give_up(self, reason: Reason) -> None:
+        for place in self._places:
+            self._path.tier.failed(place)
+        for header in self._headers:
+            self._run.equipment.headers.give_back(header, Priority.SPILL)
+        records, self._records, self._places, self._headers = self._records, [], [], []
+        for record in records:
+            self._run.not_written(record, reason)
+        self._run.settle()
+
+    def _take_header(self) -> bool:
+        header = self._run.equipment.headers.take(Priority.SPILL)
+        if header is not None:
+            self._headers.append(header)
+        return header is not None
+
+    def _next_place(self) -> Place | None:
+        record = self._records[len(self._places)].record
+        try:
+            return self._path.tier.place(record.nbytes // PAGE_BYTES)
+        except CapacityError:
+            return None
+
+    def _split(self, at: int) -> None:
+        """Leave the records from ``at`` on, with what is taken for them, to a move of their own right behind."""
+        if at == len(self._records):
+            return
+        rest = WriteMove(self._run, self._records[at:], self._path)
+        rest._places, rest._headers, rest._since_s = self._places[at:], self._headers[at:], self._since_s
+        self._records, self._places, self._headers = self._records[:at], self._places[:at], self._headers[:at]
+        self.nbytes -= rest.nbytes
+        self._path.lane.insert_second(rest)
+
+
+class SyncRun(Run):
+    """Runs one SYNC plan: what every directory has written so far becomes durable."""
+
+    def begin(self) -> None:
+        """Sync every file that has something unsynced."""
+        self._left = 0
+        self._error = False
+        for path in self.equipment.paths:
+            if not path.tier.usable:
+                self._error = True
+            for target in path.tier.unsynced():
+                self._left += 1
+                path.lane.put(SyncMove(self, target, path))
+        self._error = self._error or not self.equipment.paths
+        self._end_if_done()
+
+    def synced(self, error: OSError | None) -> None:
+        """One file is synced, or never will be."""
+        self._left -= 1
+        self._error = self._error or error is not None
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if not self._left:
+            if self._error:
+                self.failed_as_a_whole(Reason.IO_ERROR)
+            self.settle()
+
+
+class SyncMove:
+    """One fdatasync."""
+
+    priority = Priority.SPILL
+    nbytes = 0
+    wanted = True
+
+    def __init__(self, run: SyncRun, target: SyncTarget, path: DiskPath) -> None:
+        """``target`` is a file of ``path``."""
+        self._run = run
+        self._target = target
+        self._path = path
+
+    def prepare(self) -> IORequest:
+        """The request."""
+        return IORequest(Op.SYNC, self._target.fd, 0, (), self)
+
+    def finish(self, done: IODone) -> None:
+        """Tell the tier what is durable now, or that the segment cannot be trusted any more."""
+        self._path.tier.synced(self._target, done.error)
+        self._run.synced(done.error)
+
+
+class ReclaimRun(Run):
+    """Runs one RECLAIM plan; housekeeping makes the segment clean."""
+
+    def begin(self) -> None:
+        """Ask the directory."""
+        directory, segment = lane_of(self.plan.segment)
+        if directory < len(self.equipment.paths):
+            self.equipment.reclaims[self.plan.segment] = self
+            self.equipment.paths[directory].tier.reclaim(segment, self.plan.generation)
+        else:
+            self.settle()
+
+    def ended(self) -> None:
+        """The segment is clean again, or given up."""
+        self.settle()
+
+
+_WRITE_PATIENCE_S: Final = 10.0
+"""How long a write waits for a clean segment before it is refused."""
+
+
+def _adjacent(first: Place, second: Place) -> bool:
+    return (first.segment, first.generation, first.page + first.pages) == (
+        second.segment,
+        second.generation,
+        second.page,
+    )

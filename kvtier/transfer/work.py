@@ -1,0 +1,72 @@
+"""Work for the copy threads: short pieces, in order of service. Called under the data plane's lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from kvtier.runtime.seam import Event
+
+PIECE_BYTES: Final = 8 << 20
+"""Payload of one piece of work: long enough to hide its price, short enough that a demand load soon gets a thread."""
+
+
+class Rank(IntEnum):
+    """Order of service. A gather comes before checksums, because the engine waits for its pages and for nothing else."""
+
+    LOAD = 0
+    GATHER = 1
+    FETCH = 2
+    BACKGROUND = 3
+
+
+@dataclass(slots=True)
+class Piece:
+    """``work`` runs on a copy thread without any lock and returns what ``finish`` gets, under the lock again.
+
+    ``work`` may raise: ``finish`` then gets the exception.
+    """
+
+    rank: Rank
+    work: Callable[[], Any]
+    finish: Callable[[Any], None]
+
+
+class WorkQueue:
+    """Pieces by rank, and the threads that wait for some."""
+
+    def __init__(self) -> None:
+        """Nothing to do, nobody waits."""
+        self._queues: tuple[deque[Piece], ...] = tuple(deque() for _ in Rank)
+        self._idle: list[Event] = []
+
+    def put(self, piece: Piece) -> None:
+        """Queue ``piece`` and wake one thread that waits."""
+        self._queues[piece.rank].append(piece)
+        self.wake_one()
+
+    def take(self, wake: Event) -> Piece | None:
+        """The next piece, or None: then ``wake`` is set when there is one."""
+        for queue in self._queues:
+            if queue:
+                piece = queue.popleft()
+                if self._idle and any(self._queues):
+                    self.wake_one()
+                return piece
+        if wake not in self._idle:
+            self._idle.append(wake)
+        return None
+
+    def wake_one(self) -> None:
+        """Let one waiting thread look again; called by I/O threads too, without the lock."""
+        try:
+            self._idle.pop().set()
+        except IndexError:
+            return  # nobody waits, or another thread woke the last one just now
+
+    def __len__(self) -> int:
+        """Pieces that wait."""
+        return sum(map(len, self._queues))
