@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 import aiofiles.os
@@ -27,19 +27,25 @@ perform_async = aiofiles.os.wrap(perform)
 
 
 class AiofilesIOEngine:
-    """``seam.IOEngine`` that awaits its calls through aiofiles on ``threads`` daemon threads."""
+    """``seam.IOEngine`` that awaits its calls through aiofiles, at most ``threads`` at once on as many daemon threads.
+
+    The queue is as long as its owner lets it grow: a lane bounds its bytes in flight.
+    """
 
     ready: Event
 
     def __init__(self, name: str, threads: int) -> None:
         self.ready = SystemEvent()
         self._done: deque[IODone] = deque()
+        self._queue: deque[IORequest] = deque()
         self._open: set[IORequest] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._intake = threading.Lock()
         self._closed = False
+        self._threads = threads
         self._executor = DaemonExecutor(name, threads)
         self._loop = asyncio.new_event_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending = False
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         self._thread.start()
 
@@ -49,7 +55,8 @@ class AiofilesIOEngine:
             if self._closed:
                 raise ClosedError("the I/O engine is closed")
             self._open.add(request)
-            self._loop.call_soon_threadsafe(self._begin, request)
+            self._queue.append(request)
+            self._loop.call_soon_threadsafe(self._begin)
 
     def reap(self) -> list[IODone]:
         """Everything that ended since the last call; never blocks."""
@@ -61,40 +68,50 @@ class AiofilesIOEngine:
         with self._intake:
             if not self._closed:
                 self._closed = True
-                self._loop.call_soon_threadsafe(self._begin_closing)
+                while (request := self._next()) is not None:
+                    self._end(cancelled(request))
+                self._loop.call_soon_threadsafe(self._begin_ending)
         self._thread.join(max(timeout_s, 0.0))
         return len(self._open)
+
+    def _next(self) -> IORequest | None:
+        try:
+            return self._queue.popleft()
+        except IndexError:  # looking first would not do: the loop's thread and ``close`` take from it at once
+            return None
+
+    def _end(self, done: IODone) -> None:
+        self._done.append(done)
+        self._open.discard(done.request)
+        self.ready.set()
+
+    # -- in the loop's thread
 
     def _run_loop(self) -> None:
         self._loop.run_forever()
         self._loop.close()
 
-    def _begin(self, request: IORequest) -> None:
-        task = self._loop.create_task(self._await(request))
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
+    def _begin(self) -> None:
+        while len(self._tasks) < self._threads and (request := self._next()) is not None:
+            task = self._loop.create_task(self._run(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._forget)
 
-    async def _await(self, request: IORequest) -> None:
-        try:
-            done = await perform_async(request, executor=self._executor)
-        except asyncio.CancelledError:
-            done = cancelled(request)
-        self._done.append(done)
-        self._open.discard(request)
-        self.ready.set()
-
-    def _begin_closing(self) -> None:
-        # The tasks of submits just before this run one turn of the loop later; only then are they in the executor.
-        self._loop.call_soon(self._executor.shutdown)
-        self._loop.call_soon(self._stop_when_empty)
+    async def _run(self, request: IORequest) -> None:
+        self._end(await perform_async(request, executor=self._executor))
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if self._closed:
-            self._stop_when_empty()
+        self._begin()
+        self._stop_when_empty()
+
+    def _begin_ending(self) -> None:
+        self._ending = True
+        self._stop_when_empty()
 
     def _stop_when_empty(self) -> None:
-        if not self._tasks:
+        if self._ending and not self._tasks:
+            self._executor.shutdown()
             self._loop.stop()
 
 
@@ -113,15 +130,8 @@ class DaemonExecutor(Executor):
         self._queue.put((future, partial(fn, *args, **kwargs)))
         return future
 
-    def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:
-        """Cancel the calls that have not begun and let the threads end; never waits, whatever is asked."""
-        while True:
-            try:
-                queued = self._queue.get_nowait()
-            except Empty:
-                break
-            if queued is not None:
-                queued[0].cancel()
+    def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
+        """Let the threads end after what is queued; never waits, whatever is asked."""
         for _ in range(self._threads):
             self._queue.put(None)
 

@@ -298,7 +298,8 @@ class SimDisk:
 def _check_alignment(entry: OpenFile, offset: int, buffers: Sequence[Buffer]) -> None:
     if not entry.direct:
         return
-    places = [offset, *(buffer.nbytes for buffer in buffers), *(buffer.ctypes.data for buffer in buffers)]
+    full = [buffer for buffer in buffers if buffer.nbytes]
+    places = [offset, *(buffer.nbytes for buffer in full), *(buffer.ctypes.data for buffer in full)]
     if any(place % PAGE_BYTES for place in places):
         raise OSError(errno.EINVAL, "direct I/O needs offset, lengths and addresses in multiples of 4096")
 

@@ -1,0 +1,143 @@
+"""I/O engines: the contract on each, and what only threads can get wrong."""
+
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.errors import ConfigError
+from kvtier.runtime import blocking, system_machine
+from kvtier.runtime.machine import IO_ENGINES
+from kvtier.runtime.seam import IORequest, Machine, Op
+from kvtier.testing.simulation import Simulation
+from tests.runtime.contract_files import PAGE, aligned
+from tests.runtime.contract_io import PATIENCE_S, IOEngineContract, collect, run_one
+
+
+class TestThreadsIOEngine(IOEngineContract):
+    @pytest.fixture
+    def machine(self) -> Machine:
+        return system_machine("threads")
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> str:
+        return str(tmp_path)
+
+
+class TestAiofilesIOEngine(IOEngineContract):
+    @pytest.fixture
+    def machine(self) -> Machine:
+        return system_machine("aiofiles")
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> str:
+        return str(tmp_path)
+
+
+class TestSimIOEngine(IOEngineContract):
+    @pytest.fixture
+    def machine(self) -> Machine:
+        return Simulation(seed=1).machine()
+
+    @pytest.fixture
+    def root(self, machine: Machine) -> str:
+        machine.files.make_directory("/cache")
+        return "/cache"
+
+
+@pytest.fixture(params=sorted(IO_ENGINES))
+def machine(request: pytest.FixtureRequest) -> Machine:
+    return system_machine(request.param)
+
+
+@pytest.fixture
+def fd(machine: Machine, tmp_path: Path) -> Iterator[int]:
+    fd = machine.files.open(f"{tmp_path}/data", create=True)
+    yield fd
+    machine.files.close(fd)
+
+
+def test_a_request_that_hangs_is_counted_by_close_and_still_ends_later(
+    machine: Machine, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, released = threading.Event(), threading.Event()
+    real = blocking.pwritev
+
+    def hanging(*args: object) -> int:
+        entered.set()
+        released.wait(PATIENCE_S)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blocking, "pwritev", hanging)
+    engine = machine.io_engine("hang", 1)
+    for tag in range(3):
+        engine.submit(IORequest(Op.WRITE, fd, 0, [aligned(PAGE)], tag))
+    assert entered.wait(PATIENCE_S)
+    assert engine.close(0.0) == 1
+    while len(cancelled := engine.reap()) < 2:
+        assert engine.ready.wait(PATIENCE_S)
+        engine.ready.clear()
+    assert [(each.request.tag, each.error.errno) for each in cancelled if each.error] == [
+        (1, errno.ECANCELED),
+        (2, errno.ECANCELED),
+    ]
+    engine.ready.clear()
+    released.set()
+    assert engine.close(PATIENCE_S) == 0
+    (last,) = engine.reap()
+    assert (last.request.tag, last.error) == (0, None)
+
+
+def test_an_error_that_is_no_os_error_still_ends_the_request(machine: Machine, fd: int) -> None:
+    engine = machine.io_engine("io", 1)
+    run_one(engine, IORequest(Op.WRITE, fd, 0, [aligned(PAGE)], 0))
+    frozen = aligned(PAGE)
+    frozen.flags.writeable = False
+    error = run_one(engine, IORequest(Op.READ, fd, 0, [frozen], 1))
+    assert error is not None
+    assert error.errno == errno.EIO
+    assert isinstance(error.__cause__, (TypeError, ValueError, BufferError))
+    assert run_one(engine, IORequest(Op.READ, fd, 0, [aligned(PAGE)], 2)) is None, "the engine goes on"
+    assert engine.close(PATIENCE_S) == 0
+
+
+def test_no_thread_is_left_after_close(machine: Machine) -> None:
+    before = threading.active_count()
+    engine = machine.io_engine("io", 3)
+    assert threading.active_count() > before
+    assert engine.close(PATIENCE_S) == 0
+    for thread in threading.enumerate():
+        if thread.name.startswith("io-"):
+            thread.join(PATIENCE_S)
+    assert threading.active_count() == before
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_several_threads_may_submit_at_once(machine: Machine, fd: int) -> None:
+    engine = machine.io_engine("io", 4)
+    page = aligned(PAGE, 7)
+
+    def submit_many(first: int) -> None:
+        for tag in range(first, first + 100):
+            engine.submit(IORequest(Op.WRITE, fd, tag * PAGE, [page], tag))
+
+    submitters = [threading.Thread(target=submit_many, args=(first,)) for first in range(0, 400, 100)]
+    for thread in submitters:
+        thread.start()
+    done = collect(engine, 400)
+    for thread in submitters:
+        thread.join()
+    assert sorted(each.request.tag for each in done) == list(range(400))
+    assert all(each.error is None for each in done)
+    out = aligned(400 * PAGE)
+    assert run_one(engine, IORequest(Op.READ, fd, 0, [out], 0)) is None
+    assert np.all(out == 7)
+    assert engine.close(PATIENCE_S) == 0
+
+
+def test_an_unknown_engine_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'thread' is not an I/O engine.*nearest: 'threads'"):
+        system_machine("thread")

@@ -1,0 +1,86 @@
+"""Runtimes: the contract, and the races that only threads have."""
+
+import threading
+from collections import deque
+
+import pytest
+
+from kvtier.runtime import SystemEvent, SystemRuntime
+from kvtier.runtime.seam import Runtime
+from kvtier.testing.simulation import Simulation
+from tests.runtime.contract_runtime import PATIENCE_S, RuntimeContract
+
+
+class TestSystemRuntime(RuntimeContract):
+    @pytest.fixture
+    def runtime(self) -> Runtime:
+        return SystemRuntime()
+
+
+class TestSimulationAsRuntime(RuntimeContract):
+    @pytest.fixture
+    def runtime(self) -> Runtime:
+        return Simulation(seed=1)
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_no_wake_up_is_lost_between_threads() -> None:
+    """Four producers append and set; one consumer clears and drains. A lost set would leave items and time out."""
+    event, items, seen = SystemEvent(), deque[int](), 0
+
+    def produce() -> None:
+        for item in range(5000):
+            items.append(item)
+            event.set()
+
+    producers = [threading.Thread(target=produce) for _ in range(4)]
+    for thread in producers:
+        thread.start()
+    while seen < 20000:
+        assert event.wait(PATIENCE_S), f"{seen} items seen, {len(items)} left behind"
+        event.clear()
+        while items:
+            items.popleft()
+            seen += 1
+    for thread in producers:
+        thread.join()
+
+
+@pytest.mark.usefixtures("fast_switching")
+def test_a_set_event_wakes_every_waiter() -> None:
+    event, woken = SystemEvent(), deque[bool]()
+    waiters = [threading.Thread(target=lambda: woken.append(event.wait(PATIENCE_S))) for _ in range(8)]
+    for thread in waiters:
+        thread.start()
+    event.set()
+    for thread in waiters:
+        thread.join()
+    assert list(woken) == [True] * 8
+    assert event.wait(0.0)
+
+
+def test_stop_gives_up_on_a_step_that_blocks_and_sees_its_end_later() -> None:
+    runtime, entered, released = SystemRuntime(), threading.Event(), threading.Event()
+
+    def step() -> bool:
+        entered.set()
+        released.wait(PATIENCE_S)
+        return False
+
+    worker = runtime.spawn("stuck", step, runtime.event())
+    assert entered.wait(PATIENCE_S)
+    assert not worker.stop(0.0)
+    released.set()
+    assert worker.stop(PATIENCE_S)
+
+
+def test_the_defect_that_ended_a_loop_is_logged_when_it_happens(caplog: pytest.LogCaptureFixture) -> None:
+    runtime = SystemRuntime()
+
+    def step() -> bool:
+        raise ZeroDivisionError
+
+    worker = runtime.spawn("lane-7", step, runtime.event())
+    with pytest.raises(ZeroDivisionError):
+        worker.stop(PATIENCE_S)
+    assert "'lane-7'" in caplog.text
