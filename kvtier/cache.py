@@ -295,7 +295,7 @@ class TieredCache:
         return stats
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write down what the write policy promised, end every job, close the tiers; True when nothing was left behind."""
+        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind."""
         with self._lock:
             if self._closed:
                 return True
@@ -327,7 +327,7 @@ class TieredCache:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Commit what data planes report, send what follows from it, tell callers. Any thread, any time, no lock held."""
+        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held."""
         for _ in range(_SEND_ROUNDS):
             with self._lock:
                 now_s = self._clock.monotonic()
@@ -422,9 +422,7 @@ class TieredCache:
         if known is None:
             numbers = {channel.register(memory) for channel in self._channels}
             if len(numbers) != 1:
-                raise ConfigError(
-                    "register: the ranks disagree on the number of this memory; register in the same order"
-                )
+                raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
             known = self._memories[id(memory)] = _Registered(memory, numbers.pop())
         known.users += 1
         return known

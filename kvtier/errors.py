@@ -1,7 +1,7 @@
 """Everything kvtier raises.
 
     KVTierError
-    ├── ConfigError          a setting or an argument is wrong: says which, its value, and the remedy (also a ValueError)
+    ├── ConfigError          a setting or an argument is wrong; names it, its value and the remedy (a ValueError)
     ├── CapacityError        a block cannot fit where it is asked to go
     ├── TierError            a tier cannot be used; wraps the error of the operating system or of CUDA
     ├── CorruptBlockError    bytes that were read are not the bytes that were written

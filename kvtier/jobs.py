@@ -62,7 +62,7 @@ class FlushResult:
 
 
 Result: TypeAlias = LoadResult | StoreResult | PrefetchResult | FlushResult
-R = TypeVar("R", LoadResult, StoreResult, PrefetchResult, FlushResult)
+R = TypeVar("R")
 AnyJob: TypeAlias = "Job[Any]"
 
 
@@ -118,7 +118,7 @@ class Job(Generic[R]):
             TimeoutError: it has not come in time.
         """
         del part  # whole blocks are read, so every part comes with the last one
-        result: Result = self.result(timeout_s)
+        result = self.result(timeout_s)
         if not isinstance(result, LoadResult):
             raise KVTierError("wait_part: only loads have parts")
         if result.ok_tokens < self._consumed_tokens:
@@ -154,7 +154,7 @@ class Job(Generic[R]):
     # --- for the cache ----------------------------------------------------------------------------------------------
 
     def hear(self) -> None:
-        """The ticket has news: take them over, and tell whoever waits. Called once per piece of news, without a lock."""
+        """The ticket has news: take it over, and tell whoever waits. Called without a lock, once per piece of news."""
         with self._control.lock:
             self._source_free = self._source_free or self.ticket.source_free
             ended = self.ticket.finished and self._result is None

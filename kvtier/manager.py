@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic
@@ -63,7 +64,7 @@ class AsyncJob(Generic[R]):
     async def _until(self, ready: Callable[[], bool]) -> None:
         while not ready():
             woken = self._loop.create_future()
-            self.job.call_on_news(lambda _: self._loop.call_soon_threadsafe(_wake, woken), unless=ready)
+            self.job.call_on_news(partial(_wake_from_thread, self._loop, woken), unless=ready)
             await woken
 
 
@@ -222,6 +223,12 @@ class CacheManager:
 
     def _job(self, job: Job[R]) -> AsyncJob[R]:
         return AsyncJob(job, asyncio.get_running_loop())
+
+
+def _wake_from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], _: object) -> None:
+    # A loop that was closed while the job went on has nobody left to wake.
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(_wake, future)
 
 
 def _wake(future: asyncio.Future[None]) -> None:

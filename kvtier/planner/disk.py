@@ -55,7 +55,7 @@ class DiskBook:
         return bool(self.ranks) and all(disk.usable for disk in self.ranks.values())
 
     def enqueue(self, entry: int, *, first: bool = False) -> None:
-        """``entry`` must reach the disk; ``first`` when somebody waits for it. Once in the queue it stays there once."""
+        """``entry`` must reach the disk; ``first`` when somebody waits for it. It is queued only once."""
         if entry in self._queued:
             return
         self._queued.add(entry)

@@ -72,17 +72,17 @@ class HostBook:
         The caller may evict the one it was just given: a parent that was passed over because of it comes next.
         """
         passed: set[int] = set()
-        for entry in self._policy.candidates():
-            while True:
-                if self._index.pins[entry] or self._index.host_children[entry]:
-                    passed.add(entry)
-                    break
+        for candidate in self._policy.candidates():
+            entry = candidate
+            while not self._index.pins[entry] and not self._index.host_children[entry]:
                 parent = int(self._index.parent[entry])
                 yield entry
                 if parent not in passed:
                     break
                 passed.discard(parent)
                 entry = parent
+            else:
+                passed.add(entry)
 
     def candidates(self) -> Iterable[int]:
         """Entries in host memory from the least to the most worth keeping."""

@@ -167,7 +167,7 @@ class Planner:
         self._commits.pump()
 
     def set_weights_version(self, version: str) -> None:
-        """From now on only KV of ``version`` hits; loads and stores of older versions that are under way end as misses."""
+        """From now on only KV of ``version`` hits; loads and stores of others that are under way end as misses."""
         self._state.version = version
 
     @property

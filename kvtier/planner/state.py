@@ -87,11 +87,12 @@ class ControlState:
         if hop.ticket is not None:
             hop.ticket.plan_ids.append(hop.plan_id)
             hop.ticket.waits += 1
+        chains = tuple(dict.fromkeys((chain, "raw")))
         for rank in hop.unanswered:
             self.plans.append(
                 Plan(
                     plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
-                    rows=self._rows(hop, rank, parents), chains=(chain,) if chain == "raw" else (chain, "raw"), pages=pages, start=start, stop=stop,
+                    rows=self._rows(hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
                     durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
                 )
             )  # fmt: skip

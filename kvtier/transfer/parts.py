@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
+
 from kvtier.codecs.base import pages_of
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import PAGE_BYTES, Message
@@ -69,17 +71,22 @@ class Equipment:
         """What every record needs is worked out once."""
         self.placement = bytes.fromhex(self.layout.placement)
         self.raw_spans = tuple(
-            tuple(
-                zip(
-                    spans,
-                    accumulate((pages_of(s.nbytes) * PAGE_BYTES for s in spans[:-1]), initial=PAGE_BYTES),
-                    strict=True,
-                )
-            )
+            tuple(zip(spans, accumulate((_padded(span) for span in spans[:-1]), initial=PAGE_BYTES), strict=True))
             for spans in self.layout.slices
         )
+
+    def take_scratch(self) -> Buffer:
+        """Room for any decoded slice; the caller puts it back into ``scratch``. Called without the lock."""
+        try:
+            return self.scratch.pop()
+        except IndexError:
+            return np.empty(max(span.nbytes for spans in self.layout.slices for span in spans), np.uint8)
 
     def kick(self) -> None:
         """Let every lane submit what it may."""
         for path in self.paths:
             path.lane.submit()
+
+
+def _padded(span: SliceSpan) -> int:
+    return pages_of(span.nbytes) * PAGE_BYTES

@@ -96,11 +96,7 @@ def _deliver_slices(
             continue
         if chain.byte is None:
             raise CorruptBlockError(f"a slice of chain {header.chain!r} is stored shorter than its content")
-        content = (
-            equipment.scratch.pop()
-            if equipment.scratch
-            else np.empty(max(s.nbytes for s in layout.slices[group]), np.uint8)
-        )
+        content = equipment.take_scratch()
         try:
             chain.byte.decode(stored, content[: item.content_bytes])
             check_content(item, content[: item.content_bytes])
@@ -115,7 +111,7 @@ def _scatter(plan: Plan, group: int, first_token: int, parts: range, raw: Buffer
 
 
 def encode_record(record: Buffer, chain_name: str, out: Buffer) -> tuple[int, bool]:
-    """Write ``record`` to ``out`` with its raw slices byte-coded where that wins; returns its pages, and whether any was.
+    """Write ``record`` to ``out``, raw slices byte-coded where that wins; returns its pages, and whether any was.
 
     Raises:
         CorruptBlockError: the record in host memory is damaged.
@@ -124,12 +120,10 @@ def encode_record(record: Buffer, chain_name: str, out: Buffer) -> tuple[int, bo
     at, rows = PAGE_BYTES, []
     for item, start in zip(header.slices, header.slice_offsets(), strict=True):
         stored = record[start : start + item.stored_bytes]
-        row = item
-        nbytes = (
-            None if item.coded or chain.byte is None else chain.byte.encode(stored, out[at : at + item.stored_bytes])
-        )
+        row, room = item, out[at : at + item.stored_bytes]
+        nbytes = None if item.coded or chain.byte is None else chain.byte.encode(stored, room)
         if nbytes is None:
-            np.copyto(out[at : at + item.stored_bytes], stored)
+            np.copyto(room, stored)
         else:
             row = Slice(nbytes, item.content_bytes, item.content_sum, content_sum(out[at : at + nbytes]))
         rows.append(row)

@@ -15,7 +15,7 @@ PIECE_BYTES: Final = 8 << 20
 
 
 class Rank(IntEnum):
-    """Order of service. A gather comes before checksums, because the engine waits for its pages and for nothing else."""
+    """Order of service. Gathers come before checksums: the engine waits for its pages and for nothing else."""
 
     LOAD = 0
     GATHER = 1
