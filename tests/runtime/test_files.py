@@ -163,6 +163,23 @@ def test_transfers_that_move_only_a_part_are_continued(
     files.close(fd)
 
 
+def test_the_end_of_a_file_is_no_error_where_it_cannot_be_asked_for_directly(
+    files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading on from an unaligned end of file under O_DIRECT is EINVAL on some file systems."""
+
+    def strict_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset % 512:
+            raise OSError(errno.EINVAL, "unaligned")
+        return os.preadv(fd, buffers, offset)
+
+    (tmp_path / "x").write_bytes(b"7" * (PAGE + 100))
+    monkeypatch.setattr(blocking, "preadv", strict_read)
+    fd = files.open(f"{tmp_path}/x")
+    assert files.read_at(fd, 0, aligned(2 * PAGE)) == PAGE + 100
+    files.close(fd)
+
+
 def test_a_write_that_moves_nothing_is_an_error_and_not_a_loop(
     files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

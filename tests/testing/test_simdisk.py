@@ -125,6 +125,7 @@ def test_a_page_that_was_written_again_during_a_sync_keeps_at_least_what_the_syn
         engine.submit(IORequest(Op.SYNC, fd, 0, (), None))
         disk.write_at(fd, 0, aligned(PAGE, 2))
         collect(engine, 1)
+        assert content(disk) == [2]
         simulation.power_cut()
         assert content(disk) in ([1], [2])
 
@@ -220,6 +221,15 @@ def test_the_dead_hold_no_locks_descriptors_or_engines(death: object) -> None:
     with pytest.raises(ClosedError):
         engine.submit(IORequest(Op.SYNC, fd, 0, (), None))
     assert disk.lock(disk.open("/cache/x"))
+
+
+def test_a_disk_that_loses_power_alone_ends_no_request_of_before() -> None:
+    simulation, disk = new_disk(1)
+    fd, engine = new_file(disk), disk.io_engine("io", 1)
+    engine.submit(IORequest(Op.WRITE, fd, 0, [aligned(PAGE)], None))
+    disk.crash()
+    simulation.run_for(1.0)
+    assert engine.reap() == []
 
 
 # -- time
