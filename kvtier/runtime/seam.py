@@ -128,7 +128,7 @@ class IOEngine(Protocol):
     """Set whenever something can be reaped. The owner may replace it with its own event before the first submit."""
 
     def submit(self, request: IORequest) -> None:
-        """Queue one request; never blocks. Raises ClosedError after ``close``."""
+        """Queue one request, from any thread; never blocks. Raises ClosedError after ``close``."""
 
     def reap(self) -> list[IODone]:
         """Everything that ended since the last call; never blocks."""

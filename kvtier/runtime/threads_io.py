@@ -36,7 +36,7 @@ class ThreadsIOEngine:
             thread.start()
 
     def submit(self, request: IORequest) -> None:
-        """Queue one request; never blocks. Raises ClosedError after ``close``."""
+        """Queue one request, from any thread; never blocks. Raises ClosedError after ``close``."""
         with self._intake:
             if self._closed:
                 raise ClosedError("the I/O engine is closed")

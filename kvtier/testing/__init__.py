@@ -2,3 +2,8 @@
 
 Nothing but tests imports this package.
 """
+
+from kvtier.testing.simdisk import SimDisk
+from kvtier.testing.simulation import Simulation, SimulationError
+
+__all__ = ["SimDisk", "Simulation", "SimulationError"]
