@@ -1,0 +1,302 @@
+"""Generation with transformers that finds the KV of known prefixes in a cache, and leaves there what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from math import isnan, nan
+from typing import Any, Final
+
+import torch
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from kvtier.cache import TieredCache
+from kvtier.core.keys import Keys
+from kvtier.errors import ConfigError, KVTierError
+from kvtier.hits import Hit
+from kvtier.integrations.prompts import joined, without_padding
+from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
+from kvtier.manager import CacheManager
+from kvtier.models import KVLayout, Part
+from kvtier.pages import DenseKV
+from kvtier.runtime import SystemClock
+from kvtier.runtime.seam import Clock
+
+REFUSED_ARGUMENTS: Final = frozenset({"past_key_values", "inputs_embeds", "cache_implementation", "custom_generate"})
+HARMLESS_TENSORS: Final = frozenset({"negative_prompt_ids", "negative_prompt_attention_mask"})
+"""Tensor arguments that leave the KV of the prompt as it is; any other makes it depend on more than token ids."""
+MODES: Final = frozenset(
+    {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
+)
+"""Ways to generate that start from a filled cache. Assisted ones do not: they feed it the whole prompt again."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """What the cache did for one prompt.
+
+    ``hit_tokens`` are the prompt tokens that were loaded, by the tier they came from. ``ttft_s`` is the time from the
+    call to the choice of the first token, lookup and load included. ``stored``, ``existing`` and ``refused`` count the
+    tokens of the full blocks that this call computed; bytes are those of records, headers included.
+    """
+
+    prompt_tokens: int
+    hit_tokens: Mapping[str, int]
+    ttft_s: float
+    loaded_bytes: int
+    stored_bytes: int
+    stored_tokens: int
+    existing_tokens: int
+    refused_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationWithReport:
+    """What ``CachedGenerator.generate`` returns.
+
+    ``sequences`` is ``[rows * num_return_sequences, tokens]``, prompts first, as ``model.generate`` returns it.
+    ``outputs`` is what ``model.generate`` returned for each row; ``reports`` has one entry for each row.
+    """
+
+    sequences: torch.Tensor
+    outputs: tuple[Any, ...]
+    reports: tuple[GenerationReport, ...]
+
+    @property
+    def report(self) -> GenerationReport:
+        """The report of the first row, the only one there is for a single prompt."""
+        return self.reports[0]
+
+
+class FirstTokenClock(StoppingCriteria):
+    """Notes when the first token has been chosen, and never stops anything."""
+
+    def __init__(self, clock: Clock) -> None:
+        """``clock`` tells the time; ``first_token_s`` is not a number until there is a token."""
+        self._clock = clock
+        self.first_token_s = nan
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Called after every token; false for every row."""
+        if isnan(self.first_token_s):
+            if input_ids.device.type == "cuda":
+                torch.cuda.synchronize(input_ids.device)
+            self.first_token_s = self._clock.monotonic()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class CachedGenerator:
+    """``model.generate`` with prefix reuse: across calls and across processes, from whichever tier holds the prefix.
+
+    KV that a call starts from is bit for bit what was stored. Every layer keeps its whole KV, also in models that
+    attend to a sliding window only, so that a prefix can be cut after every block.
+    """
+
+    def __init__(self, model: Any, cache: TieredCache | CacheManager, *, timeout_s: float = 60.0) -> None:
+        """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
+
+        Raises:
+            ConfigError: the layout of the cache is not that of the model.
+        """
+        self.model = model
+        self.cache = cache.core if isinstance(cache, CacheManager) else cache
+        self.timeout_s = timeout_s
+        self._clock = SystemClock()
+        self._layers = _layers_of(self.cache.layout, model)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        tenant: str = "",
+        adapter: str = "",
+        session: str | None = None,
+        **kwargs: Any,
+    ) -> GenerationWithReport:
+        """Generate from ``input_ids`` ``[rows, tokens]``; ``kwargs`` are those of ``model.generate``.
+
+        Rows run one by one, each from a hit of its own. ``attention_mask`` marks the padding of rows, on either side;
+        without one every token counts.
+
+        Raises:
+            ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
+                start from a filled cache, or a mask with holes.
+        """
+        settings = self._settings(kwargs)
+        _check(kwargs, settings)
+        copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        prompts = without_padding(input_ids, attention_mask)
+        done = [self._generate_row(prompt, tenant, adapter, session, copies, kwargs) for prompt in prompts]
+        new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
+        return GenerationWithReport(
+            sequences=joined(input_ids, new, _pad_token(settings)),
+            outputs=tuple(output for output, _ in done),
+            reports=tuple(report for _, report in done),
+        )
+
+    def restore(self, hit: Hit) -> tuple[DynamicCache, LoadResult | None]:
+        """A cache of transformers with the tokens of ``hit``, or as many of them as could be loaded.
+
+        ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded.
+        """
+        past = DynamicCache()
+        if not hit.num_tokens:
+            return past, None
+        layers = [(_room(k, hit.num_tokens), _room(v, hit.num_tokens)) for k, v in self._layers]
+        memory = DenseKV(self.cache.layout, [keys for keys, _ in layers], [values for _, values in layers])
+        loaded = self._result(self.cache.submit_load(hit, memory.row()))
+        if loaded and loaded.ok_tokens:
+            past.layers = [_filled(keys, values, loaded.ok_tokens, self.model.device) for keys, values in layers]
+        return past, loaded
+
+    def _generate_row(
+        self,
+        prompt: torch.Tensor,
+        tenant: str,
+        adapter: str,
+        session: str | None,
+        copies: int,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, GenerationReport]:
+        started_s = self._clock.monotonic()
+        first_token = FirstTokenClock(self._clock)
+        criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), first_token])
+        keys = self.cache.keys(prompt, tenant=tenant, adapter=adapter)
+        with self.cache.lookup(keys, session=session) as hit:
+            past, loaded = self.restore(hit)
+            start = loaded.ok_tokens if loaded else 0
+            if copies > 1:
+                past.batch_repeat_interleave(copies)
+            output = self.model.generate(
+                prompt[None],
+                attention_mask=torch.ones_like(prompt)[None],
+                past_key_values=past,
+                **{**kwargs, "stopping_criteria": criteria},
+            )
+            if copies == 1:  # of several sequences only the prompt is known to be alike
+                keys.append(_computed(_sequences(output)[0], past)[len(prompt) :])
+            stored = self._store(keys, past, start, hit, session)
+        ttft_s = first_token.first_token_s - started_s
+        return output, _report(len(prompt), ttft_s, loaded, stored)
+
+    def _store(self, keys: Keys, past: DynamicCache, start: int, hit: Hit, session: str | None) -> StoreResult | None:
+        """Offer the full blocks of ``keys`` from ``start`` on; the KV of every token of ``keys`` is in ``past``."""
+        stop = len(keys) * keys.block_tokens
+        if stop <= start:
+            return None
+        layers: list[Any] = past.layers
+        memory = DenseKV(
+            self.cache.layout,
+            [layer.keys[:1, :, start:stop].cpu() for layer in layers],
+            [layer.values[:1, :, start:stop].cpu() for layer in layers],
+        )
+        pages = memory.row(first_token=start)
+        return self._result(self.cache.submit_store(keys, pages, start=start, derived_from=hit, session=session))
+
+    def _result(self, job: Job[R]) -> R | None:
+        try:
+            return job.result(self.timeout_s)
+        except TimeoutError:
+            job.cancel()  # the memory stays alive as long as the job holds it; nobody reads it any more
+            return None
+
+    def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
+        """What ``model.generate`` will find: arguments, else the config that is passed, else that of the model."""
+        given = kwargs.get("generation_config")
+        settings: Any = deepcopy(given) if given else GenerationConfig()  # type: ignore[no-untyped-call]
+        settings.update(**self.model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        settings.update(**kwargs)
+        resolved: GenerationConfig = settings
+        return resolved
+
+
+def _layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
+    """The parts (keys, values) of every layer, as ``model`` computes them.
+
+    Raises:
+        ConfigError: the layout has another number of layers, another dtype, or other kinds of parts.
+    """
+    by_layer: dict[int, dict[str, Part]] = {}
+    for group in layout.groups:
+        for part in group.parts:
+            by_layer.setdefault(part.layer, {})[part.kind] = part
+    want = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    if sorted(by_layer) != list(range(want)) or any(set(kinds) != {"k", "v"} for kinds in by_layer.values()):
+        raise ConfigError(f"layout: has {len(by_layer)} layers, want keys and values of the {want} layers of the model")
+    dtypes = {part.dtype for kinds in by_layer.values() for part in kinds.values()}
+    wanted = str(model.dtype).removeprefix("torch.")
+    if dtypes != {wanted}:
+        raise ConfigError(f"layout: dtype {', '.join(sorted(dtypes))}, want that of the model, {wanted}")
+    return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
+
+
+def _room(part: Part, tokens: int) -> torch.Tensor:
+    sizes = dict(zip(part.axes, part.shape, strict=True))
+    return torch.empty((1, sizes["head"], tokens, sizes["dim"]), dtype=getattr(torch, part.dtype))
+
+
+def _filled(keys: torch.Tensor, values: torch.Tensor, tokens: int, device: torch.device) -> DynamicLayer:
+    layer: DynamicLayer = DynamicLayer()  # type: ignore[no-untyped-call]
+    keys, values = keys[:, :, :tokens].to(device), values[:, :, :tokens].to(device)
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def _computed(sequence: torch.Tensor, past: DynamicCache) -> torch.Tensor:
+    """The tokens of ``sequence`` whose KV is in ``past``: all but the last one, which was chosen and never fed back."""
+    tokens = past.get_seq_length()
+    if tokens != len(sequence) - 1:
+        raise KVTierError(
+            f"transformers left the KV of {tokens} tokens for a sequence of {len(sequence)}, want {len(sequence) - 1}: "
+            f"nothing of it is stored, because KV under the wrong tokens would be found again"
+        )
+    return sequence[:tokens]
+
+
+def _check(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
+    for name, value in kwargs.items():
+        if name in REFUSED_ARGUMENTS and value is not None:
+            raise ConfigError(f"{name}: the cache fills in past_key_values from input_ids; leave it out")
+        if isinstance(value, torch.Tensor) and name not in HARMLESS_TENSORS:
+            raise ConfigError(f"{name}: a tensor beside input_ids; a prefix is known by its token ids alone")
+    if settings.use_cache is False:
+        raise ConfigError("use_cache = False: generation without KV has nothing to reuse; call model.generate")
+    mode = settings.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in MODES:
+        raise ConfigError(
+            f"{mode.value}: this way to generate cannot start from a filled cache; use greedy search, sampling or "
+            f"beam search, or call model.generate"
+        )
+
+
+def _pad_token(settings: GenerationConfig) -> int:
+    """What fills up rows that ended early: as in ``model.generate`` the end-of-sequence token where none is set."""
+    for token in (settings.pad_token_id, settings.eos_token_id):
+        if token is not None:
+            return int(token[0] if isinstance(token, list) else token)
+    return 0
+
+
+def _sequences(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+    return found
+
+
+def _report(
+    prompt_tokens: int, ttft_s: float, loaded: LoadResult | None, stored: StoreResult | None
+) -> GenerationReport:
+    return GenerationReport(
+        prompt_tokens=prompt_tokens,
+        hit_tokens=loaded.by_tier if loaded else dict.fromkeys(TIER_NAMES, 0),
+        ttft_s=ttft_s,
+        loaded_bytes=loaded.nbytes if loaded else 0,
+        stored_bytes=stored.nbytes if stored else 0,
+        stored_tokens=stored.stored if stored else 0,
+        existing_tokens=stored.existing if stored else 0,
+        refused_tokens=stored.refused if stored else 0,
+    )
