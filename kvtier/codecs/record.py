@@ -13,6 +13,9 @@ from itertools import accumulate, chain
 from struct import Struct
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from kvtier.codecs.base import pages_of
 from kvtier.codecs.checksums import content_sum, page_sum
 from kvtier.core.memory import Bytes1D
@@ -33,6 +36,7 @@ _IDENTITY: Final = Struct("<8s4H32s32s32sHBxiif32sI")
 _RESERVED_AT: Final = 164  # nonce (12) and tag (16) of an authenticated cipher; zero in format 1
 _PLACE: Final = Struct("<16siiqq")  # nonce of the store, segment, page, generation, sequence
 _PLACE_AT: Final = 192
+_GENERATION_AT: Final = _PLACE_AT + 24
 _SLICE: Final = Struct("<II16s16s")
 _SLICES_AT: Final = 256
 _SUM: Final = Struct("<Q")
@@ -177,6 +181,23 @@ def restamp(page: Bytes1D, *, nonce: bytes, segment: int, generation: int, page_
     _SUM.pack_into(page.data, SUM_AT, page_sum(page[:SUM_AT]))
 
 
+class Identity(NamedTuple):
+    """Which block a record is, as footers keep it."""
+
+    key: bytes
+    parent: bytes
+    group: int
+    lineage: int
+    depth: int
+    tokens: int
+
+
+def identity_of(page: Bytes1D) -> Identity:
+    """The identity in a header page that was packed or checked by the caller: nothing is verified here."""
+    _, _, _, _, _, key, parent, _, group, lineage, depth, tokens, *_ = _IDENTITY.unpack_from(page.data)
+    return Identity(key, parent, group, lineage, depth, tokens)
+
+
 def record_pages(stored_bytes: Sequence[int]) -> int:
     """4 KiB pages of a record with slices of these stored sizes, header included."""
     return HEADER_PAGES + sum([-(-nbytes // PAGE_BYTES) for nbytes in stored_bytes])
@@ -186,6 +207,13 @@ def raw_slice(content: Bytes1D) -> Slice:
     """The table row of a slice without byte codec: ``content``, uint8 ``[nbytes]``, is what will lie there."""
     checksum = content_sum(content)
     return Slice(content.nbytes, content.nbytes, checksum, checksum)
+
+
+def find_headers(image: Bytes1D, generation: int) -> npt.NDArray[np.intp]:
+    """At which 4 KiB pages of ``image`` (whole pages) a header of ``generation`` may be: magic and generation only."""
+    words = image.view("<u8").reshape(-1, PAGE_BYTES // 8)
+    magic = int.from_bytes(MAGIC, "little")
+    return np.flatnonzero((words[:, 0] == magic) & (words[:, _GENERATION_AT // 8] == generation))
 
 
 def check_stored(row: Slice, stored: Bytes1D) -> None:

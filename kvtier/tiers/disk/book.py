@@ -1,0 +1,385 @@
+"""All segments of a directory: which takes the next record, which is full, which must not be written any more.
+
+Memory only, under one lock that is held for microseconds: the lanes take places and report writes, housekeeping asks
+what to do next and reports how it went. Every change of a segment's stage is in this file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Final
+
+from kvtier.core.memory import Bytes1D
+from kvtier.core.plan import PAGE_BYTES
+from kvtier.errors import CapacityError
+from kvtier.runtime.seam import Clock, Lock
+from kvtier.tiers.disk.geometry import largest_record_pages
+from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
+from kvtier.tiers.disk.segment import Segment, Stage
+
+log = logging.getLogger(__name__)
+
+_OF_A_LIFE: Final = 40
+"""Generations and sequences begin at (life of the store) << 40: they are never used twice, whatever was lost."""
+POISONED_IN_A_ROW: Final = 3
+WRITE_PAUSE_S: Final = 60.0
+"""How long no record is placed after three segments in a row failed."""
+GROW_PAUSE_S: Final = 30.0
+"""How long no segment is made after making one failed."""
+
+
+class SegmentBook:
+    """The segments of one directory and what happens to each."""
+
+    def __init__(
+        self, lock: Lock, clock: Clock, wake: Callable[[], None], *, segment_pages: int, capacity_pages: int,
+        clean_target: int,
+    ) -> None:  # fmt: skip
+        """``wake`` is called whenever housekeeping has something new to do. Nothing is placed before ``begin_life``."""
+        self.segment_pages = segment_pages
+        self.capacity_pages = capacity_pages
+        self.clean_target = max(1, min(clean_target, capacity_pages // segment_pages // 4))
+        self.largest_record_pages = largest_record_pages(segment_pages)
+        self.segments: dict[int, Segment] = {}
+        self.usable = True
+        self.reason = ""
+        self._lock = lock
+        self._clock = clock
+        self._wake = wake
+        self._placing = False
+        self._next_generation = 0
+        self._next_sequence = 0
+        self._open: Segment | None = None
+        self._started: deque[Segment] = deque()
+        self._clean: deque[Segment] = deque()
+        self._full: deque[Segment] = deque()
+        self._reclaiming: deque[Segment] = deque()
+        self._sealed: list[tuple[int, int]] = []
+        self._reclaimed: list[int] = []
+        self._poisoned_in_a_row = 0
+        self._no_writing_until_s = 0.0
+        self._no_growing_until_s = 0.0
+        self._told: tuple[bool, str, int, int] | None = None
+
+    # --- opening and closing ----------------------------------------------------------------------------------------
+
+    def begin_life(self, life: int) -> None:
+        """Every segment that was found is in: from now on records are placed."""
+        with self._lock:
+            self._next_generation = self._next_sequence = life << _OF_A_LIFE
+            self._placing = True
+        self._wake()
+
+    def add(self, segment: Segment) -> None:
+        """A segment that was found, or made."""
+        with self._lock:
+            self.segments[segment.number] = segment
+            if segment.stage is Stage.CLEAN:
+                self._clean.append(segment)
+            elif segment.stage is Stage.OPEN:
+                self._started.append(segment)
+            elif segment.stage is Stage.FULL:
+                self._full.append(segment)
+            elif segment.stage is Stage.RECLAIMING:
+                self._reclaiming.append(segment)
+            elif segment.stage in (Stage.SEALED, Stage.POISONED):
+                self._announce(segment)
+
+    def stop_placing(self) -> None:
+        """No record is placed any more."""
+        with self._lock:
+            self._placing = False
+
+    def turn_off(self, reason: str) -> None:
+        """The directory cannot be used any more, for reading or writing."""
+        with self._lock:
+            self._placing, self.usable, self.reason = False, False, reason
+        log.error("disk tier off: %s", reason)
+
+    # --- what the lanes ask for -------------------------------------------------------------------------------------
+
+    def place(self, pages: int) -> Place | None:
+        """Room for a record of ``pages``; None while no segment is ready.
+
+        Raises:
+            CapacityError: no segment will ever be large enough.
+        """
+        if pages > self.largest_record_pages:
+            raise CapacityError(
+                f"a record of {pages * PAGE_BYTES} bytes does not fit into a segment of "
+                f"{self.segment_pages * PAGE_BYTES}; raise disk.segment or use fewer tokens per block"
+            )
+        with self._lock:
+            if not self._may_place():
+                return None
+            segment = self._with_room(pages)
+            if segment is None:
+                return None
+            self._next_sequence += 1
+            return segment.take(pages, self._next_sequence)
+
+    def written(self, place: Place, header: Bytes1D) -> None:
+        """The write to ``place`` returned; ``header`` is the header page that it wrote."""
+        with self._lock:
+            segment = self.segments[place.segment]
+            segment.add_entry(place, header)
+            segment.writes += 1
+            self._ended(segment)
+
+    def failed(self, place: Place) -> None:
+        """The write to ``place`` failed: nothing more is written to its segment in this generation."""
+        with self._lock:
+            segment = self.segments[place.segment]
+            poisoned = self._poison(segment)
+            self._ended(segment)
+        if poisoned:
+            self._tell_poisoned(segment, "a write failed")
+
+    def abandoned(self, place: Place) -> None:
+        """Nothing was written to ``place`` and nothing will be; the segment is as good as before."""
+        with self._lock:
+            self._ended(self.segments[place.segment])
+
+    def locate(self, number: int, generation: int) -> int | None:
+        """The file that holds this life of a segment; None when there is none any more."""
+        segment = self.segments.get(number)
+        if segment is None or segment.generation != generation or not self.usable or segment.fd < 0:
+            return None
+        return segment.fd
+
+    def unsynced(self) -> list[SyncTarget]:
+        """What must be synced so that everything written so far is durable."""
+        with self._lock:
+            return [segment.sync_target() for segment in self.segments.values() if segment.unsynced]
+
+    def begin_sync(self, target: SyncTarget) -> bool:
+        """Ask before a sync is issued; False while another sync of the same file is under way: ask again later.
+
+        Two at a time would be wrong: the kernel reports a failure once per open file, to one of them.
+        """
+        with self._lock:
+            segment = self._in_life(target)
+            if segment is None:
+                return True
+            if segment.syncing:
+                return False
+            segment.syncing = True
+            return True
+
+    def synced(self, target: SyncTarget, error: OSError | None) -> None:
+        """A sync of ``target`` ended. One that failed is never tried again: the kernel may have dropped the data."""
+        with self._lock:
+            segment = self._in_life(target)
+            if segment is None:
+                return
+            segment.syncing = False
+            poisoned = error is not None and self._sync_failed(segment)
+            if error is None:
+                segment.synced_writes = max(segment.synced_writes, target.writes)
+                self._poisoned_in_a_row = 0
+            self._settle(segment)
+        if poisoned:
+            self._tell_poisoned(segment, f"a sync failed: {error}")
+
+    def reclaim(self, number: int, generation: int) -> None:
+        """Control has unpublished this life of a segment: it may be written anew. Ends with a ``reclaimed`` event."""
+        with self._lock:
+            segment = self.segments.get(number)
+            if segment is None or segment.generation != generation:
+                self._reclaimed.append(number)
+            elif segment.stage in (Stage.SEALED, Stage.POISONED):
+                segment.stage = Stage.RECLAIMING
+                self._reclaiming.append(segment)
+        self._wake()
+
+    def take_events(self) -> DiskEvents | None:
+        """What changed since the last call; None when nothing did."""
+        with self._lock:
+            state = (self.usable, self._state_reason(), len(self._clean), self._reclaims_wanted())
+            if not self._sealed and not self._reclaimed and state == self._told:
+                return None
+            self._told = state
+            events = DiskEvents(tuple(sorted(self._sealed, key=_generation)), tuple(self._reclaimed), *state)
+            self._sealed.clear()
+            self._reclaimed.clear()
+            return events
+
+    # --- what housekeeping asks for, and how it went ----------------------------------------------------------------
+
+    def new_generation(self) -> int:
+        """One that no segment of this store has ever had."""
+        with self._lock:
+            self._next_generation += 1
+            return self._next_generation
+
+    def next_to_reclaim(self) -> Segment | None:
+        """A segment to make clean; the caller ends with ``cleaned`` or ``dropped``."""
+        with self._lock:
+            return _take_idle(self._reclaiming)
+
+    def next_to_seal(self) -> Segment | None:
+        """A full segment whose records can be made durable and footed; ends with ``sealed`` or ``could_not_seal``."""
+        with self._lock:
+            segment = _take_idle(self._full)
+            if segment is not None:
+                segment.syncing = True  # until it is sealed, nobody else syncs this file
+            return segment
+
+    def sealed(self, segment: Segment, slot: int) -> None:
+        """Its footer and its header are durable."""
+        with self._lock:
+            segment.slot, segment.stage, segment.syncing = slot, Stage.SEALED, False
+            segment.entries = bytearray()
+            self._poisoned_in_a_row = 0
+            self._announce(segment)
+
+    def could_not_seal(self, segment: Segment, error: OSError) -> None:
+        """A sync or a write of the seal failed."""
+        with self._lock:
+            segment.syncing = False
+            self._sync_failed(segment)
+            self._settle(segment)
+        self._tell_poisoned(segment, f"sealing it failed: {error}")
+
+    def cleaned(self, segment: Segment, generation: int, slot: int) -> None:
+        """Its header of a new generation is durable."""
+        with self._lock:
+            self._reclaimed.append(segment.number)
+            segment.renew(generation, slot)
+            self._clean.append(segment)
+
+    def dropped(self, segment: Segment) -> None:
+        """Its file is gone: too much for the capacity, of another size, or not writable."""
+        with self._lock:
+            self._reclaimed.append(segment.number)
+            del self.segments[segment.number]
+
+    def wants_segment(self) -> bool:
+        """Whether a segment more should be made now."""
+        with self._lock:
+            return len(self._clean) < self.clean_target and self._may_grow()
+
+    def could_not_grow(self, reason: str) -> None:
+        """Making a segment failed: go on with those that there are, and try again later."""
+        with self._lock:
+            self._no_growing_until_s = self._clock.monotonic() + GROW_PAUSE_S
+            self.reason = f"cannot grow: {reason}"
+        log.warning("disk tier cannot grow and goes on with %d segments: %s", len(self.segments), reason)
+
+    def grew(self, segment: Segment) -> None:
+        """``segment`` was made."""
+        with self._lock:
+            self.reason = ""
+        self.add(segment)
+
+    def exceeds_capacity(self) -> bool:
+        """Whether there are more segments than the capacity allows."""
+        with self._lock:
+            return self._excess() > 0
+
+    def free_number(self) -> int:
+        """A number that no segment has."""
+        with self._lock:
+            return next(number for number in count() if number not in self.segments)
+
+    # --- below, under the lock --------------------------------------------------------------------------------------
+
+    def _may_place(self) -> bool:
+        return self._placing and self._clock.monotonic() >= self._no_writing_until_s
+
+    def _with_room(self, pages: int) -> Segment | None:
+        while True:
+            if self._open is None:
+                waiting = self._started or self._clean
+                if not waiting:
+                    return None
+                self._open = waiting.popleft()
+                self._open.stage = Stage.OPEN
+                self._wake()
+            if self._open.fits(pages):
+                return self._open
+            full, self._open = self._open, None
+            full.stage = Stage.FULL
+            self._full.append(full)
+            self._wake()
+
+    def _ended(self, segment: Segment) -> None:
+        segment.in_flight -= 1
+        self._settle(segment)
+
+    def _settle(self, segment: Segment) -> None:
+        if not segment.idle:
+            return
+        if segment.stage is Stage.POISONED:
+            self._announce(segment)
+        elif segment.stage in (Stage.FULL, Stage.RECLAIMING):
+            self._wake()
+
+    def _announce(self, segment: Segment) -> None:
+        if not segment.announced:
+            segment.announced = True
+            self._sealed.append((segment.number, segment.generation))
+
+    def _sync_failed(self, segment: Segment) -> bool:
+        segment.sync_failed = True
+        return self._poison(segment)
+
+    def _poison(self, segment: Segment) -> bool:
+        """True when it was good until now."""
+        if segment.stage not in (Stage.OPEN, Stage.FULL):
+            return False
+        if segment is self._open:
+            self._open = None
+        if segment in self._full:
+            self._full.remove(segment)
+        segment.stage = Stage.POISONED
+        self._poisoned_in_a_row += 1
+        if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
+            self._no_writing_until_s = self._clock.monotonic() + WRITE_PAUSE_S
+        self._wake()
+        return True
+
+    def _tell_poisoned(self, segment: Segment, why: str) -> None:
+        log.warning("segment %d is not written any more: %s", segment.number, why)
+        if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
+            log.error("disk tier %s, for %.0f s", self._state_reason(), WRITE_PAUSE_S)
+
+    def _in_life(self, target: SyncTarget) -> Segment | None:
+        segment = self.segments.get(target.segment)
+        return segment if segment is not None and segment.generation == target.generation else None
+
+    def _used_pages(self) -> int:
+        return sum(segment.pages for segment in self.segments.values())
+
+    def _excess(self) -> int:
+        return -(-(self._used_pages() - self.capacity_pages) // self.segment_pages)
+
+    def _may_grow(self) -> bool:
+        if not self._placing or self._clock.monotonic() < self._no_growing_until_s:
+            return False
+        return self._used_pages() + self.segment_pages <= self.capacity_pages
+
+    def _reclaims_wanted(self) -> int:
+        if not self._placing or self._may_grow():
+            return 0
+        return max(0, self.clean_target - len(self._clean)) + max(0, self._excess())
+
+    def _state_reason(self) -> str:
+        if self.usable and self._clock.monotonic() < self._no_writing_until_s:
+            return f"takes no writes: {self._poisoned_in_a_row} segments in a row failed"
+        return self.reason
+
+
+def _generation(life: tuple[int, int]) -> int:
+    return life[1]
+
+
+def _take_idle(queue: deque[Segment]) -> Segment | None:
+    for segment in queue:
+        if segment.idle:
+            queue.remove(segment)
+            return segment
+    return None

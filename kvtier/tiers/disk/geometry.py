@@ -1,0 +1,65 @@
+"""How large a segment is."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvtier.core.plan import PAGE_BYTES
+from kvtier.errors import ConfigError
+from kvtier.tiers.disk.format import HEADER_SLOTS, footer_pages
+
+MIN_RECORDS: Final = 8
+"""Records of the largest group that a segment holds at least: at the end of a segment up to one record is wasted."""
+MIN_SEGMENTS: Final = 4
+"""One that is written, one that is clean, and some that hold blocks."""
+FULL_SEGMENTS: Final = 64
+"""How many segments a capacity is cut into before they become larger than the smallest good size."""
+SMALLEST_GOOD_PAGES: Final = (64 << 20) // PAGE_BYTES
+LARGEST_GOOD_PAGES: Final = (256 << 20) // PAGE_BYTES
+
+
+def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int | None) -> int:
+    """4 KiB pages of a segment: ``segment_bytes`` where it is given, else a size that whole raw records fill.
+
+    ``record_pages`` is the largest raw record of the layout.
+
+    Raises:
+        ConfigError: a segment would hold fewer than 8 records, or the capacity fewer than 4 segments.
+    """
+    capacity_pages = capacity_bytes // PAGE_BYTES
+    least = pages_with(MIN_RECORDS, record_pages)
+    if capacity_pages < MIN_SEGMENTS * least:
+        raise ConfigError(
+            f"disk.capacity = {capacity_bytes}: too small for {MIN_SEGMENTS} segments of {MIN_RECORDS} records of "
+            f"{record_pages * PAGE_BYTES} bytes; set it to at least {MIN_SEGMENTS * least * PAGE_BYTES}, or use fewer "
+            "tokens per block"
+        )
+    if segment_bytes is None:
+        return _filled(record_pages, least, capacity_pages)
+    pages = segment_bytes // PAGE_BYTES
+    if not least <= pages <= capacity_pages // MIN_SEGMENTS:
+        raise ConfigError(
+            f"disk.segment = {segment_bytes}: {MIN_RECORDS} records of {record_pages * PAGE_BYTES} bytes have to fit "
+            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes}; set it to between "
+            f'{least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
+        )
+    return pages
+
+
+def pages_with(records: int, record_pages: int) -> int:
+    """Pages of a segment that exactly ``records`` records fill."""
+    return HEADER_SLOTS + records * record_pages + footer_pages(records)
+
+
+def largest_record_pages(segment_pages: int) -> int:
+    """Pages of the largest record that fits into a clean segment."""
+    return segment_pages - HEADER_SLOTS - footer_pages(1)
+
+
+def _filled(record_pages: int, least: int, capacity_pages: int) -> int:
+    wanted = min(max(capacity_pages // FULL_SEGMENTS, SMALLEST_GOOD_PAGES), LARGEST_GOOD_PAGES)
+    allowed = max(least, min(wanted, capacity_pages // MIN_SEGMENTS))
+    records = (allowed - HEADER_SLOTS - 1) // record_pages
+    while records > MIN_RECORDS and pages_with(records, record_pages) > allowed:
+        records -= 1
+    return pages_with(max(records, MIN_RECORDS), record_pages)

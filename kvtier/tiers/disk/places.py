@@ -1,0 +1,45 @@
+"""What a disk tier and its callers pass to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Room for one record. ``page`` counts 4 KiB pages from the start of the file behind ``fd``."""
+
+    segment: int
+    page: int
+    pages: int
+    generation: int
+    sequence: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncTarget:
+    """A file with records that are not known to be durable.
+
+    ``fd`` is -1 when they never will be, because a sync of the file failed: a sync of -1 fails as it should.
+    """
+
+    segment: int
+    generation: int
+    fd: int
+    writes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEvents:
+    """What changed since it was last asked. ``sealed``: (segment, generation), oldest first, may be reclaimed."""
+
+    sealed: tuple[tuple[int, int], ...]
+    reclaimed: tuple[int, ...]
+    """Segments whose reclaim ended: they are clean, or gone."""
+    usable: bool
+    reason: str
+    """Why it is not usable, or not as good as it should be; empty when all is well."""
+    clean_segments: int
+    reclaims_wanted: int
+    """How many segments control has to give back in all, those included that it has been asked for already."""

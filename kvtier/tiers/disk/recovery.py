@@ -1,0 +1,197 @@
+"""Reading what an earlier life left in a segment.
+
+A sealed segment says in its footer what it holds. Of any other segment all is read, and every 4 KiB page tried as the
+beginning of a record: several writers leave holes, and what lies behind a hole may have been acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+
+from kvtier.codecs.chain import chain_of
+from kvtier.codecs.record import RecordHeader, check_payload, find_headers
+from kvtier.core.memory import Bytes1D
+from kvtier.core.plan import PAGE_BYTES, Table
+from kvtier.errors import ConfigError, CorruptBlockError
+from kvtier.models import KVLayout
+from kvtier.runtime.seam import Files
+from kvtier.tiers.disk.format import (
+    ENTRY,
+    HEADER_SLOTS,
+    FooterTail,
+    SegmentHeader,
+    SegmentState,
+    Superblock,
+    footer_pages,
+    new_pages,
+    unpack_footer,
+)
+
+WINDOW_PAGES: Final = (8 << 20) // PAGE_BYTES
+_TAIL_PAGES: Final = 16
+"""Read from the end of a segment at once: the footer of up to 590 records."""
+
+
+@dataclass(slots=True, eq=False)
+class Found:
+    """What is in one segment. ``header`` None: neither copy of it is whole, and nothing in it can be trusted."""
+
+    header: SegmentHeader | None = None
+    slot: int = 0
+    entries: Table = field(default_factory=lambda: np.empty(0, ENTRY))
+    footed: bool = False
+    """Its footer is whole."""
+    scanned: bool = False
+    damaged: int = 0
+    """Records that begin well and do not end so: torn by a crash, or rotten."""
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the header says so; without a good footer it has to be sealed once more."""
+        return self.header is not None and self.header.state is SegmentState.SEALED
+
+    @property
+    def end(self) -> int:
+        """The first page behind all records."""
+        ends = self.entries["page"].astype(np.int64) + self.entries["pages"]
+        return int(ends.max(initial=HEADER_SLOTS))
+
+
+class SegmentReader:
+    """Reads segments of one store, one after the other, through one buffer."""
+
+    def __init__(self, files: Files, store: Superblock, layout: KVLayout) -> None:
+        """``store`` says which segments and records are its own, ``layout`` how long a record may be."""
+        self._files = files
+        self._store = store
+        self._layout = layout
+        self._window = new_pages(0)
+        self._window_pages = max(WINDOW_PAGES, *layout.record_pages)
+
+    def read(self, fd: int, number: int) -> Found:
+        """What is in the segment behind ``fd``.
+
+        Raises:
+            OSError: the device failed; nothing is known of the segment.
+        """
+        found = Found()
+        self._read_header(fd, number, found)
+        if found.header is None:
+            return found
+        pages = min(found.header.pages, self._files.size(fd) // PAGE_BYTES)
+        with suppress(CorruptBlockError):
+            found.entries = self._read_footer(fd, found.header, pages)
+            found.footed = True
+        if not found.footed:
+            self._scan(fd, found, pages)
+        return found
+
+    def _read_header(self, fd: int, number: int, found: Found) -> None:
+        copies = new_pages(HEADER_SLOTS)
+        self._files.read_at(fd, 0, copies)
+        for slot in range(HEADER_SLOTS):
+            with suppress(CorruptBlockError):
+                header = SegmentHeader.unpack(copies[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])
+                own = (header.uuid, header.nonce, header.placement, header.segment) == (
+                    self._store.uuid, self._store.nonce, self._store.placement, number,
+                )  # fmt: skip
+                if own and (found.header is None or header.rank > found.header.rank):
+                    found.header, found.slot = header, slot
+
+    def _read_footer(self, fd: int, header: SegmentHeader, pages: int) -> Table:
+        if pages < header.pages:
+            raise CorruptBlockError("the file is shorter than its segment")
+        guessed = max(0, pages - _TAIL_PAGES)
+        last = self._pages(fd, guessed, pages)
+        tail = FooterTail.unpack(last[-PAGE_BYTES:])
+        first = pages - footer_pages(tail.count)
+        if (tail.segment, tail.generation, tail.nonce) != (header.segment, header.generation, self._store.nonce):
+            raise CorruptBlockError("the footer of another life")
+        if tail.count < 0 or first < HEADER_SLOTS:
+            raise CorruptBlockError(f"a footer of {tail.count} entries in a segment of {pages} pages")
+        if first < guessed:
+            return unpack_footer(tail, self._pages(fd, first, pages - 1), pages)
+        return unpack_footer(tail, last[(first - guessed) * PAGE_BYTES : -PAGE_BYTES], pages)
+
+    def _pages(self, fd: int, first: int, stop: int) -> Bytes1D:
+        buffer = new_pages(stop - first)
+        if self._files.read_at(fd, first * PAGE_BYTES, buffer) < buffer.nbytes:
+            raise CorruptBlockError("the file is shorter than its segment")
+        return buffer
+
+    def _scan(self, fd: int, found: Found, stop: int) -> None:
+        rows = [_row(header) for header in self._whole_records(fd, found, stop)]
+        found.entries = np.array(rows, ENTRY)
+        found.scanned = True
+
+    def _whole_records(self, fd: int, found: Found, stop: int) -> Iterator[RecordHeader]:
+        """Every record of this life whose header and payload are whole, wherever it begins."""
+        assert found.header is not None
+        first = past = HEADER_SLOTS
+        while first < stop:
+            window = self._fill_window(fd, first, stop)
+            end = first + window.nbytes // PAGE_BYTES
+            stop = stop if end - first == self._window_pages else end
+            next_first = end
+            for candidate in find_headers(window, found.header.generation).tolist():
+                page = first + candidate
+                image = window[candidate * PAGE_BYTES :]
+                header = self._header(image[:PAGE_BYTES], found.header, page, stop)
+                if header is None or page < past:
+                    continue
+                if page + header.pages > end:
+                    next_first = page  # its end comes with the next window
+                    break
+                if _is_whole(header, image):
+                    past = page + header.pages
+                    yield header
+                else:
+                    found.damaged += 1
+            first = next_first
+
+    def _fill_window(self, fd: int, first: int, stop: int) -> Bytes1D:
+        if not self._window.nbytes:
+            self._window = new_pages(self._window_pages)
+        window = self._window[: min(self._window_pages, stop - first) * PAGE_BYTES]
+        read = self._files.read_at(fd, first * PAGE_BYTES, window)
+        return window[: read // PAGE_BYTES * PAGE_BYTES]
+
+    def _header(self, image: Bytes1D, segment: SegmentHeader, page: int, stop: int) -> RecordHeader | None:
+        """The header in ``image`` if it belongs at ``page`` of this life, with lengths that the layout allows."""
+        try:
+            header = RecordHeader.unpack(image)
+            header.check_sizes(_content_sizes(header.chain, self._layout, header.group))
+        except (CorruptBlockError, ConfigError):
+            return None
+        own = (header.nonce, header.placement) == (self._store.nonce, self._store.placement)
+        here = (header.segment, header.generation, header.page) == (segment.segment, segment.generation, page)
+        return header if own and here and page + header.pages <= stop else None
+
+
+def _is_whole(header: RecordHeader, image: Bytes1D) -> bool:
+    try:
+        check_payload(header, image)
+    except CorruptBlockError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def _content_sizes(chain: str, layout: KVLayout, group: int) -> tuple[int, ...]:
+    if group >= len(layout.groups):
+        raise CorruptBlockError(f"group {group} of {len(layout.groups)}")
+    return chain_of(chain).content_sizes(layout, group)
+
+
+def _row(header: RecordHeader) -> tuple[object, ...]:
+    key, parent = (np.frombuffer(digest, np.uint8) for digest in (header.key, header.parent))
+    return (
+        key, parent, header.group, header.lineage, 0, header.depth, header.tokens, header.segment, header.page,
+        header.pages, header.generation, header.sequence,
+    )  # fmt: skip

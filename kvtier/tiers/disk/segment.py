@@ -1,0 +1,104 @@
+"""One segment as memory knows it: how far it is filled, what is under way, what goes into its footer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from struct import Struct
+from typing import Final
+
+import numpy as np
+
+from kvtier.codecs.record import identity_of
+from kvtier.core.memory import Bytes1D
+from kvtier.core.plan import Table
+from kvtier.tiers.disk.format import ENTRY, HEADER_SLOTS, footer_pages
+from kvtier.tiers.disk.places import Place, SyncTarget
+
+_ENTRY: Final = Struct("<32s32sHBxiiiiiqq")
+
+assert _ENTRY.size == ENTRY.itemsize
+
+
+class Stage(Enum):
+    """Where in its life a segment is."""
+
+    CLEAN = auto()  # its header is durable and nothing was placed in it
+    OPEN = auto()  # takes records
+    FULL = auto()  # takes no more; waits for its last writes, then for its footer
+    SEALED = auto()  # written to the end, until it is reclaimed
+    POISONED = auto()  # a write or a sync failed: read with care, written never again in this generation
+    UNREADABLE = auto()  # the device failed when it was opened: left alone, for the next life to look at
+    RECLAIMING = auto()  # control has let go of it
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """One file. ``cursor`` is the next free page; ``slot`` is where the header in force lies, 0 or 1."""
+
+    number: int
+    fd: int
+    pages: int
+    generation: int
+    slot: int
+    stage: Stage
+    cursor: int = HEADER_SLOTS
+    placed: int = 0
+    """Records that were given a place, this generation."""
+    in_flight: int = 0
+    """Places whose write has not ended."""
+    writes: int = 0
+    """Writes that ended well, this generation."""
+    synced_writes: int = 0
+    """How many of these a sync has covered."""
+    syncing: bool = False
+    sync_failed: bool = False
+    """What was written since the last good sync may be gone, whatever a later sync says."""
+    announced: bool = False
+    """Control knows that it may be reclaimed."""
+    entries: bytearray = field(default_factory=bytearray)
+
+    def fits(self, pages: int) -> bool:
+        """Whether a record of ``pages`` can be placed so that the footer still fits behind it."""
+        return self.cursor + pages + footer_pages(self.placed + 1) <= self.pages
+
+    def take(self, pages: int, sequence: int) -> Place:
+        """Place a record of ``pages``; it must fit."""
+        place = Place(self.number, self.cursor, pages, self.generation, sequence, self.fd)
+        self.cursor += pages
+        self.placed += 1
+        self.in_flight += 1
+        return place
+
+    def add_entry(self, place: Place, header: Bytes1D) -> None:
+        """Remember for the footer what was written to ``place``; ``header`` is its header page."""
+        who = identity_of(header)
+        self.entries += _ENTRY.pack(
+            who.key, who.parent, who.group, who.lineage, who.depth, who.tokens,
+            place.segment, place.page, place.pages, place.generation, place.sequence,
+        )  # fmt: skip
+
+    def entry_table(self) -> Table:
+        """What goes into the footer, dtype ``ENTRY``."""
+        return np.frombuffer(bytes(self.entries), ENTRY)
+
+    def renew(self, generation: int, slot: int) -> None:
+        """Begin another life, with nothing in it."""
+        self.generation, self.slot, self.stage, self.cursor = generation, slot, Stage.CLEAN, HEADER_SLOTS
+        self.placed = self.writes = self.synced_writes = 0
+        self.sync_failed = self.announced = False
+        self.entries = bytearray()
+
+    def sync_target(self) -> SyncTarget:
+        """What to sync so that everything written until now is durable."""
+        return SyncTarget(self.number, self.generation, -1 if self.sync_failed else self.fd, self.writes)
+
+    @property
+    def idle(self) -> bool:
+        """No write and no sync is under way."""
+        return not self.in_flight and not self.syncing
+
+    @property
+    def unsynced(self) -> bool:
+        """Some block that others may rely on is not known to be durable."""
+        return self.writes > self.synced_writes and self.stage in (Stage.OPEN, Stage.FULL, Stage.POISONED)

@@ -1,0 +1,275 @@
+"""The disk tier of one directory: records in preallocated log segments, no journal.
+
+The journeys: ``open`` recovers; ``place`` -> write -> ``written`` stores; ``locate`` -> read loads; ``unsynced`` ->
+sync -> ``synced`` makes durable; ``reclaim`` gives a segment back; ``housekeep`` does what none of them waits for.
+The tier never reads or writes a record itself, except to recover: lanes do, through an I/O engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtier.core.memory import Bytes1D
+from kvtier.core.plan import PAGE_BYTES, RECOVERED, Table
+from kvtier.errors import TierError
+from kvtier.models import KVLayout
+from kvtier.runtime.seam import Event, Files, Runtime
+from kvtier.tiers.disk.book import SegmentBook
+from kvtier.tiers.disk.directory import PlacementDirectory, explained
+from kvtier.tiers.disk.geometry import segment_pages_for
+from kvtier.tiers.disk.housekeeping import Housekeeper
+from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
+from kvtier.tiers.disk.recovery import Found, SegmentReader
+from kvtier.tiers.disk.segment import Segment, Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What opening found, counted."""
+
+    segments: int = 0
+    records: int = 0
+    scanned: int = 0
+    """Segments without a good footer, read from end to end."""
+    damaged_records: int = 0
+    damaged_segments: int = 0
+    unreadable_segments: int = 0
+
+
+class DiskTier:
+    """One directory. ``place`` to ``take_events`` are safe to call from any thread, and none of them waits for a disk.
+
+    ``housekeep`` belongs to one loop, which sleeps on ``wake``; ``open`` and ``close`` come before and after it.
+    """
+
+    wake: Event
+    """Set whenever ``housekeep`` has something new to do. The owner may put its own event here before ``open``."""
+
+    def __init__(
+        self,
+        files: Files,
+        runtime: Runtime,
+        *,
+        directory: str,
+        layout: KVLayout,
+        capacity_bytes: int,
+        segment_bytes: int | None,
+        clean_target: int = 2,
+        owner: str = "",
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        """Nothing is touched before ``open``.
+
+        ``segment_bytes`` None chooses. ``clean_target`` segments are kept ready ahead, fewer where the capacity is
+        small. ``owner`` says in the lock file, for people, who uses the directory.
+
+        Raises:
+            ConfigError: the capacity or the segment is too small for the layout's records.
+        """
+        pages = segment_pages_for(max(layout.record_pages), capacity_bytes, segment_bytes)
+        self.segment_bytes = pages * PAGE_BYTES
+        self.capacity_bytes = capacity_bytes // self.segment_bytes * self.segment_bytes
+        self.placement = bytes.fromhex(layout.placement)
+        self.recovery = Recovery()
+        self.wake = runtime.event()
+        self._files = files
+        self._clock = runtime.clock
+        self._layout = layout
+        self._directory = PlacementDirectory(files, directory, layout, owner=owner, random_bytes=random_bytes)
+        self._book = SegmentBook(
+            runtime.lock(), runtime.clock, self._wake_up, segment_pages=pages,
+            capacity_pages=capacity_bytes // PAGE_BYTES, clean_target=clean_target,
+        )  # fmt: skip
+        self._housekeeper = Housekeeper(files, runtime.clock, self._directory, self._book)
+
+    # --- opening and closing ----------------------------------------------------------------------------------------
+
+    def open(self) -> Iterator[Table]:
+        """Lock the directory and recover what is in it, in batches of rows (dtype ``RECOVERED``), writable copies.
+
+        All of them must be taken before the first record is placed. A key may come more than once: which copy wins is
+        the caller's to say. Damage and unreadable segments are counted in ``recovery``, never raised.
+
+        Raises:
+            TierError: the directory cannot be used; nothing that was in it is changed.
+        """
+        self._directory.open(self._clock.wall())
+        try:
+            with explained(self.path):
+                numbers = self._directory.segment_numbers()
+                self._check_room(numbers)
+        except BaseException:
+            self._directory.close()
+            raise
+        return self._recover(numbers)
+
+    def close(self) -> None:
+        """Seal what is full, make the rest durable, and give everything back; idempotent.
+
+        Partly filled segments stay open and are filled on in the next life. Files that something is still under way
+        to are left to the process, so that no descriptor is used twice.
+        """
+        self._book.stop_placing()
+        if self._book.usable and not self._directory.read_only:
+            while self._housekeeper.seal():
+                pass
+            self._sync_all()
+        self._housekeeper.close()
+        for segment in list(self._book.segments.values()):
+            if segment.idle and segment.fd >= 0:
+                self._files.close(segment.fd)
+            segment.fd = -1
+        self._book.segments.clear()
+        self._directory.close()
+
+    # --- the lanes --------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The directory of this placement."""
+        return self._directory.path
+
+    @property
+    def nonce(self) -> bytes:
+        """What the header of every record in this store carries, 16 bytes."""
+        return self._directory.superblock.nonce
+
+    @property
+    def usable(self) -> bool:
+        """False once the directory is gone."""
+        return self._book.usable
+
+    def place(self, pages: int) -> Place | None:
+        """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
+
+        Every place ends with exactly one of ``written``, ``failed`` and ``abandoned``.
+
+        Raises:
+            CapacityError: no segment will ever be large enough.
+        """
+        return self._book.place(pages)
+
+    def written(self, place: Place, header: Bytes1D) -> None:
+        """The write to ``place`` returned; ``header`` is the header page that it wrote, uint8 ``[4096]``."""
+        self._book.written(place, header)
+
+    def failed(self, place: Place) -> None:
+        """The write to ``place`` failed: its segment takes no more, keeps what it has, and is reclaimed in time."""
+        self._book.failed(place)
+
+    def abandoned(self, place: Place) -> None:
+        """No write to ``place`` was begun, and none will be: a hole, and no fault of the segment."""
+        self._book.abandoned(place)
+
+    def locate(self, segment: int, generation: int) -> int | None:
+        """The file to read this life of a segment from; None when there is none any more."""
+        return self._book.locate(segment, generation)
+
+    def unsynced(self) -> list[SyncTarget]:
+        """What must be synced so that everything written so far is durable."""
+        return self._book.unsynced()
+
+    def begin_sync(self, target: SyncTarget) -> bool:
+        """Ask before the sync is issued; False while another sync of this file is under way: ask again later."""
+        return self._book.begin_sync(target)
+
+    def synced(self, target: SyncTarget, error: OSError | None) -> None:
+        """The sync ended. After an error the segment takes no more, and is never synced again."""
+        self._book.synced(target, error)
+
+    def reclaim(self, segment: int, generation: int) -> None:
+        """This life of a segment is unpublished and nobody reads it: write it anew. Ends with a ``reclaimed`` event."""
+        self._book.reclaim(segment, generation)
+
+    def take_events(self) -> DiskEvents | None:
+        """What changed since the last call; None when nothing did."""
+        return self._book.take_events()
+
+    def housekeep(self) -> bool:
+        """One bounded step of background work; True when there may be more to do now."""
+        return self._housekeeper.step()
+
+    # --- below ------------------------------------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        self.wake.set()
+
+    def _check_room(self, numbers: list[int]) -> None:
+        free_bytes = self._files.free_bytes(self.path)
+        if not numbers and free_bytes < self.segment_bytes:
+            raise TierError(
+                f"disk directory {self.path}: its file system has {free_bytes} bytes free and a segment takes "
+                f"{self.segment_bytes}; make room, or lower disk.capacity or disk.segment"
+            )
+
+    def _recover(self, numbers: list[int]) -> Iterator[Table]:
+        reader = SegmentReader(self._files, self._directory.superblock, self._layout)
+        for number in numbers:
+            segment, found = self._read_segment(reader, number)
+            self._book.add(segment)
+            if found is not None:
+                self._count(found)
+                yield found.entries.astype(RECOVERED)
+        if self._directory.read_only:
+            self._book.reason = "made by a newer version of kvtier: it is read, and not written"
+        else:
+            self._directory.remove_unfinished()
+            self._book.begin_life(self._directory.superblock.sequence)
+
+    def _read_segment(self, reader: SegmentReader, number: int) -> tuple[Segment, Found | None]:
+        """Open one file. One that the device cannot read is left alone: it may be able to next time."""
+        fd = -1
+        found: Found | None
+        try:
+            fd = self._files.open(self._directory.segment_path(number), writable=not self._directory.read_only)
+            found = reader.read(fd, number)
+            segment = _segment_of(found, number, fd, self._files.size(fd) // PAGE_BYTES)
+        except OSError as error:
+            log.warning("segment %d cannot be read and is left alone in this life: %s", number, error)
+            self.recovery.unreadable_segments += 1
+            found, segment = None, Segment(number, fd, self.segment_bytes // PAGE_BYTES, 0, 0, Stage.UNREADABLE)
+        return segment, found
+
+    def _count(self, found: Found) -> None:
+        self.recovery.segments += 1
+        self.recovery.records += len(found.entries)
+        self.recovery.scanned += found.scanned
+        self.recovery.damaged_records += found.damaged
+        self.recovery.damaged_segments += found.header is None
+
+    def _sync_all(self) -> None:
+        for target in self._book.unsynced():
+            if target.fd < 0 or not self._book.begin_sync(target):
+                continue
+            error = None
+            try:
+                self._files.sync(target.fd)
+            except OSError as failure:
+                error = failure
+            self._book.synced(target, error)
+
+
+def _segment_of(found: Found, number: int, fd: int, file_pages: int) -> Segment:
+    header = found.header
+    if header is None:
+        return Segment(number, fd, file_pages, 0, 0, Stage.RECLAIMING)
+    segment = Segment(number, fd, header.pages, header.generation, found.slot, Stage.SEALED)
+    if found.footed and found.sealed:
+        return segment
+    segment.entries += np.ascontiguousarray(found.entries).tobytes()
+    segment.placed = segment.writes = len(found.entries)
+    segment.cursor = found.end
+    if file_pages < header.pages:
+        segment.stage = Stage.POISONED
+    elif found.footed or found.sealed:
+        segment.stage = Stage.FULL
+    else:
+        segment.stage = Stage.OPEN if segment.writes else Stage.CLEAN
+    return segment
