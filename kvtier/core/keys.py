@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from operator import index
 from struct import pack
 from typing import Any, TypeAlias
 
@@ -55,13 +56,32 @@ class Keys:
     ``digests[i]`` identifies tokens [0, (i + 1) * block_tokens); a partial last block has no key until it is full.
     """
 
-    __slots__ = ("_rows", "_tail", "block_tokens", "chained", "digests", "extra", "num_tokens", "root", "root_digest")
+    __slots__ = (
+        "_rows",
+        "_tail",
+        "block_tokens",
+        "chained",
+        "digests",
+        "extra",
+        "foreign_engine",
+        "num_tokens",
+        "root",
+        "root_digest",
+    )
 
     def __init__(self, root: Root, block_tokens: int, extra: Iterable[Extra] = ()) -> None:
+        """No tokens yet.
+
+        Raises:
+            ConfigError: an item of ``extra`` is not (start, stop, digest) with 0 <= start < stop.
+        """
+        if block_tokens < 1:
+            raise ConfigError(f"block_tokens = {block_tokens}: must be at least 1")
         self.root = root
         self.root_digest = root.digest()
         self.block_tokens = block_tokens
-        self.extra = tuple(sorted((int(a), int(b), bytes(d)) for a, b, d in extra))
+        self.extra = tuple(sorted(_checked_extra(position, item) for position, item in enumerate(extra)))
+        self.foreign_engine: str | None = None
         self.chained = True
         self.digests: list[bytes] = []
         self.num_tokens = 0
@@ -89,10 +109,19 @@ class Keys:
         """Keys of an engine's own block hashes; ``chained`` says whether block i extends block i - 1.
 
         ``num_tokens`` is the length of the sequence; without it every block may hit (one token more than the blocks).
+
+        Raises:
+            ConfigError: a raw key is no bytes, or comes twice.
         """
         keys = cls(root, block_tokens)
+        keys.foreign_engine = engine
         tag = engine.encode()
-        keys.digests = [_digest(b"kvtier-foreign-1", keys.root_digest, tag, bytes(raw)) for raw in raw_keys]
+        raw = [_checked_raw(position, item) for position, item in enumerate(raw_keys)]
+        if len(set(raw)) < len(raw):
+            first = {item: at for at, item in reversed(list(enumerate(raw)))}
+            twice = next(at for at, item in enumerate(raw) if first[item] != at)
+            raise ConfigError(f"raw_keys[{twice}] = {raw[twice].hex()}: comes twice; a sequence has a block only once")
+        keys.digests = [_digest(b"kvtier-foreign-1", keys.root_digest, tag, item) for item in raw]
         keys.chained = chained
         keys.num_tokens = len(raw_keys) * block_tokens + 1 if num_tokens is None else num_tokens
         return keys
@@ -101,8 +130,11 @@ class Keys:
         """Extend the sequence; only the blocks that become full are hashed.
 
         Raises:
-            ConfigError: a token id is outside [0, 2^31), or ``tokens`` is not one-dimensional and integer.
+            ConfigError: a token id is outside [0, 2^31), ``tokens`` is not one-dimensional and integer, or the keys
+                are an engine's own.
         """
+        if self.foreign_engine is not None:
+            raise ConfigError(f"append: foreign keys of {self.foreign_engine!r} do not grow by tokens; make them anew")
         ids = token_array(tokens)
         self.num_tokens += len(ids)
         if len(self._tail):
@@ -162,9 +194,10 @@ def token_array(tokens: TokenIds) -> npt.NDArray[np.int32]:
     """
     if isinstance(tokens, (list, tuple)):
         return _checked(_from_list(tokens))
-    if hasattr(tokens, "detach"):
-        tokens = tokens.detach().cpu().numpy()
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens.detach().cpu().numpy() if hasattr(tokens, "detach") else tokens)
+    except TypeError as error:  # a dtype that numpy does not have, such as bfloat16
+        raise ConfigError(f"tokens: want one dimension of integers, got {type(tokens).__name__}: {error}") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ConfigError(f"tokens: want one dimension of integers, got shape {ids.shape} of {ids.dtype}")
     return _checked(ids)
@@ -172,14 +205,44 @@ def token_array(tokens: TokenIds) -> npt.NDArray[np.int32]:
 
 def _from_list(tokens: Sequence[int]) -> npt.NDArray[Any]:
     try:
-        return np.frombuffer(array("i", tokens), np.int32)
+        ids = np.frombuffer(array("i", tokens), np.int32)
     except (OverflowError, TypeError) as error:
-        for position, token in enumerate(tokens):
-            if isinstance(token, bool) or not hasattr(token, "__index__"):
-                raise ConfigError(f"tokens[{position}] = {token!r}: want an integer") from error
-            if not 0 <= int(token) <= MAX_TOKEN_ID:
-                raise ConfigError(f"tokens[{position}] = {token}: token ids lie in [0, 2^31)") from error
-        raise
+        raise _first_wrong(tokens) or error from error
+    # True is 1 to ``array``; looking at types costs too much unless the values are those of a mask.
+    if ids.size and ids.max() <= 1 and (wrong := _first_wrong(tokens)):
+        raise wrong
+    return ids
+
+
+def _first_wrong(tokens: Sequence[Any]) -> ConfigError | None:
+    for position, token in enumerate(tokens):
+        try:
+            value = None if isinstance(token, bool) else index(token)
+        except TypeError:
+            value = None
+        if value is None:
+            return ConfigError(f"tokens[{position}] = {token!r}: want an integer")
+        if not 0 <= value <= MAX_TOKEN_ID:
+            return ConfigError(f"tokens[{position}] = {value}: token ids lie in [0, 2^31)")
+    return None
+
+
+def _checked_extra(position: int, item: Any) -> Extra:
+    try:
+        start, stop, digest = item
+        checked = index(start), index(stop), bytes(memoryview(digest))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"extra[{position}] = {item!r}: want (start, stop, digest as bytes)") from error
+    if not 0 <= checked[0] < checked[1]:
+        raise ConfigError(f"extra[{position}] = {item!r}: want 0 <= start < stop")
+    return checked
+
+
+def _checked_raw(position: int, raw: Any) -> bytes:
+    try:
+        return bytes(memoryview(raw))
+    except TypeError as error:
+        raise ConfigError(f"raw_keys[{position}] = {raw!r}: want bytes") from error
 
 
 def _checked(ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
