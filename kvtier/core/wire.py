@@ -2,8 +2,8 @@
 
     "KVTW" | u32 bytes of head | head | table | table | ...
 
-The head names the kind, the scalars and the byte length of every table, in the order of the fields. Lengths are
-checked against what arrived before anything is used; nothing is evaluated.
+The head names the kind, the scalars and the byte length of every table, in the order of the fields. Lengths and types
+are checked against what arrived before anything is used; nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from struct import Struct
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.core import plan as nouns
 from kvtier.core.memory import GroupPages, PageTable
@@ -33,7 +34,14 @@ _TABLES: Final[dict[tuple[str, str], np.dtype[Any]]] = {
     ("Lost", "rows"): LOST,
     ("DiskState", "sealed"): np.dtype("<i8"),
 }
-_ENUMS: Final = {"kind": nouns.PlanKind, "priority": nouns.Priority}
+_ENUMS: Final = {"PlanKind": nouns.PlanKind, "Priority": nouns.Priority}
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+}
 
 
 def encode(message: Plan | Message) -> bytes:
@@ -50,7 +58,8 @@ def encode(message: Plan | Message) -> bytes:
             tables.append(value.tobytes())
         else:
             scalars[item.name] = value
-    head = json.dumps({"kind": kind, "scalars": scalars, "tables": [len(table) for table in tables]}).encode()
+    text = json.dumps({"kind": kind, "scalars": scalars, "tables": [len(table) for table in tables]}, default=_plain)
+    head = text.encode()
     return b"".join((_HEAD.pack(_MAGIC, len(head)), head, *tables))
 
 
@@ -62,7 +71,7 @@ def decode(data: bytes) -> Plan | Message:
     """
     try:
         return _decode(data)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptBlockError(f"not a kvtier message ({len(data)} bytes): {error}") from error
 
 
@@ -72,40 +81,69 @@ def _decode(data: bytes) -> Plan | Message:
     if magic != _MAGIC or at > len(data):
         raise ValueError("no head")
     head = json.loads(data[_HEAD.size : at])
-    if at + sum(head["tables"]) != len(data) or any(size < 0 for size in head["tables"]):
+    kind, scalars, sizes = _KINDS[head["kind"]], head["scalars"], head["tables"]
+    if not isinstance(scalars, dict) or not isinstance(sizes, list):
+        raise ValueError("no head")
+    if not all(type(size) is int and size >= 0 for size in sizes) or at + sum(sizes) != len(data):
         raise ValueError("lengths do not add up")
-    kind = _KINDS[head["kind"]]
+    tables: list[memoryview] = []
+    for size in sizes:
+        tables.append(memoryview(data)[at : at + size])
+        at += size
+    tables.reverse()
     values: dict[str, Any] = {}
-    sizes = iter(head["tables"])
     for item in fields(kind):
-        dtype = _TABLES.get((head["kind"], item.name))
+        dtype = _TABLES.get((kind.__name__, item.name))
         if dtype is not None:
-            size = next(sizes)
-            table = np.frombuffer(data, dtype, size // dtype.itemsize, at)
-            values[item.name] = table.reshape(-1, 2) if item.name == "sealed" else table
-            at += size
-        elif item.name == "pages" and head["scalars"].get("pages", ...) is not None:
-            size = next(sizes)
-            values["pages"] = _page_table(head["scalars"]["pages"], data[at : at + size])
-            at += size
+            values[item.name] = _table(item.name, dtype, tables)
+        elif item.type == "PageTable | None":
+            values[item.name] = _page_table(scalars[item.name], tables)
         else:
-            values[item.name] = _scalar(item.name, head["scalars"][item.name])
+            values[item.name] = _scalar(str(item.type), scalars[item.name])
+    if tables:
+        raise ValueError("a table too many")
     message: Plan | Message = kind(**values)
     return message
 
 
-def _page_table(shape: Any, data: bytes) -> PageTable:
+def _next(tables: list[memoryview]) -> memoryview:
+    if not tables:
+        raise ValueError("a table is missing")
+    return tables.pop()
+
+
+def _table(name: str, dtype: np.dtype[Any], tables: list[memoryview]) -> npt.NDArray[Any]:
+    table = np.frombuffer(_next(tables), dtype)
+    return table.reshape(-1, 2) if name == "sealed" else table
+
+
+def _page_table(shape: Any, tables: list[memoryview]) -> PageTable | None:
+    if shape is None:
+        return None
     memory_id, groups = shape
-    if 4 * sum(count for _, count in groups) != len(data):
+    lengths = [(_scalar("int", first_token), _scalar("int", count)) for first_token, count in groups]
+    ids, at, out = np.frombuffer(_next(tables), "<i4"), 0, []
+    if sum(count for _, count in lengths) != len(ids) or any(count < 0 for _, count in lengths):
         raise ValueError("page table of another length")
-    ids, at, out = np.frombuffer(data, "<i4"), 0, []
-    for first_token, count in groups:
-        out.append(GroupPages(int(first_token), ids[at : at + count]))
+    for first_token, count in lengths:
+        out.append(GroupPages(first_token, ids[at : at + count]))
         at += count
-    return PageTable(int(memory_id), tuple(out))
+    return PageTable(_scalar("int", memory_id), tuple(out))
 
 
-def _scalar(name: str, value: Any) -> Any:
-    if name in _ENUMS:
-        return _ENUMS[name](value)
-    return tuple(value) if isinstance(value, list) else value
+def _scalar(kind: str, value: Any) -> Any:
+    if kind == "tuple[str, ...]":
+        if type(value) is not list:
+            raise ValueError(f"{value!r} is no list of words")
+        return tuple(_scalar("str", item) for item in value)
+    if kind in _ENUMS:
+        return _ENUMS[kind](_scalar("int", value))
+    if type(value) not in _TYPES[kind] or (type(value) is int and not -(2**63) <= value < 2**63):
+        raise ValueError(f"{str(value)[:40]!r} is no {kind}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} does not cross: a message holds plain values")
