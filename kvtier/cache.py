@@ -25,7 +25,7 @@ from kvtier.models.layout import KVLayout
 from kvtier.planner import Durability, Lease, Planner, Ticket
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine
-from kvtier.runtime.seam import Machine
+from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
 
@@ -68,6 +68,7 @@ class TieredCache:
         self._control = JobControl(runtime, self._cancel)
         self._jobs: dict[int, AnyJob] = {}
         self._memories: dict[int, _Registered] = {}
+        self._on_attach: list[Event] = []
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
         self._planner.set_weights_version(weights_version)
@@ -83,6 +84,23 @@ class TieredCache:
         channel.listen()
         self._channels = (channel,)
         return channel
+
+    def wait_attached(self, timeout_s: float) -> None:
+        """Wait until every rank is there and has told what it found on disk; until then lookups miss.
+
+        Raises:
+            TimeoutError: a rank is missing.
+        """
+        deadline = self._clock.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if not self._planner.recovering:
+                    return
+                arrived = self._control.runtime.event()
+                self._on_attach.append(arrived)
+            left = deadline - self._clock.monotonic()
+            if left <= 0 or not arrived.wait(left):
+                raise TimeoutError(f"{self._planner.recovered_ranks} of {len(self._channels)} ranks after {timeout_s} s")
 
     # --- names ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +353,10 @@ class TieredCache:
                     for message in channel.poll():
                         self._planner.hear(message, now_s=now_s)
                 plans, jobs = self._planner.take_plans(), self._jobs_with_news()
+                waiting, self._on_attach = self._on_attach, []
             self._send(plans)
+            for event in waiting:
+                event.set()
             for job in jobs:
                 job.hear()
             if not plans:

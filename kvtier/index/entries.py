@@ -4,7 +4,7 @@ An entry has a parent (the block that it extends), pins, and copies: per rank an
 on disk. It can be read when every rank has a copy; until then, and after its last copy went, lookups do not see it.
 An entry that children still extend stays behind without copies, so that their links hold.
 
-Memory: 116 bytes an entry for one rank (``Index.ENTRY_BYTES``), 24 more for every further one, touched as entries come.
+Memory: 112 bytes an entry for one rank (``Index.ENTRY_BYTES``), 20 more for every further one, touched as entries come.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Index:
     Columns are public and are read freely; they are written through the methods, which keep links and counts true.
     """
 
-    ENTRY_BYTES: Final = 116
-    RANK_BYTES: Final = 24
+    ENTRY_BYTES: Final = 112
+    RANK_BYTES: Final = 20
 
     def __init__(self, capacity: int, ranks: int) -> None:
         """Room for ``capacity`` entries of ``ranks`` ranks (at most 32)."""
@@ -53,7 +53,8 @@ class Index:
         self.disk_segment = np.zeros((ranks, capacity), np.int32)
         self.disk_page = np.zeros((ranks, capacity), np.int32)
         self.disk_pages = np.zeros((ranks, capacity), np.int32)
-        self.disk_generation = np.zeros((ranks, capacity), np.int32)
+        # A segment is reclaimed only after all its entries forgot it, so they share its generation.
+        self.segment_generation: tuple[dict[int, int], ...] = tuple({} for _ in range(ranks))
         self.count = 0
 
     def readable(self, entries: EntryRows) -> Mask:
@@ -165,7 +166,7 @@ class Index:
         self.disk_segment[rank, entries] = segments
         self.disk_page[rank, entries] = pages
         self.disk_pages[rank, entries] = lengths
-        self.disk_generation[rank, entries] = generations
+        self.segment_generation[rank].update(zip(segments.tolist(), generations.tolist(), strict=True))
         self.disk_ranks[entries] |= np.uint32(1 << rank)
         complete: EntryRows = entries[self.on_disk(entries)]
         return complete
@@ -174,11 +175,15 @@ class Index:
         """Forget the copies that ``rank`` has of ``entries`` on disk."""
         self.disk_ranks[entries] &= ~np.uint32(1 << rank)
 
-    def in_segment(self, rank: int, segment: int, generation: int) -> EntryRows:
-        """Entries with a copy in that life of that segment of ``rank``."""
+    def generations(self, rank: int, entries: EntryRows) -> list[int]:
+        """The life of the segment that ``rank`` has each of ``entries`` in; 0 where it never had one."""
+        of_segment = self.segment_generation[rank]
+        return [of_segment.get(segment, 0) for segment in self.disk_segment[rank, entries].tolist()]
+
+    def in_segment(self, rank: int, segment: int) -> EntryRows:
+        """Entries with a copy in that segment of ``rank``."""
         touched = slice(0, self.table.touched)
         here = self.disk_segment[rank, touched] == segment
-        here &= self.disk_generation[rank, touched] == generation
         here &= (self.disk_ranks[touched] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
         return np.flatnonzero(here).astype(np.int32)
 

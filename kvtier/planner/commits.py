@@ -239,23 +239,29 @@ class Commits:
         """Copies that turned out damaged or gone; newer copies at other places stay."""
         state, index, rank = self._state, self._state.index, report.rank
         for row in report.rows:
-            entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
-            if entry < 0:
-                continue
-            if row["tier"] == Tier.HOST and index.host_ranks[entry] >> rank & 1:
-                if index.host_page[rank, entry] == row["page"]:
-                    state.host.drop(entry)
-                    state.left(np.array([entry], np.int32), Tier.HOST)
-            elif row["tier"] == Tier.DISK and index.disk_ranks[entry] >> rank & 1:
-                place = (
-                    index.disk_segment[rank, entry],
-                    index.disk_page[rank, entry],
-                    index.disk_generation[rank, entry],
-                )
-                if place == (row["segment"], row["page"], row["generation"]):
-                    index.drop_disk(rank, np.array([entry], np.int32))
-                    state.left(np.array([entry], np.int32), Tier.DISK)
             state.counts["lost_copies"] += 1
+            entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
+            if entry < 0 or not self._is_at(entry, rank, row):
+                continue
+            lost = np.array([entry], np.int32)
+            if row["tier"] == Tier.HOST:
+                state.host.drop(entry)
+            else:
+                index.drop_disk(rank, lost)
+            state.left(lost, Tier(int(row["tier"])))
+
+    def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
+        """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
+        index = self._state.index
+        if row["tier"] == Tier.HOST:
+            return bool(index.host_ranks[entry] >> rank & 1 and index.host_page[rank, entry] == row["page"])
+        place = (index.disk_segment[rank, entry], index.disk_page[rank, entry])
+        generation = index.generations(rank, np.array([entry], np.int32))[0]
+        return bool(
+            index.disk_ranks[entry] >> rank & 1
+            and place == (row["segment"], row["page"])
+            and generation == row["generation"]
+        )
 
     def disk_state(self, report: DiskState) -> None:
         """How a directory is; one that cannot be used any more loses all its copies."""
@@ -328,12 +334,13 @@ class Commits:
         state, index, disk = self._state, self._state.index, self._state.disk.ranks[rank]
         looked_at = [item for item, _ in zip(disk.sealed.items(), range(_SEGMENTS_LOOKED_AT), strict=False)]
         for segment, generation in looked_at:
-            entries = index.in_segment(rank, segment, generation)
+            entries = index.in_segment(rank, segment)
             if index.pins[entries].any():
                 continue
             del disk.sealed[segment]
             disk.reclaiming.add(segment)
             index.drop_disk(rank, entries)
+            index.segment_generation[rank].pop(segment, None)
             state.left(entries, Tier.DISK)
             nothing = np.empty(0, np.int32)
             hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)

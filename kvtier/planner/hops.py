@@ -17,6 +17,10 @@ Extent: TypeAlias = tuple[int, int, int]
 """(rank, first page, pages) of a host arena."""
 
 _SILENT: Final = 255
+# Members of an IntEnum cost a look-up in Python each; these are read once per row or hop.
+_OK: Final = int(Status.OK)
+_QUARANTINED: Final = int(Status.QUARANTINED)
+_HOST: Final = int(Tier.HOST)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +72,7 @@ class Hop:
     sources_left: int = field(init=False)
     finals_left: int = field(init=False)
     settled: bool = False
+    _quarantined: bool = False
 
     def __post_init__(self) -> None:
         """Nobody has answered yet."""
@@ -90,26 +95,37 @@ class Hop:
         rank, rows = completion.rank, completion.rows
         if not len(rows):
             return []
+        freed: list[Extent] = []
+        if rows["status"].any():
+            freed, rows = self._take_trouble(rank, rows)
+        if len(self.entries) and len(rows):
+            fresh = np.count_nonzero(self.answers[rank]["status"][rows["row"]] == _SILENT)
+            self.answers[rank][rows["row"]] = rows
+            self.unanswered[rank] -= int(fresh)
+            if rank in self.targets:
+                freed += self._surplus(rank, rows)
+        return freed
+
+    def _take_trouble(self, rank: int, rows: Table) -> tuple[list[Extent], Table]:
+        """Note failures and releases; returns what the releases free, and the rows that are answers."""
         released = rows["status"] == Status.RELEASED
         freed = self._free_quarantined(rank, rows["row"][released])
-        rows = rows[~released] if released.any() else rows
+        rows = rows[~released]
         bad = rows["status"] != Status.OK
-        if bad.any():
-            self._fail(rows["row"][bad], rows["reason"][bad])
-        if len(self.entries) and len(rows):
-            fresh = int(np.count_nonzero(self.answers[rank]["status"][rows["row"]] == _SILENT))
-            self.answers[rank][rows["row"]] = rows
-            self.unanswered[rank] -= fresh
-            freed += self._surplus(rank, rows)
-        return freed
+        self._fail(rows["row"][bad], rows["reason"][bad])
+        self._quarantined = self._quarantined or bool((rows["status"] == Status.QUARANTINED).any())
+        return freed, rows
 
     def end(self, rank: int) -> list[Extent]:
         """The last word of ``rank``: rows that it never answered failed; nothing of it is in flight any more."""
-        answers = self.answers[rank]
-        silent = np.flatnonzero(answers["status"] == _SILENT)
-        self._fail(silent, np.full(len(silent), Reason.GONE, np.uint8))
-        answers["status"][silent] = Status.QUARANTINED
+        silent, self.unanswered[rank] = self.unanswered[rank], 0
         self._rank_done(rank)
+        if not silent and not self._quarantined:
+            return []
+        answers = self.answers[rank]
+        unsaid = np.flatnonzero(answers["status"] == _SILENT)
+        self._fail(unsaid, np.full(len(unsaid), Reason.GONE, np.uint8))
+        answers["status"][unsaid] = Status.QUARANTINED
         return self._free_quarantined(rank, np.arange(len(answers)))
 
     def void(self, rank: int) -> None:
@@ -126,7 +142,7 @@ class Hop:
     def landed(self, rank: int, tier: Tier) -> Mask:
         """Rows of which ``rank`` made a copy in ``tier``."""
         answers = self.answers[rank]
-        there: Mask = (answers["status"] == Status.OK) & (answers["tier"] == tier)
+        there: Mask = (answers["status"] == _OK) & (answers["tier"] == tier)
         return there
 
     def _rank_done(self, rank: int) -> None:
@@ -141,15 +157,15 @@ class Hop:
 
     def _surplus(self, rank: int, rows: Table) -> list[Extent]:
         """Trim what landed to its length; free the reservation of what did not land."""
-        targets = self.targets.get(rank)
-        if targets is None:
-            return []
-        at = rows["row"]
-        used = np.where((rows["status"] == Status.OK) & (rows["tier"] == Tier.HOST), rows["pages"], 0)
+        targets, at = self.targets[rank], rows["row"]
+        used = np.where((rows["status"] == _OK) & (rows["tier"] == _HOST), rows["pages"], 0)
         first, reserved = targets.page[at], targets.pages[at]
-        loose = np.flatnonzero((first >= 0) & (used < reserved) & (rows["status"] != Status.QUARANTINED))
-        extents = [(rank, int(first[i] + used[i]), int(reserved[i] - used[i])) for i in loose.tolist()]
-        targets.page[at[loose[used[loose] == 0]]] = NOWHERE
+        loose = (first >= 0) & (used < reserved) & (rows["status"] != _QUARANTINED)
+        if not loose.any():
+            return []
+        loose_rows = loose.nonzero()[0]
+        extents = [(rank, int(first[i] + used[i]), int(reserved[i] - used[i])) for i in loose_rows.tolist()]
+        targets.page[at[loose_rows[used[loose_rows] == 0]]] = NOWHERE
         return extents
 
     def _free_quarantined(self, rank: int, rows: npt.NDArray[np.integer]) -> list[Extent]:

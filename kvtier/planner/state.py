@@ -164,7 +164,7 @@ class ControlState:
         rows["disk_segment"] = np.where(on_disk, index.disk_segment[rank, entries], NOWHERE)
         rows["disk_page"] = index.disk_page[rank, entries]
         rows["disk_pages"] = index.disk_pages[rank, entries]
-        rows["disk_generation"] = index.disk_generation[rank, entries]
+        rows["disk_generation"] = index.generations(rank, entries)
         targets: tuple[Ints, Ints] | None = None
         if (reserved := hop.targets.get(rank)) is not None:
             targets = (reserved.page, reserved.pages)

@@ -17,6 +17,7 @@ from kvtier.config import Config
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import (
     PAGE_BYTES,
+    RECOVERED,
     DiskState,
     Hello,
     LaneRate,
@@ -26,7 +27,7 @@ from kvtier.core.plan import (
     Reason,
     Recovered,
 )
-from kvtier.errors import ClosedError, ConfigError
+from kvtier.errors import CapacityError, ConfigError
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
@@ -78,9 +79,11 @@ class DataPlane:
         self._lock = machine.runtime.lock()
         self._runs: dict[int, Run] = {}
         self._next_memory = 0
+        self._chores = machine.runtime.event()
         self._closed = False
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
+        _check_host(config, record_pages)
         host = machine.arena("host", config.host.capacity // PAGE_BYTES * PAGE_BYTES)
         staging = machine.arena("staging", Staging.arena_bytes(config.host.staging, record_pages))
         headers = machine.arena("headers", _HEADER_PAGES * PAGE_BYTES)
@@ -210,8 +213,7 @@ class DataPlane:
             self._workers.append(runtime.spawn(f"copy-{number}", partial(self._step, wake), wake))
         for path in self._equipment.paths:
             path.lane.engine.ready = _WakeOne(self)
-        wake = runtime.event()
-        self._workers.append(runtime.spawn("housekeeping", self._housekeep, wake, _HOUSEKEEPING_S))
+        self._workers.append(runtime.spawn("housekeeping", self._housekeep, self._chores, _HOUSEKEEPING_S))
 
     def _step(self, wake: Event) -> bool:
         """One piece of work, if there is any."""
@@ -278,9 +280,12 @@ class DataPlane:
             )  # fmt: skip
             engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
             equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, depth=config.disk.io_threads)))
+            tier.wake = self._chores
             for rows in tier.open():
                 rows["segment"] = global_segment(number, 0) + rows["segment"]
                 recovered.append(Recovered(self.rank, equipment.incarnation, rows))
+        if directories:
+            recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
         tiers = [path.tier for path in equipment.paths]
         equipment.outbox.append(
             Hello(
@@ -315,6 +320,15 @@ class DataPlane:
         )
 
 
+def _check_host(config: Config, record_pages: int) -> None:
+    nbytes = record_pages * PAGE_BYTES
+    if config.host.capacity < nbytes:
+        raise CapacityError(
+            f"host.capacity = {config.host.capacity}: one block of this model takes {nbytes} bytes; set it to at least"
+            " that, or use a smaller block_tokens"
+        )
+
+
 class _WakeOne:
     """The event of an I/O engine: wakes one copy thread instead of somebody who waits for it."""
 
@@ -334,4 +348,4 @@ class _WakeOne:
         return False
 
 
-__all__ = ["ClosedError", "DataPlane"]
+__all__ = ["DataPlane"]

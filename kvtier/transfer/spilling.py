@@ -113,8 +113,9 @@ class SpillRun(Run):
     def give_back(self, buffer: int) -> None:
         """A staging buffer is free: spills that wait for one go on."""
         self.equipment.staging.give_back(buffer, Priority.SPILL)
-        while self.equipment.waiting_for_staging and self.equipment.staging.free:
-            self.equipment.waiting_for_staging.popleft().encode_more()
+        waiting = self.equipment.waiting_for_staging
+        for _ in range(len(waiting)):  # one that still gets no buffer queues itself again
+            waiting.popleft().encode_more()
 
     def _done_with(self, record: Outgoing) -> None:
         if record.staged is not None:
@@ -191,7 +192,7 @@ class WriteMove:
 
     def _give_up(self, reason: Reason) -> None:
         for place in self._places:
-            self._path.tier.failed(place)
+            self._path.tier.abandoned(place)
         for header in self._headers:
             self._run.equipment.headers.give_back(header, Priority.SPILL)
         records, self._records, self._places, self._headers = self._records, [], [], []
@@ -265,8 +266,10 @@ class SyncMove:
         self._target = target
         self._path = path
 
-    def prepare(self) -> IORequest:
-        """The request."""
+    def prepare(self) -> IORequest | None:
+        """The request; None while another sync of the same file is under way."""
+        if not self._path.tier.begin_sync(self._target):
+            return None
         return IORequest(Op.SYNC, self._target.fd, 0, (), self)
 
     def finish(self, done: IODone) -> None:

@@ -1,0 +1,245 @@
+"""What users get wrong: each has a clear error, and nothing that was stored is lost by it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import CacheManager, CapacityError, ClosedError, ConfigError, PagedTensors, TieredCache, TierError
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+TOKENS = list(range(4 * SIZE + 1))
+
+
+def settings(directory: Path | None = None, **host: Any) -> dict[str, Any]:
+    disk = {"directories": [str(directory)], "capacity": "8MiB", "segment": "1MiB"} if directory else {}
+    return {"host": {"capacity": "1MiB", "staging": "1MiB"} | host, "disk": disk}
+
+
+def stored(cache: TieredCache) -> PseudoEngine:
+    engine = PseudoEngine(LAYOUT, 8)
+    keys = cache.keys(TOKENS)
+    engine.write(keys, range(4))
+    durability = "process" if cache.config.disk.directories else "memory"
+    assert cache.submit_store(keys, engine.pages, durability=durability).result(30).stored == 4 * SIZE
+    return engine
+
+
+def still_there(cache: TieredCache) -> bool:
+    engine = PseudoEngine(LAYOUT, 8)
+    with cache.lookup(TOKENS) as hit:
+        ok_tokens = cache.submit_load(hit, engine.pages).result(30).ok_tokens
+        return ok_tokens == 4 * SIZE and not engine.wrong_blocks(hit.keys, range(4))
+
+
+@pytest.fixture
+def memory_cache() -> Iterator[TieredCache]:
+    with TieredCache(settings(), LAYOUT, "m") as cache:
+        yield cache
+
+
+def test_a_block_larger_than_the_host_tier_is_refused_with_the_size_it_takes() -> None:
+    with pytest.raises(CapacityError, match=r"host\.capacity = 4096: one block of this model takes 8192 bytes"):
+        TieredCache(settings(capacity=4096), LAYOUT, "m")
+
+
+def test_a_block_larger_than_the_disk_tier_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    config["disk"] |= {"capacity": "64KiB", "segment": "auto"}
+    with pytest.raises((CapacityError, ConfigError), match=r"disk\.(capacity|segment)"):
+        TieredCache(config, LAYOUT, "m")
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, -1], [1, 2**31], np.array([1, -5]), np.array([[1, 2]]), [1.5], ["a"]])
+def test_token_ids_out_of_range_or_of_another_type_are_refused(memory_cache: TieredCache, tokens: Any) -> None:
+    stored(memory_cache)
+    with pytest.raises(ConfigError, match="token"):
+        memory_cache.lookup(tokens)
+    assert still_there(memory_cache)
+
+
+def test_pages_that_are_too_few_are_refused_with_the_number_it_takes(memory_cache: TieredCache) -> None:
+    engine = stored(memory_cache)
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match="4 pages"):
+        memory_cache.submit_load(hit, engine.memory.pages([0, 1]))
+    assert still_there(memory_cache)
+    assert memory_cache.stats()["memories"] == 0
+
+
+def test_pages_of_another_layout_are_refused(memory_cache: TieredCache) -> None:
+    stored(memory_cache)
+    other = tiny_layout(dim=16)
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match="layout"):
+        memory_cache.submit_load(hit, PseudoEngine(other, 8).pages)
+    assert still_there(memory_cache)
+
+
+def test_tensors_of_another_shape_are_refused_with_the_part_they_are_for() -> None:
+    with pytest.raises(ConfigError, match="layer 0 k"):
+        PagedTensors(LAYOUT, [np.zeros((4, 16, 2, 8), np.float16)] * 2)
+
+
+def test_something_else_than_pages_is_refused(memory_cache: TieredCache) -> None:
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match="KVPages"):
+        memory_cache.submit_load(hit, [1, 2, 3])  # type: ignore[arg-type]
+
+
+def test_a_range_outside_the_hit_is_refused(memory_cache: TieredCache) -> None:
+    engine = stored(memory_cache)
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match=r"the hit holds tokens \[0, 64\)"):
+        memory_cache.submit_load(hit, engine.pages, stop=65)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache, pages: cache.submit_store(TOKENS, pages, durability="forever"),
+        lambda cache, pages: cache.submit_load(cache.lookup(TOKENS), pages, priority="urgent"),
+        lambda cache, pages: cache.submit_prefetch(TOKENS, to="device"),
+        lambda cache, pages: cache.submit_store(TOKENS, pages, start=-1),
+        lambda cache, pages: cache.lookup(TOKENS, start=1000),
+    ],
+)
+def test_unknown_words_and_positions_are_refused(memory_cache: TieredCache, call: Any) -> None:
+    engine = stored(memory_cache)
+    with pytest.raises(ConfigError):
+        call(memory_cache, engine.pages)
+
+
+@pytest.mark.parametrize("model_id", ["", None, 7])
+def test_a_model_id_that_says_nothing_is_refused(model_id: Any) -> None:
+    with pytest.raises(ConfigError, match="model_id"):
+        TieredCache(settings(), LAYOUT, model_id)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(TierError, match="file"):
+        TieredCache(settings(tmp_path / "file" / "kv"), LAYOUT, "m")
+    assert (tmp_path / "file").read_text() == "not a directory"
+
+
+OTHER_PROCESS = """
+import sys
+from kvtier import TieredCache, TierError
+from kvtier.testing.contents import tiny_layout
+try:
+    TieredCache(eval(sys.argv[1]), tiny_layout(), "m")
+except TierError as error:
+    print(error)
+"""
+
+
+def test_a_directory_that_another_process_uses_is_refused_there(tmp_path: Path) -> None:
+    """The second process gets the error; the first goes on with everything it has."""
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
+        stored(cache)
+        command = [sys.executable, "-c", OTHER_PROCESS, repr(settings(tmp_path))]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+        assert "in use" in output
+        assert still_there(cache)
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
+        assert still_there(cache)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(mount)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_a_file_system_that_is_full_costs_no_block_that_fits(small_tmpfs: Path) -> None:
+    """The tier shrinks to what there is room for, or says that there is too little; memory goes on."""
+    config = settings(small_tmpfs)
+    config["disk"]["capacity"] = "64MiB"
+    with TieredCache(config, LAYOUT, "m") as cache:
+        engine = PseudoEngine(LAYOUT, 8)
+        for number in range(200):
+            keys = cache.keys([number] * (8 * SIZE))
+            engine.write(keys, range(8))
+            result = cache.submit_store(keys, engine.pages).result(30)
+            assert result.stored + result.refused == 8 * SIZE
+        stored(cache)
+        assert still_there(cache)
+
+
+def test_a_directory_that_is_too_small_to_begin_with_is_refused(small_tmpfs: Path) -> None:
+    (small_tmpfs / "filler").write_bytes(b"x" * (2900 << 10))
+    with pytest.raises((TierError, CapacityError), match=r"small"):
+        TieredCache(settings(small_tmpfs), LAYOUT, "m")
+
+
+def test_a_directory_that_is_removed_while_in_use_degrades_to_misses(tmp_path: Path) -> None:
+    """Loads end with what is in memory, stores go on, nothing raises and nothing hangs."""
+    directory = tmp_path / "kv"
+    with TieredCache(settings(directory, capacity="128KiB"), LAYOUT, "m") as cache:
+        engine = PseudoEngine(LAYOUT, 8)
+        documents = [cache.keys([number] * (8 * SIZE)) for number in range(8)]
+        for keys in documents:
+            engine.write(keys, range(8))
+            cache.submit_store(keys, engine.pages, durability="process").result(30)
+        shutil.rmtree(directory)
+        for _ in range(3):
+            for keys in documents:
+                with cache.lookup(keys) as hit:
+                    engine.wipe()
+                    ok_tokens = cache.submit_load(hit, engine.pages).result(30).ok_tokens
+                    assert engine.wrong_blocks(keys, range(ok_tokens // SIZE)) == []
+                engine.write(keys, range(8))
+                assert cache.submit_store(keys, engine.pages).result(30) is not None
+
+
+def test_a_closed_cache_says_so_and_a_second_close_is_harmless() -> None:
+    cache = TieredCache(settings(), LAYOUT, "m")
+    engine = stored(cache)
+    hit = cache.lookup(TOKENS)
+    assert cache.close() is True
+    assert cache.close() is True
+    for call in (
+        lambda: cache.match(TOKENS),
+        lambda: cache.lookup(TOKENS),
+        lambda: cache.submit_load(hit, engine.pages),
+        lambda: cache.submit_store(TOKENS, engine.pages),
+        lambda: cache.submit_prefetch(TOKENS),
+        lambda: cache.set_weights_version("v"),
+    ):
+        with pytest.raises(ClosedError):
+            call()
+    hit.release()
+
+
+async def test_a_closed_manager_says_so() -> None:
+    async with CacheManager(settings(), LAYOUT, "m") as cache:
+        pass
+    with pytest.raises(ClosedError):
+        cache.lookup(TOKENS)
+
+
+def test_a_model_whose_placement_changed_gets_a_new_directory_and_the_old_one_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Same name, other layout: nothing of the old one is read, nothing is deleted, and a warning names it."""
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
+        stored(cache)
+    changed = replace(LAYOUT, tp_size=2)
+    with caplog.at_level(logging.WARNING), TieredCache(settings(tmp_path), changed, "m") as cache:
+        assert cache.match(TOKENS) == 0
+    assert LAYOUT.placement[:12] in caplog.text
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
+        assert still_there(cache)
