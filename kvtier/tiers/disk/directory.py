@@ -57,8 +57,8 @@ class PlacementDirectory:
         with explained(self.path):
             self._files.make_directory(self.path)
             self._warn_of_neighbours()
-            self._lock()
             try:
+                self._lock()
                 self._begin_life(now_s)
             except BaseException:
                 self.close()
@@ -100,7 +100,6 @@ class PlacementDirectory:
         self._lock_fd = self._files.open(path, create=True, direct=False)
         if not self._files.lock(self._lock_fd):
             holder = read_text(self._files, path) or "unknown"
-            self.close()
             raise TierError(
                 f"disk directory {self.path}: in use by another process ({holder}); give each process a directory of "
                 "its own, or end the other one"
@@ -243,7 +242,9 @@ def _without_ranks(text: str) -> str:
         layout = json.loads(text)
     except ValueError:
         return ""
-    return json.dumps({name: layout[name] for name in sorted(layout) if name != "ranks"}) if layout else ""
+    if not isinstance(layout, dict):
+        return ""
+    return json.dumps({name: layout[name] for name in sorted(layout) if name != "ranks"})
 
 
 @contextmanager

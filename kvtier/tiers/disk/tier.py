@@ -216,7 +216,8 @@ class DiskTier:
             self._book.add(segment)
             if found is not None:
                 self._count(found)
-                yield found.entries.astype(RECOVERED)
+                if len(found.entries):
+                    yield found.entries.astype(RECOVERED)
         if self._directory.read_only:
             self._book.reason = "made by a newer version of kvtier: it is read, and not written"
         else:

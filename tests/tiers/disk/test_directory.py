@@ -1,0 +1,292 @@
+"""Opening a directory: who may, what is said when it cannot be used, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvtier.errors import ConfigError, TierError
+from kvtier.tiers.disk import DiskTier
+from kvtier.tiers.disk.directory import read_superblocks
+from kvtier.tiers.disk.format import Superblock
+from tests.tiers.disk.workbench import LAYOUT, RECORD_PAGES, RECORDS, FaultyFiles, Workbench, layout
+
+Make = Callable[..., Workbench]
+
+
+def snapshot(path: str) -> dict[str, bytes]:
+    """All bytes in a directory, the lock file excepted."""
+    return {entry.name: entry.read_bytes() for entry in Path(path).iterdir() if entry.name != "LOCK"}
+
+
+def rewrite_superblocks(bench: Workbench, **changes: int | bytes) -> None:
+    found = read_superblocks(bench.files, bench.tier.path)
+    assert found is not None
+    page = replace(found, **changes).pack()
+    for name in ("superblock.a", "superblock.b"):
+        (Path(bench.tier.path) / name).write_bytes(page.tobytes())
+
+
+@pytest.fixture
+def closed(workbench: Make) -> Workbench:
+    """A tier with nine blocks, closed."""
+    bench = workbench().open()
+    bench.fill(range(RECORDS + 1))
+    bench.tier.close()
+    return bench
+
+
+def test_a_second_process_is_told_who_has_the_directory(workbench: Make) -> None:
+    workbench(owner="pid 4711 on node7").open()
+    with pytest.raises(TierError, match=r"in use by another process \(pid 4711 on node7\).*directory of its own"):
+        workbench().open()
+
+
+def test_the_lock_goes_with_its_holder(workbench: Make) -> None:
+    workbench().open().tier.close()
+    workbench().open()
+
+
+def test_an_owner_with_a_longer_name_before_leaves_nothing_in_the_lock(workbench: Make) -> None:
+    workbench(owner="pid 1234567 on a machine with a long name").open().tier.close()
+    bench = workbench(owner="pid 9").open()
+    assert (Path(bench.tier.path) / "LOCK").read_text() == "pid 9"
+
+
+def test_a_directory_that_cannot_be_made_is_named(workbench: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TierError, match=r"Not a directory.*can create, lock and write"):
+        workbench(directory=str(tmp_path / "file" / "kv")).open()
+
+
+@pytest.mark.parametrize(
+    "operation", ["make_directory", "open", "lock", "write_at", "sync", "sync_directory", "rename"]
+)
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_any_error_while_a_new_directory_is_opened_is_a_tier_error(
+    workbench: Make, files: object, operation: str, code: int
+) -> None:
+    """And the next attempt, once the cause is gone, finds a usable directory."""
+    faulty = FaultyFiles(files)  # type: ignore[arg-type]
+    faulty.fail(operation, code)
+    with pytest.raises(TierError, match=os.strerror(code)) as failure:
+        workbench(files=faulty).open()
+    assert isinstance(failure.value.__cause__, OSError)
+    bench = workbench().open()
+    bench.put(1)
+
+
+@pytest.mark.parametrize("call", range(30))
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_any_single_error_while_a_directory_is_opened_loses_nothing(
+    workbench: Make, closed: Workbench, call: int, code: int
+) -> None:
+    """The n-th call of any kind fails, for every n: either opening fails, or it goes on without a segment."""
+    for operation in (
+        "open",
+        "read_at",
+        "write_at",
+        "sync",
+        "size",
+        "lock",
+        "list_directory",
+        "free_bytes",
+        "truncate",
+    ):
+        faulty = FaultyFiles(closed.files)
+        faulty.fail(operation, code, after=call)
+        broken = workbench(files=faulty)
+        try:
+            list(broken.tier.open())
+        except TierError:
+            continue
+        finally:
+            faulty.heal()
+            broken.tier.close()
+    again = workbench().open()
+    assert set(again.recovered()) == set(range(RECORDS + 1))
+
+
+# --- superblocks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["superblock.a", "superblock.b"])
+@pytest.mark.parametrize("damage", ["flipped", "empty", "gone"])
+def test_one_superblock_is_enough(workbench: Make, closed: Workbench, name: str, damage: str) -> None:
+    path = Path(closed.tier.path) / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-1] + b"?")
+    again = workbench().open()
+    assert len(again.recovered()) == RECORDS + 1
+    assert again.tier.nonce == closed.tier.nonce
+    assert path.stat().st_size == 4096, "and it is whole again"
+
+
+def test_without_a_superblock_nothing_is_read_and_nothing_overwritten(workbench: Make, closed: Workbench) -> None:
+    for name in ("superblock.a", "superblock.b"):
+        (Path(closed.tier.path) / name).write_bytes(b"")
+    before = snapshot(closed.tier.path)
+    with pytest.raises(TierError, match=r"no whole superblock.*move it away"):
+        workbench().open()
+    assert snapshot(closed.tier.path) == before
+
+
+@pytest.mark.parametrize("changes", [{"major": 2}, {"incompat": 1}, {"major": 2, "sequence": 1 << 60}])
+def test_a_newer_format_is_neither_read_nor_changed(
+    workbench: Make, closed: Workbench, changes: dict[str, int]
+) -> None:
+    rewrite_superblocks(closed, **changes)
+    before = snapshot(closed.tier.path)
+    with pytest.raises(TierError, match=r"has format .* use the version that made it"):
+        workbench().open()
+    assert snapshot(closed.tier.path) == before
+
+
+def test_a_newer_minor_version_is_read_and_written(workbench: Make, closed: Workbench) -> None:
+    rewrite_superblocks(closed, minor=9, compat=0xFF)
+    again = workbench().open()
+    assert len(again.recovered()) == RECORDS + 1
+    again.put(100)
+
+
+def test_unknown_features_that_only_matter_to_writers_make_it_read_only(workbench: Make, closed: Workbench) -> None:
+    rewrite_superblocks(closed, ro_compat=1)
+    before = snapshot(closed.tier.path)
+    again = workbench().open()
+    found = again.recovered()
+    assert all(again.read(number, row) for number, row in found.items())
+    assert len(found) == RECORDS + 1
+    assert again.tier.place(RECORD_PAGES) is None
+    events = again.tier.take_events()
+    assert events is not None
+    assert "newer version" in events.reason
+    again.tier.close()
+    assert snapshot(closed.tier.path) == before
+
+
+def test_a_directory_that_was_renamed_to_another_placement_is_refused(workbench: Make, closed: Workbench) -> None:
+    other = layout(4096)
+    shutil.move(closed.tier.path, str(Path(closed.directory) / other.placement))
+    with pytest.raises(TierError, match=f"holds blocks of placement {LAYOUT.placement}"):
+        workbench(of=other, segment_bytes=None, segments=100).open()
+
+
+# --- neighbours -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_another_placement_are_named_in_a_warning(
+    workbench: Make, closed: Workbench, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        workbench(of=layout(4096), segment_bytes=None, segments=100).open()
+    assert "1 other placement" in caplog.text
+    assert LAYOUT.placement in caplog.text
+    assert f"kvtier stat {closed.directory}" in caplog.text
+
+
+def test_other_ranks_of_the_same_model_are_no_strangers(workbench: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for rank in range(3):
+            workbench(of=layout(tp_rank=rank, tp_size=3)).open()
+    assert "other placement" not in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "null", json.dumps({"format": 1})])
+def test_a_neighbour_with_a_broken_layout_file_is_a_stranger(
+    workbench: Make, closed: Workbench, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (Path(closed.tier.path) / "layout.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        workbench(of=layout(4096), segment_bytes=None, segments=100).open()
+    assert LAYOUT.placement in caplog.text
+
+
+def test_other_files_beside_the_placements_are_left_alone(workbench: Make, caplog: pytest.LogCaptureFixture) -> None:
+    bench = workbench()
+    Path(bench.directory).mkdir()
+    (Path(bench.directory) / "notes.txt").write_text("mine")
+    with caplog.at_level(logging.WARNING):
+        bench.open()
+    assert "other placement" not in caplog.text
+    assert (Path(bench.directory) / "notes.txt").read_text() == "mine"
+
+
+# --- room -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    point = tmp_path / "small"
+    point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(point)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield point
+    subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def test_a_full_file_system_is_told_at_opening(workbench: Make, small_tmpfs: Path) -> None:
+    (small_tmpfs / "ballast").write_bytes(bytes(200 * 1024))
+    with pytest.raises(TierError, match=r"has \d+ bytes free and a segment takes \d+; make room"):
+        workbench(directory=str(small_tmpfs / "kv")).open()
+
+
+def test_a_file_system_without_a_single_free_page_is_told_at_opening(workbench: Make, small_tmpfs: Path) -> None:
+    with (small_tmpfs / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(TierError, match="disk directory"):
+        workbench(directory=str(small_tmpfs / "kv")).open()
+
+
+def test_on_a_file_system_smaller_than_the_capacity_the_tier_stays_smaller(
+    workbench: Make, small_tmpfs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks for reclaims instead of room, says why, and goes on writing."""
+    bench = workbench(directory=str(small_tmpfs / "kv"), segments=8).open()
+    bench.fill(range(2 * RECORDS))
+    assert bench.tier.place(RECORD_PAGES) is None
+    events = bench.tier.take_events()
+    assert events is not None
+    assert events.usable
+    assert events.reclaims_wanted == 1
+    assert "is full" in events.reason
+    bench.tier.reclaim(*events.sealed[0])
+    bench.keep_house()
+    assert bench.read(1000, bench.put(1000))
+    assert not list(Path(bench.tier.path).glob("*.new"))
+
+
+def test_a_capacity_that_is_too_small_is_refused_before_anything_is_touched(workbench: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"disk\.capacity"):
+        DiskTier(
+            workbench().files, workbench().runtime, directory=str(tmp_path / "new"), layout=LAYOUT,
+            capacity_bytes=10 * 4096, segment_bytes=None,
+        )  # fmt: skip
+    assert not (tmp_path / "new").exists()
+
+
+def test_superblocks_begin_a_new_life_at_every_opening(workbench: Make) -> None:
+    lives = []
+    for _ in range(3):
+        bench = workbench().open()
+        found = read_superblocks(bench.files, bench.tier.path)
+        assert isinstance(found, Superblock)
+        lives.append(found.sequence)
+        bench.tier.close()
+    assert lives == [1, 2, 3]

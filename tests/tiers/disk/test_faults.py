@@ -1,0 +1,281 @@
+"""What a disk tier does when writes and syncs fail, or when its directory goes away."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from kvtier.tiers.disk import DiskEvents
+from kvtier.tiers.disk.book import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
+from kvtier.tiers.disk.housekeeping import HEALTH_S
+from tests.tiers.disk.conftest import HandClock, HandRuntime
+from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, FaultyFiles, Workbench
+
+Make = Callable[..., Workbench]
+OFF = OSError(errno.EIO, "Input/output error")
+
+
+@pytest.fixture
+def faulty(files: object) -> FaultyFiles:
+    return FaultyFiles(files)  # type: ignore[arg-type]
+
+
+def events_of(bench: Workbench) -> DiskEvents:
+    events = bench.tier.take_events()
+    assert events is not None
+    return events
+
+
+def advance(runtime: HandRuntime, seconds: float) -> None:
+    assert isinstance(runtime.clock, HandClock)
+    runtime.clock.now_s += seconds
+
+
+# --- failed writes --------------------------------------------------------------------------------------------------
+
+
+def test_after_a_failed_write_its_segment_takes_no_more_and_keeps_what_it_has(workbench: Make) -> None:
+    bench = workbench(segments=8).open()
+    kept = [bench.put(number) for number in range(3)]
+    broken = bench.tier.place(RECORD_PAGES)
+    assert broken is not None
+    bench.tier.failed(broken)
+    bench.keep_house()
+    assert bench.put(4).segment != broken.segment
+    assert all(bench.read(number, place) for number, place in enumerate(kept))
+
+
+def test_a_poisoned_segment_may_be_reclaimed_once_nothing_is_under_way_to_it(workbench: Make) -> None:
+    bench = workbench(segments=8).open()
+    first, second = (bench.tier.place(RECORD_PAGES) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    bench.tier.failed(first)
+    bench.keep_house()
+    assert events_of(bench).sealed == ()
+    bench.tier.abandoned(second)
+    life = (first.segment, first.generation)
+    assert events_of(bench).sealed == (life,)
+    bench.sync()
+    assert bench.tier.take_events() is None, "it is told once"
+    bench.tier.reclaim(*life)
+    bench.keep_house()
+    assert events_of(bench).reclaimed == (first.segment,)
+
+
+def test_several_failed_writes_to_one_segment_are_one_fault(workbench: Make) -> None:
+    bench = workbench(segments=8).open()
+    for place in [bench.tier.place(RECORD_PAGES) for _ in range(5)]:
+        assert place is not None
+        bench.tier.failed(place)
+    bench.keep_house()
+    assert bench.tier.place(RECORD_PAGES) is not None
+
+
+def fail_segments(bench: Workbench, count: int) -> None:
+    for _ in range(count):
+        place = bench.tier.place(RECORD_PAGES)
+        assert place is not None
+        bench.tier.failed(place)
+        bench.keep_house()
+
+
+def test_after_three_segments_in_a_row_no_record_is_placed_for_a_while(workbench: Make, runtime: HandRuntime) -> None:
+    bench = workbench(segments=16).open()
+    fail_segments(bench, POISONED_IN_A_ROW)
+    assert bench.tier.place(RECORD_PAGES) is None
+    events = events_of(bench)
+    assert events.usable, "what was written can still be read"
+    assert "takes no writes: 3 segments in a row failed" in events.reason
+    advance(runtime, WRITE_PAUSE_S)
+    assert bench.tier.place(RECORD_PAGES) is not None
+    assert events_of(bench).reason == ""
+
+
+def test_a_good_sync_between_faults_keeps_the_tier_writing(workbench: Make) -> None:
+    bench = workbench(segments=16).open()
+    for _ in range(2 * POISONED_IN_A_ROW):
+        fail_segments(bench, 1)
+        bench.put(1)
+        assert bench.sync()
+    assert bench.tier.place(RECORD_PAGES) is not None
+
+
+# --- failed syncs ---------------------------------------------------------------------------------------------------
+
+
+def test_after_a_failed_sync_the_file_is_never_synced_again(workbench: Make, faulty: FaultyFiles) -> None:
+    """The kernel drops what it could not write and forgets the error: a second sync would claim success."""
+    bench = workbench(files=faulty, segments=8).open()
+    place = bench.put(1)
+    faulty.fail("sync", errno.EIO)
+    assert not bench.sync()
+    bench.keep_house()
+    assert bench.put(2).segment != place.segment
+    faulty.calls.clear()
+    assert not bench.sync(), "block 1 will never be durable, and whoever asks is told so"
+    assert faulty.calls.count("sync") == 1, "only the file of block 2"
+    assert [target.fd for target in bench.tier.unsynced()] == [-1]
+
+
+def test_durability_can_be_had_again_once_the_poisoned_segment_is_reclaimed(
+    workbench: Make, faulty: FaultyFiles
+) -> None:
+    bench = workbench(files=faulty, segments=8).open()
+    place = bench.put(1)
+    faulty.fail("sync", errno.EIO)
+    assert not bench.sync()
+    bench.tier.reclaim(place.segment, place.generation)
+    bench.keep_house()
+    bench.put(2)
+    assert bench.sync()
+
+
+def test_after_a_failed_write_the_others_in_its_segment_can_become_durable(workbench: Make) -> None:
+    """The file itself is not in doubt: a sync that succeeds says the truth about the writes that did."""
+    bench = workbench(segments=8).open()
+    bench.put(1)
+    place = bench.tier.place(RECORD_PAGES)
+    assert place is not None
+    bench.tier.failed(place)
+    assert len(bench.tier.unsynced()) == 1
+    assert bench.sync()
+    assert bench.tier.unsynced() == []
+
+
+@pytest.mark.parametrize("operation", ["sync", "write_at"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_segment_that_cannot_be_sealed_is_poisoned_and_stays_readable(
+    workbench: Make, faulty: FaultyFiles, operation: str, after: int
+) -> None:
+    """Each sync and each write of the sequence fails once; blocks stay, whatever happens."""
+    bench = workbench(files=faulty, segments=8).open()
+    places = [bench.put(number) for number in range(RECORDS)]
+    bench.keep_house()
+    bench.put(RECORDS)
+    faulty.fail(operation, errno.EIO, after=after)
+    bench.keep_house()
+    faulty.heal()
+    assert events_of(bench).sealed == ((places[0].segment, places[0].generation),)
+    assert all(bench.read(number, place) for number, place in enumerate(places))
+    bench.tier.close()
+    assert set(workbench(segments=8).open().recovered()) == set(range(RECORDS + 1))
+
+
+def test_a_failed_sync_at_closing_is_no_error(workbench: Make, faulty: FaultyFiles) -> None:
+    bench = workbench(files=faulty).open()
+    bench.put(1)
+    faulty.fail("sync", errno.EIO, sticky=True)
+    bench.tier.close()
+    assert set(workbench().open().recovered()) == {1}
+
+
+# --- reclaiming and growing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["write_at", "sync", "links", "size"])
+def test_a_segment_that_cannot_be_written_anew_is_replaced(
+    workbench: Make, faulty: FaultyFiles, runtime: HandRuntime, operation: str
+) -> None:
+    bench = workbench(files=faulty).open()
+    bench.fill(range(4 * RECORDS))
+    (life, *_) = events_of(bench).sealed
+    advance(runtime, -HEALTH_S)  # no look at the lock file in between
+    faulty.fail(operation, errno.EIO)
+    bench.tier.reclaim(*life)
+    bench.keep_house()
+    events = events_of(bench)
+    assert events.reclaimed == (life[0],)
+    assert events.clean_segments == 1, "a new one was made in its place"
+    bench.put(100)
+    bench.tier.close()
+    assert 100 in workbench().open().recovered()
+
+
+def test_a_segment_file_that_somebody_removed_is_replaced_when_reclaimed(workbench: Make) -> None:
+    bench = workbench().open()
+    places = bench.fill(range(4 * RECORDS))
+    bench.files.unlink(bench.segment_path(places[0].segment))
+    assert bench.read(0, places[0]), "the open file still holds it"
+    bench.tier.reclaim(places[0].segment, places[0].generation)
+    bench.keep_house()
+    bench.put(100)
+    bench.tier.close()
+    assert 100 in workbench().open().recovered()
+
+
+@pytest.mark.parametrize("operation", ["open", "allocate", "write_at", "sync", "rename", "sync_directory"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EMFILE])
+def test_a_segment_that_cannot_be_made_is_tried_again_later(
+    workbench: Make, faulty: FaultyFiles, runtime: HandRuntime, operation: str, code: int
+) -> None:
+    bench = workbench(files=faulty, segments=8).open()
+    faulty.fail(operation, code)
+    places = [bench.tier.place(RECORD_PAGES)]
+    bench.keep_house()
+    events = events_of(bench)
+    assert events.clean_segments == 0
+    assert events.reason.startswith("cannot grow")
+    assert events.reclaims_wanted == 1, "until it can grow, it must live on what it has"
+    assert not [name for name in bench.files.list_directory(bench.tier.path) if name.endswith(".new")]
+    advance(runtime, GROW_PAUSE_S)
+    bench.keep_house()
+    events = events_of(bench)
+    assert (events.clean_segments, events.reclaims_wanted, events.reason) == (1, 0, "")
+    assert places[0] is not None
+
+
+# --- the directory goes away ----------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_is_removed_turns_the_tier_off(workbench: Make, runtime: HandRuntime) -> None:
+    bench = workbench().open()
+    place = bench.put(1)
+    bench.tier.take_events()
+    shutil.rmtree(bench.directory)
+    advance(runtime, HEALTH_S)
+    assert not bench.tier.housekeep()
+    events = events_of(bench)
+    assert not events.usable
+    assert "was removed" in events.reason
+    assert not bench.tier.usable
+    assert bench.tier.place(RECORD_PAGES) is None
+    assert bench.tier.locate(place.segment, place.generation) is None
+    bench.tier.close()
+    assert workbench().open().rows == []
+
+
+def test_an_error_while_looking_counts_as_removed(workbench: Make, faulty: FaultyFiles, runtime: HandRuntime) -> None:
+    bench = workbench(files=faulty).open()
+    advance(runtime, HEALTH_S)
+    faulty.fail("links", errno.EIO)
+    bench.tier.housekeep()
+    assert not bench.tier.usable
+
+
+def test_looking_costs_one_call_a_second(workbench: Make, faulty: FaultyFiles, runtime: HandRuntime) -> None:
+    bench = workbench(files=faulty).open()
+    faulty.calls.clear()
+    for _ in range(100):
+        bench.tier.housekeep()
+        advance(runtime, HEALTH_S / 10)
+    assert 9 <= faulty.calls.count("links") <= 11
+    assert set(faulty.calls) == {"links"}, "an idle tier does nothing else"
+
+
+def test_a_step_of_housekeeping_writes_no_more_than_8_mib(workbench: Make, faulty: FaultyFiles) -> None:
+    written: list[int] = []
+    write_at = faulty.write_at
+    faulty.write_at = lambda fd, offset, buffer: (written.append(buffer.nbytes), write_at(fd, offset, buffer))  # type: ignore[attr-defined]
+    bench = workbench(files=faulty, segment_bytes=20 << 20, segments=4)
+    list(bench.tier.open())
+    while True:
+        written.clear()
+        more = bench.tier.housekeep()
+        assert sum(written) <= 8 << 20
+        if not more:
+            break
+    assert bench.tier.place(RECORD_PAGES) is not None

@@ -1,0 +1,334 @@
+"""What recovery makes of segments that a crash, rot or somebody's hand has left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvtier.codecs.record import restamp
+from kvtier.tiers.disk import recovery
+from tests.tiers.disk.workbench import (
+    RECORD_PAGES,
+    RECORDS,
+    SEGMENT_BYTES,
+    SEGMENT_PAGES,
+    FaultyFiles,
+    Workbench,
+    layout,
+)
+
+Make = Callable[..., Workbench]
+PAGE = 4096
+
+
+def abandon(bench: Workbench) -> None:
+    """Leave as a killed process does: nothing is sealed, synced or written any more."""
+    bench.tier._book.segments.clear()
+    bench.tier._directory.close()
+
+
+def change(bench: Workbench, segment: int, offset: int, data: bytes | None = None) -> None:
+    """Write into a segment from outside; without ``data``, flip one bit."""
+    with open(bench.segment_path(segment), "r+b") as file:
+        if data is None:
+            file.seek(offset)
+            data = bytes([file.read(1)[0] ^ 1])
+        file.seek(offset)
+        file.write(data)
+
+
+def copy(bench: Workbench, segment: int, source: int, target: int, pages: int) -> None:
+    """Copy pages within a segment, as a misdirected write would."""
+    with open(bench.segment_path(segment), "r+b") as file:
+        file.seek(source * PAGE)
+        data = file.read(pages * PAGE)
+        file.seek(target * PAGE)
+        file.write(data)
+
+
+def readable(bench: Workbench) -> set[int]:
+    """The blocks that were recovered; each is read back and compared."""
+    found = bench.recovered()
+    assert all(bench.read(number, row) for number, row in found.items())
+    return set(found)
+
+
+@pytest.fixture(params=["one window", "many windows"])
+def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are scanned in one window, or in windows that records cross."""
+    if request.param == "many windows":
+        monkeypatch.setattr(recovery, "WINDOW_PAGES", RECORD_PAGES + 1)
+
+
+@pytest.mark.usefixtures("windows")
+class TestUnsealedSegment:
+    """A segment without a footer is read from end to end."""
+
+    def test_all_that_was_written_is_found(self, workbench: Make) -> None:
+        bench = workbench().open()
+        bench.fill(range(RECORDS - 2))
+        abandon(bench)
+        again = workbench().open()
+        assert readable(again) == set(range(RECORDS - 2))
+        assert again.tier.recovery.scanned == 2
+
+    def test_what_lies_behind_a_hole_is_found(self, workbench: Make) -> None:
+        """Several writers finish out of order: a write that never came must not hide those that did."""
+        bench = workbench().open()
+        bench.put(0)
+        for number in range(1, RECORDS, 2):
+            hole = bench.tier.place(RECORD_PAGES)
+            assert hole is not None
+            if number + 1 < RECORDS:
+                bench.put(number + 1)
+        abandon(bench)
+        again = workbench().open()
+        assert readable(again) == set(range(0, RECORDS, 2))
+
+    def test_holes_and_torn_records_are_written_over(self, workbench: Make) -> None:
+        bench = workbench().open()
+        kept = bench.put(0)
+        torn = bench.tier.place(RECORD_PAGES)
+        assert torn is not None
+        image = bench.image_for(1, torn)
+        bench.files.write_at(torn.fd, torn.page * PAGE, image[: 2 * PAGE])  # its last page never came
+        abandon(bench)
+        again = workbench().open()
+        assert readable(again) == {0}
+        assert again.tier.recovery.damaged_records == 1
+        assert again.put(2).page == kept.page + kept.pages
+        again.fill(range(3, 12))
+        again.tier.close()
+        assert readable(workbench().open()) == {0, *range(2, 12)}
+
+    @pytest.mark.parametrize("page", range(RECORD_PAGES))
+    def test_a_flipped_bit_costs_one_record(self, workbench: Make, page: int) -> None:
+        bench = workbench().open()
+        places = bench.fill(range(5))
+        abandon(bench)
+        change(bench, places[2].segment, (places[2].page + page) * PAGE + 77)
+        assert readable(workbench().open()) == {0, 1, 3, 4}
+
+    def test_a_record_in_another_place_is_not_taken(self, workbench: Make) -> None:
+        bench = workbench().open()
+        places = bench.fill(range(3))
+        abandon(bench)
+        copy(bench, places[0].segment, places[1].page, places[2].page + RECORD_PAGES, RECORD_PAGES)
+        copy(bench, places[0].segment, places[0].page, places[2].page, RECORD_PAGES)
+        assert readable(workbench().open()) == {0, 1}
+
+    @pytest.mark.parametrize("field", ["nonce", "segment", "generation", "page_number"])
+    def test_a_record_of_another_store_segment_or_life_is_not_taken(self, workbench: Make, field: str) -> None:
+        """Its checksums are right: only where it says that it belongs tells it from one of ours."""
+        bench = workbench().open()
+        good = bench.put(0)
+        place = bench.tier.place(RECORD_PAGES)
+        assert place is not None
+        image = bench.image_for(1, place)
+        stamp = {
+            "nonce": bench.tier.nonce, "segment": place.segment, "generation": place.generation,
+            "page_number": place.page, "sequence": place.sequence,
+        }  # fmt: skip
+        stamp[field] = b"another store..." if field == "nonce" else int(stamp[field]) - 1  # type: ignore[call-overload]
+        restamp(image[:PAGE], **stamp)  # type: ignore[arg-type]
+        bench.files.write_at(place.fd, place.page * PAGE, image)
+        abandon(bench)
+        assert good.page == 2
+        assert readable(workbench().open()) == {0}
+
+    def test_the_image_of_a_record_inside_of_a_payload_is_not_taken(self, workbench: Make) -> None:
+        """KV bytes may hold anything, even a record of this very segment with its checksums."""
+        bench = workbench(of=layout(5 * PAGE), segment_bytes=100 * PAGE).open()
+        inner = workbench(directory=bench.directory + "-other").open()
+        outer = bench.tier.place(6)
+        assert outer is not None
+        small = inner.image_for(7, outer)
+        place = outer.__class__(outer.segment, outer.page + 2, 3, outer.generation, outer.sequence, outer.fd)
+        restamp(
+            small[:PAGE], nonce=bench.tier.nonce, segment=place.segment, generation=place.generation,
+            page_number=place.page, sequence=place.sequence,
+        )  # fmt: skip
+        image = bench.image_for(1, outer)
+        image[2 * PAGE : 5 * PAGE] = small
+        bench.files.write_at(outer.fd, outer.page * PAGE, image)
+        abandon(bench)
+        assert readable(workbench(of=layout(5 * PAGE), segment_bytes=100 * PAGE).open()) == set()
+
+    def test_records_of_the_life_before_are_not_taken(self, workbench: Make) -> None:
+        """A reclaimed segment holds its old records until they are written over."""
+        bench = workbench(segments=4).open()
+        bench.fill(range(4 * RECORDS))
+        events = bench.tier.take_events()
+        assert events is not None
+        bench.tier.reclaim(*events.sealed[0])
+        bench.keep_house()
+        bench.put(100)
+        bench.keep_house()
+        abandon(bench)
+        assert readable(workbench(segments=4).open()) == {100, *range(RECORDS, 4 * RECORDS)}
+
+    def test_lengths_that_the_layout_does_not_allow_are_not_believed(self, workbench: Make) -> None:
+        """A record of a longer layout, with valid checksums, in a segment of ours."""
+        bench = workbench().open()
+        place = bench.tier.place(RECORD_PAGES)
+        assert place is not None
+        longer = workbench(
+            directory=bench.directory + "-other", of=layout(16384), segment_bytes=None, segments=8
+        ).open()
+        image = longer.image_for(5, place)
+        restamp(
+            image[:PAGE], nonce=bench.tier.nonce, segment=place.segment, generation=place.generation,
+            page_number=place.page, sequence=place.sequence,
+        )  # fmt: skip
+        bench.files.write_at(place.fd, place.page * PAGE, image)
+        abandon(bench)
+        assert workbench().open().rows == []
+
+
+class TestSealedSegment:
+    """A sealed segment says in its footer what it holds."""
+
+    def sealed(self, workbench: Make) -> tuple[Workbench, int]:
+        """A closed tier with blocks 0 to 7 in a sealed segment, and block 8 in another."""
+        bench = workbench().open()
+        places = bench.fill(range(RECORDS + 1))
+        bench.tier.close()
+        return bench, places[0].segment
+
+    def test_its_records_are_not_read(self, workbench: Make) -> None:
+        _, _ = self.sealed(workbench)
+        again = workbench().open()
+        assert readable(again) == set(range(RECORDS + 1))
+        assert again.tier.recovery.scanned == 2, "the open one and the clean one"
+
+    @pytest.mark.parametrize("pages_from_end", [1, 2])
+    def test_without_its_footer_it_is_scanned_and_sealed_once_more(self, workbench: Make, pages_from_end: int) -> None:
+        bench, segment = self.sealed(workbench)
+        change(bench, segment, SEGMENT_BYTES - pages_from_end * PAGE + 50)
+        again = workbench().open()
+        assert readable(again) == set(range(RECORDS + 1))
+        assert again.tier.recovery.scanned == 3
+        again.tier.close()
+        third = workbench().open()
+        assert readable(third) == set(range(RECORDS + 1))
+        assert third.tier.recovery.scanned == 2
+
+    @pytest.mark.parametrize("slot", [0, 1])
+    def test_one_copy_of_its_header_is_enough(self, workbench: Make, slot: int) -> None:
+        """The header is written anew when a segment is sealed and when it is reclaimed; a torn write loses nothing."""
+        bench, segment = self.sealed(workbench)
+        change(bench, segment, slot * PAGE + 20)
+        assert readable(workbench().open()) == set(range(RECORDS + 1))
+
+    def test_without_both_copies_it_becomes_clean(self, workbench: Make) -> None:
+        bench, segment = self.sealed(workbench)
+        for slot in (0, 1):
+            change(bench, segment, slot * PAGE + 20)
+        again = workbench().open()
+        assert readable(again) == {RECORDS}
+        assert again.tier.recovery.damaged_segments == 1
+        events = again.tier.take_events()
+        assert events is not None
+        assert events.clean_segments == 2
+
+    def test_a_header_of_another_segment_is_not_believed(self, workbench: Make) -> None:
+        """A file that was copied over another, or whose header went astray."""
+        bench, segment = self.sealed(workbench)
+        other = 1 - segment
+        data = Path(bench.segment_path(segment)).read_bytes()
+        Path(bench.segment_path(other)).write_bytes(data)
+        assert readable(workbench().open()) == set(range(RECORDS))
+
+    def test_a_file_of_another_store_is_not_believed(self, workbench: Make) -> None:
+        bench, segment = self.sealed(workbench)
+        stranger = workbench(directory=bench.directory + "-other").open()
+        stranger.fill(range(50, 50 + RECORDS + 1))
+        stranger.tier.close()
+        data = Path(stranger.segment_path(segment)).read_bytes()
+        Path(bench.segment_path(segment)).write_bytes(data)
+        assert readable(workbench().open()) == {RECORDS}
+
+    @pytest.mark.parametrize("pages", [0, 1, 2, 10, SEGMENT_PAGES - 1])
+    def test_a_file_that_was_cut_off_keeps_what_is_left_and_is_made_anew(self, workbench: Make, pages: int) -> None:
+        bench, segment = self.sealed(workbench)
+        os.truncate(bench.segment_path(segment), pages * PAGE)
+        again = workbench().open()
+        whole = {number for number in range(RECORDS) if 2 + RECORD_PAGES * (number + 1) <= pages}
+        assert readable(again) == {RECORDS, *whole}
+        events = again.tier.take_events()
+        assert events is not None
+        for life in events.sealed:
+            again.tier.reclaim(*life)
+        again.keep_house()
+        again.fill(range(20, 20 + 3 * RECORDS))
+        sizes = {entry.stat().st_size for entry in Path(again.tier.path).glob("seg-*")}
+        assert sizes == {SEGMENT_BYTES}
+
+
+class TestDevice:
+    """Errors of the device while a directory is opened."""
+
+    @pytest.mark.parametrize("after", [0, 1], ids=["header", "footer"])
+    def test_a_segment_that_cannot_be_read_is_left_alone_for_the_next_life(self, workbench: Make, after: int) -> None:
+        """The error may pass: nothing is wiped, nothing is written to it."""
+        bench = workbench().open()
+        places = bench.fill(range(RECORDS + 1))
+        bench.tier.close()
+        faulty = FaultyFiles(bench.files)
+        faulty.fail("read_at", errno.EIO, after=2 + after)  # the first two are the superblocks
+        again = workbench(files=faulty).open()
+        assert again.tier.recovery.unreadable_segments == 1
+        assert again.tier.locate(places[0].segment, places[0].generation) is None
+        assert set(again.recovered()) == {RECORDS}
+        again.tier.close()
+        assert readable(workbench().open()) == set(range(RECORDS + 1))
+
+    def test_too_many_open_files_cost_segments_of_this_life_only(self, workbench: Make) -> None:
+        bench = workbench().open()
+        bench.fill(range(3 * RECORDS))
+        bench.tier.close()
+        faulty = FaultyFiles(bench.files)
+        again = workbench(files=faulty)
+        batches = again.tier.open()
+        faulty.fail("open", errno.EMFILE)
+        assert len(list(batches)) < 3
+        again.tier.close()
+        assert readable(workbench().open()) == set(range(3 * RECORDS))
+
+
+def test_segments_that_were_not_finished_are_removed(workbench: Make) -> None:
+    bench = workbench().open()
+    bench.tier.close()
+    unfinished = Path(bench.tier.path) / "seg-000007.kvs.new"
+    unfinished.write_bytes(bytes(PAGE))
+    foreign = Path(bench.tier.path) / "notes.new"
+    foreign.write_text("mine")
+    workbench().open()
+    assert not unfinished.exists()
+    assert foreign.exists(), "only what is ours is removed"
+
+
+def test_noise_in_every_page_of_a_segment_never_comes_back_as_a_block(workbench: Make) -> None:
+    bench = workbench().open()
+    bench.fill(range(RECORDS + 1))
+    bench.tier.close()
+    original = Path(bench.segment_path(0)).read_bytes()
+    rng = np.random.default_rng(11)
+    for _ in range(60):
+        pages = np.frombuffer(bytearray(original), np.uint8).reshape(-1, PAGE)
+        for page in rng.integers(0, SEGMENT_PAGES, int(rng.integers(1, 6))):
+            span = slice(*sorted(rng.integers(0, PAGE + 1, 2)))
+            pages[page, span] = rng.integers(0, 256, span.stop - span.start)
+        Path(bench.segment_path(0)).write_bytes(pages.tobytes())
+        again = workbench()
+        for table in again.tier.open():
+            again.rows.extend(table)
+        verified = [number for number, row in again.recovered().items() if again.read(number, row)]
+        assert len(verified) >= 1
+        abandon(again)
+        Path(bench.segment_path(0)).write_bytes(original)
