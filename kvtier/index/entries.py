@@ -22,6 +22,8 @@ Mask = npt.NDArray[np.bool_]
 
 MAX_RANKS: Final = 32
 _FIRST_LOOK: Final = 64
+_FREE: Final = -1
+"""In place of the number of children: nobody's entry, so that nobody releases it a second time."""
 
 
 class Index:
@@ -193,7 +195,10 @@ class Index:
         self.linked[entry] = False
 
     def release(self, entry: int) -> None:
-        """Forget ``entry`` if nothing holds it: no pin, no copy, no child. Then its parent likewise."""
+        """Forget ``entry`` if nothing holds it: no pin, no copy, no child. Then its parent likewise.
+
+        Harmless for an entry that went already, as those do that went as parents of others.
+        """
         while entry >= 0 and not (
             self.pins[entry] or self.host_ranks[entry] or self.disk_ranks[entry] or self.children[entry]
         ):
@@ -202,6 +207,7 @@ class Index:
                 self.table.unlink(entry)
                 self.linked[entry] = False
             self.table.recycle(entry)
+            self.children[entry] = _FREE
             self.count -= 1
             if parent >= 0:
                 self.children[parent] -= 1
