@@ -32,7 +32,7 @@ class EvictionPolicy(Protocol):
         """An entry that left the tier."""
 
     def candidates(self) -> Iterator[int]:
-        """Entries from the least to the most worth keeping. Entries may be removed while it runs."""
+        """Entries from the least to the most worth keeping. Those given so far may be removed while it runs."""
 
     def __len__(self) -> int:
         """Number of entries in the tier."""
