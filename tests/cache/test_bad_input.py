@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +236,7 @@ def test_a_model_whose_placement_changed_gets_a_new_directory_and_the_old_one_is
     """Same name, other layout: nothing of the old one is read, nothing is deleted, and a warning names it."""
     with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
         stored(cache)
-    changed = replace(LAYOUT, tp_size=2)
+    changed = tiny_layout(dim=16)
     with caplog.at_level(logging.WARNING), TieredCache(settings(tmp_path), changed, "m") as cache:
         assert cache.match(TOKENS) == 0
     assert LAYOUT.placement[:12] in caplog.text

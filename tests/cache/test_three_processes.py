@@ -74,7 +74,7 @@ def test_blocks_go_to_both_ranks_and_come_back_from_host_and_from_disk(tmp_path:
             result = cache.submit_store(keys, TABLE, durability="process").result(60)
             assert (result.stored, result.refused) == (12 * 16, 0)
         tiers = set()
-        for keys in documents:
+        for keys in reversed(documents):
             tell(ranks, "wipe")
             with cache.lookup(keys) as hit:
                 assert hit.num_tokens == 12 * 16
