@@ -177,9 +177,9 @@ class CachedGenerator:
                 past_key_values=past,
                 **{**kwargs, "stopping_criteria": criteria},
             )
-            if copies == 1:  # of several sequences only the prompt is known to be alike
-                keys.append(_computed(_sequences(output)[0], past)[len(prompt) :])
-            stored = self._store(keys, past, start, hit, session)
+        if copies == 1:  # of several sequences only the prompt is known to be alike
+            keys.append(_computed(_sequences(output)[0], past)[len(prompt) :])
+        stored = self._store(keys, past, start, hit, session)  # the hit is let go: its blocks may make room
         ttft_s = first_token.first_token_s - started_s
         return output, _report(len(prompt), ttft_s, loaded, stored)
 

@@ -1,0 +1,175 @@
+"""``kvtier demo``: a conversation with and without kvtier, and its continuation in a second process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import uuid
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvtier.errors import ConfigError, KVTierError
+
+if TYPE_CHECKING:
+    from kvtier.cli.conversation import Talk, Turn
+
+SECOND_PROCESS_LIMIT_S: Final = 240.0
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the blocks go; kept afterwards. By default a temporary directory.")
+    ] = None,
+    second_process: Annotated[bool, typer.Option("--second-process", hidden=True)] = False,
+) -> None:
+    """Talk with a small model, with and without kvtier, then go on in a second process on the same directory.
+
+    The exit status is 1 if an answer differs, if host memory or disk served nothing, or if the second process found
+    nothing.
+    """
+    _check_installed()
+    if second_process:
+        typer.echo(json.dumps(_go_on(str(directory), json.load(sys.stdin))))
+        return
+    with nullcontext(str(directory)) if directory else tempfile.TemporaryDirectory(prefix="kvtier-demo-") as where:
+        turns, restart = _run(where)
+    ok = _succeeded(turns, restart)
+    if as_json:
+        typer.echo(json.dumps({"turns": [_plain(turn) for turn in turns], "restart": _plain(restart), "ok": ok}))
+    else:
+        _show(turns, restart, ok=ok)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _run(directory: str) -> tuple[list[Turn], Turn]:
+    from kvtier.cli.conversation import Talk, messages
+
+    *said, last = messages()
+    turns = []
+    with _progress() as progress:
+        task = progress.add_task("building the model", total=len(said) + 2)
+        talk = Talk(directory, tenant=uuid.uuid4().hex)
+        talk.warm_up()
+        sequence = said[0][:, :0]
+        for number, message in enumerate(said, 1):
+            progress.update(task, advance=1, description=f"turn {number} of {len(said)}")
+            turn, sequence = talk.turn(_after(sequence, message))
+            turns.append(turn)
+        talk.close()
+        progress.update(task, advance=1, description="second process")
+        restart = _restart(talk, directory, _after(sequence, last))
+        progress.update(task, advance=1)
+    return turns, restart
+
+
+def _restart(talk: Talk, directory: str, prompt: Any) -> Turn:
+    """One more turn in a process of its own, which knows nothing but the directory; compared with what we remember."""
+    from kvtier.cli.conversation import Turn
+
+    command = [sys.executable, "-m", "kvtier", "demo", "--second-process", "--directory", directory]
+    request = json.dumps({"tenant": talk.tenant, "prompt": prompt.tolist()})
+    done = subprocess.run(
+        command, input=request, capture_output=True, text=True, timeout=SECOND_PROCESS_LIMIT_S, check=False
+    )
+    if done.returncode:
+        raise KVTierError(f"the second process failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+    answer = json.loads(done.stdout)
+    kept = talk.from_memory(prompt, sum(answer["hit_tokens"].values()))
+    identical = answer["same_tokens"] and answer["logits"] == kept.digest
+    return Turn(prompt.shape[1], answer["hit_tokens"], answer["without_s"], answer["with_s"], identical)
+
+
+def _go_on(directory: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The second process: the same turn without and with the cache."""
+    import torch
+
+    from kvtier.cli.conversation import Talk
+
+    talk = Talk(directory, request["tenant"])
+    talk.warm_up()
+    prompt = torch.tensor(request["prompt"])
+    plain = talk.without_cache(prompt)
+    cached, hit_tokens = talk.with_cache(prompt)
+    talk.close()
+    return {
+        "hit_tokens": hit_tokens,
+        "without_s": plain.ttft_s,
+        "with_s": cached.ttft_s,
+        "same_tokens": torch.equal(plain.sequence, cached.sequence),
+        "logits": cached.digest,
+    }
+
+
+def _after(sequence: Any, message: Any) -> Any:
+    import torch
+
+    return torch.cat((sequence, message), 1)
+
+
+def _succeeded(turns: list[Turn], restart: Turn) -> bool:
+    served = {tier: sum(turn.hit_tokens[tier] for turn in turns) for tier in ("host", "disk")}
+    identical = all(turn.identical for turn in (*turns, restart))
+    return identical and all(served.values()) and sum(restart.hit_tokens.values()) > 0
+
+
+def _plain(turn: Turn) -> dict[str, Any]:
+    return {
+        "prompt_tokens": turn.prompt_tokens,
+        "hit_tokens": turn.hit_tokens,
+        "ttft_s": {"without": turn.without_s, "with": turn.with_s},
+        "identical": turn.identical,
+    }
+
+
+def _show(turns: list[Turn], restart: Turn, *, ok: bool) -> None:
+    table = Table("turn", title="Tokens of the prompt, those served by each tier, and time to the first new token")
+    for column in ("prompt", "host", "disk", "without", "with", "faster", "identical"):
+        table.add_column(column, justify="right")
+    rows = [(str(number), turn) for number, turn in enumerate(turns, 1)]
+    for name, turn in [*rows, ("second process", restart)]:
+        table.add_row(
+            name,
+            f"{turn.prompt_tokens:,}",
+            f"{turn.hit_tokens['host']:,}",
+            f"{turn.hit_tokens['disk']:,}",
+            f"{turn.without_s:.3f} s",
+            f"{turn.with_s:.3f} s",
+            f"{turn.without_s / turn.with_s:.1f} x",
+            "yes" if turn.identical else "[bold red]NO[/bold red]",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "identical: the tokens of a plain run, and bit for bit the logits of a run from the same prefix kept in memory",
+        style="dim",
+    )
+    if not ok:
+        console.print(
+            "failed: an answer differs, or a tier served nothing, or the second process missed", style="bold red"
+        )
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _check_installed() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("kvtier demo needs transformers: pip install 'kvtier[hf]'") from error
