@@ -9,13 +9,14 @@ import numpy as np
 from kvtier.core.keys import Keys
 from kvtier.core.memory import Bytes1D, KVPages
 from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.models.parts import PartKind
 from kvtier.pages import PagedTensors
 
 
 def tiny_layout(*, block_tokens: int = 16, page_tokens: int = 16, layers: int = 1, dim: int = 8) -> KVLayout:
     """A layout of a few hundred bytes a block: one head of ``dim`` float16 values for key and value."""
     shape = (page_tokens, 1, dim)
-    kinds = ("k", "v")
+    kinds: tuple[PartKind, ...] = ("k", "v")
     parts = tuple(
         Part(layer, kind, "float16", ("token", "head", "dim"), shape) for layer in range(layers) for kind in kinds
     )

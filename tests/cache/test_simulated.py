@@ -1,0 +1,121 @@
+"""The cache that ships, on a simulated machine: one thread, virtual time, a disk that forgets what was not synced."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from kvtier import TieredCache
+from kvtier.core.keys import Keys, Root
+from kvtier.testing import Simulation
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+BLOCKS = 8
+SETTINGS: dict[str, Any] = {
+    "host": {"capacity": "256KiB", "staging": "1MiB"},
+    "disk": {"directories": ["/kv"], "capacity": "8MiB", "segment": "1MiB"},
+}
+NEWEST_RECORDS = 4 * (1024 - 64) // 8  # capacity less one open, two clean and one segment of headers and footers
+
+
+class World:
+    """A simulated machine, a cache on it, and what was acknowledged as durable so far, oldest first."""
+
+    def __init__(self, seed: int, write: str = "write_through") -> None:
+        self.world = Simulation(seed)
+        self.rng = random.Random(seed)
+        self.config = SETTINGS | {"policy": {"write": write}}
+        self.durable: list[bytes] = []
+        self.engine = PseudoEngine(LAYOUT, BLOCKS + 1)
+        self.cache = self.open()
+
+    def open(self) -> TieredCache:
+        return TieredCache(self.config, LAYOUT, "sim", machine=self.world.machine())
+
+    def store(self, durability: str) -> None:
+        tokens = [self.rng.randrange(4) for _ in range(SIZE * self.rng.randint(1, BLOCKS))]
+        keys = self.cache.keys(tokens)
+        self.engine.write(keys, range(len(keys)))
+        result = self.cache.submit_store(keys, self.engine.pages, durability=durability).result(600)
+        if durability == "durable" and not result.refused:
+            self.durable += [key for key in keys.digests if key not in self.durable]
+
+    def load(self) -> None:
+        tokens = [self.rng.randrange(4) for _ in range(SIZE * BLOCKS + 1)]
+        self.check(self.cache.keys(tokens))
+
+    def check(self, keys: Keys) -> int:
+        """Load what is found of ``keys``, and compare every byte."""
+        with self.cache.lookup(keys) as hit:
+            self.engine.wipe()
+            ok_tokens = self.cache.submit_load(hit, self.engine.pages).result(600).ok_tokens
+            assert self.engine.wrong_blocks(keys, range(ok_tokens // SIZE)) == []
+            return ok_tokens
+
+    def missing(self) -> list[bytes]:
+        """Durable blocks among the newest that are not found by their key alone."""
+        gone = []
+        for key in self.durable[-NEWEST_RECORDS:]:
+            keys = Keys(Root("sim"), SIZE)
+            keys.digests, keys.chained, keys.num_tokens = [key], False, SIZE + 1
+            if not self.check(keys):
+                gone.append(key)
+        return gone
+
+
+@pytest.mark.parametrize("write", ["write_through", "write_back"])
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_durable_survives_power_cuts_and_nothing_is_ever_wrong(seed: int, write: str) -> None:
+    """Random stores and loads, cut off by power cuts at random moments, on one disk."""
+    world = World(seed, write)
+    for _ in range(5):
+        for _ in range(world.rng.randrange(40)):
+            if world.rng.random() < 0.6:
+                world.store(world.rng.choice(["memory", "process", "durable", "durable"]))
+            else:
+                world.load()
+        world.world.power_cut()
+        world.cache = world.open()
+        assert world.missing() == []
+    assert world.durable
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_seed_takes_the_same_steps(seed: int) -> None:
+    """Every decision of every loop is the seed's: two runs leave the same trace."""
+
+    def trace() -> str:
+        world = World(seed)
+        for _ in range(20):
+            world.store("process")
+            world.load()
+        world.cache.close()
+        return world.world.trace_digest()
+
+    assert trace() == trace()
+
+
+def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
+    """Loads from a disk that takes seconds end at their deadline, as misses; their buffers come back later."""
+    world = World(3)
+    keys = [world.cache.keys([number] * (SIZE * BLOCKS)) for number in range(8)]
+    for own in keys:
+        world.engine.write(own, range(BLOCKS))
+        assert world.cache.submit_store(own, world.engine.pages, durability="process").result(600).refused == 0
+    world.world.disk.latency_s = 30.0
+    started = world.world.clock.monotonic()
+    with world.cache.lookup([*[0] * (SIZE * BLOCKS), 1]) as hit:
+        assert hit.by_tier["disk"] > 0
+        world.engine.wipe()
+        result = world.cache.submit_load(hit, world.engine.pages, deadline_s=0.5).result(600)
+        assert "abandoned" in result.failed
+        assert world.world.clock.monotonic() - started < 1.0
+        assert world.engine.wrong_blocks(hit.keys, range(result.ok_tokens // SIZE)) == []
+    world.world.run_for(100)
+    stats = world.cache.stats()
+    assert (stats["hops"], stats["pinned_entries"], stats["runs"]) == (0, 0, 0)
+    assert stats["staging_free"] == stats["staging_buffers"]
