@@ -29,7 +29,6 @@ before = resident_bytes()
 settings = {
     "host": {"capacity": GIB, "staging": "128MiB"},
     "disk": {"directories": [sys.argv[1]], "capacity": "2GiB"},
-    "policy": {"write": "write_back"},
 }
 cache = TieredCache(settings, layout, "resident")
 passed, number, loaded = 0, 0, 0
@@ -38,7 +37,8 @@ while passed < 10 * GIB:
     result = cache.submit_store(keys, pages).result(120)
     with cache.lookup(keys) as hit:
         loaded += cache.submit_load(hit, pages).result(120).nbytes
-    passed += BLOCKS * block_bytes
+    passed += result.stored // 64 * block_bytes
+    cache.flush("process", 120)
     number += 1
 stats = cache.stats()
 index_bytes = 256 * stats["entries"] + (16 << 20)
