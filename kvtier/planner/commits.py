@@ -21,6 +21,7 @@ from kvtier.core.plan import (
     Table,
     Tier,
 )
+from kvtier.errors import ConfigError
 from kvtier.index.entries import MISSING, EntryRows, Mask
 from kvtier.planner.hops import Hop
 from kvtier.planner.journeys import Journeys
@@ -53,7 +54,7 @@ class Commits:
         """One rank says how (part of) a plan ended; answers to plans that are over are passed over."""
         state, rank = self._state, completion.rank
         hop = state.hops.get(completion.plan_id)
-        if hop is None or not hop.finals_left >> rank & 1 or completion.incarnation != state.incarnations[rank]:
+        if hop is None or not hop.finals_left >> rank & 1:
             return
         state.host.free(hop.take(completion))
         if completion.final:
@@ -171,8 +172,14 @@ class Commits:
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def attach(self, hello: Hello) -> None:
-        """A data plane is there; if its rank was there before, all that the old life held is void."""
+        """A data plane is there; if its rank was there before, all that the old life held is void.
+
+        Raises:
+            ConfigError: there is no such rank.
+        """
         state = self._state
+        if not 0 <= hello.rank < state.index.ranks:
+            raise ConfigError(f"rank {hello.rank}: this cache was opened for {state.index.ranks} ranks, from 0 on")
         if hello.rank in state.incarnations:
             self._void(hello.rank)
         state.incarnations[hello.rank] = hello.incarnation
@@ -184,16 +191,21 @@ class Commits:
     def _void(self, rank: int) -> None:
         state, index = self._state, self._state.index
         state.incarnations[rank] = -1
-        for hop in [hop for hop in state.hops.values() if hop.finals_left >> rank & 1]:
-            hop.void(rank)
-            self._go_on(hop)
+        state.plans = [plan for plan in state.plans if plan.rank != rank]
+        # Also those of which the rank has said its last word: what it landed is not there any more.
+        for hop in [hop for hop in state.hops.values() if hop.ranks >> rank & 1]:
+            if not hop.settled or hop.finals_left >> rank & 1:
+                hop.void(rank)
+                self._go_on(hop)
         bit = np.uint32(1 << rank)
         touched = slice(0, index.table.touched)
-        here = np.flatnonzero((index.host_ranks[touched] | index.disk_ranks[touched]) & bit).astype(np.int32)
-        for entry in here[(index.host_ranks[here] & bit) != 0].tolist():
+        on_host = np.flatnonzero(index.host_ranks[touched] & bit).astype(np.int32)
+        on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
+        for entry in on_host.tolist():
             state.host.drop(entry)
-        index.drop_disk(rank, here)
-        state.left(here, Tier.HOST)
+        index.drop_disk(rank, on_disk)
+        state.left(on_host, Tier.HOST)
+        state.left(on_disk, Tier.DISK)
 
     def recovered(self, report: Recovered) -> None:
         """Blocks that an earlier life left on disk: exact ones first, then the highest sequence wins."""

@@ -32,7 +32,9 @@ class HostBook:
         self._deferred: dict[int, list[Extent]] = {}
 
     def attach(self, rank: int, host_pages: int) -> None:
-        """Rank ``rank`` brings an empty arena of ``host_pages``."""
+        """Rank ``rank`` brings an empty arena of ``host_pages``; what was to be freed in an earlier one is void."""
+        for entry, extents in self._deferred.items():
+            self._deferred[entry] = [extent for extent in extents if extent[0] != rank]
         self.spaces[rank] = Space(host_pages)
 
     @property

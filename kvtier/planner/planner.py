@@ -151,11 +151,17 @@ class Planner:
     # --- hearing ----------------------------------------------------------------------------------------------------
 
     def hear(self, message: Message, *, now_s: float) -> None:
-        """Commit a completion, or take a report in."""
-        if isinstance(message, Completion):
-            self._commits.complete(message)
-        elif isinstance(message, Hello):
+        """Commit a completion, or take a report in. Words of an earlier life of a rank are passed over.
+
+        Raises:
+            ConfigError: a data plane says hello for a rank that this cache does not have.
+        """
+        if isinstance(message, Hello):
             self._commits.attach(message)
+        elif message.incarnation != self._state.incarnations.get(message.rank):
+            self._state.counts["late_messages"] += 1
+        elif isinstance(message, Completion):
+            self._commits.complete(message)
         elif isinstance(message, Recovered):
             self._commits.recovered(message)
         elif isinstance(message, Lost):

@@ -1,0 +1,343 @@
+"""A data plane without data: it keeps which key lies where, answers plans as it is told, and objects to what cannot be.
+
+It objects when two plans use one host extent at the same time and one of them writes, and it knows, for every load,
+what really lay in the place that the plan named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kvtier.core.plan import (
+    COMPLETED,
+    LOST,
+    NOWHERE,
+    PAGE_BYTES,
+    RECOVERED,
+    Completion,
+    DiskState,
+    Hello,
+    Lost,
+    Message,
+    Plan,
+    PlanKind,
+    Reason,
+    Recovered,
+    Status,
+    Tier,
+)
+
+Outcome = Status | Reason
+"""What becomes of a row: OK, QUARANTINED, or the reason of its failure."""
+
+SEGMENT_END = 10**6
+
+
+class Content(NamedTuple):
+    """What a record holds."""
+
+    key: bytes
+    parent: bytes
+    group: int
+    lineage: int
+    depth: int
+    tokens: int
+
+
+class Place(NamedTuple):
+    """Where a record lies on disk."""
+
+    segment: int
+    generation: int
+    page: int
+
+
+@dataclass(eq=False)
+class Flight:
+    """A plan under way. ``quarantined`` rows have been answered but may still be written."""
+
+    plan: Plan
+    open: set[int]
+    quarantined: set[int] = field(default_factory=set)
+
+    def writes(self) -> Iterator[tuple[int, int]]:
+        """Extents that it may still write."""
+        for row in self.open | self.quarantined:
+            page, pages = int(self.plan.rows["target_page"][row]), int(self.plan.rows["target_pages"][row])
+            if page != NOWHERE:
+                yield page, page + pages
+
+    def reads(self) -> Iterator[tuple[int, int]]:
+        """Extents that it may still read."""
+        for row in self.open if self.plan.kind != PlanKind.STORE else ():
+            page, pages = int(self.plan.rows["host_page"][row]), int(self.plan.rows["host_pages"][row])
+            if page != NOWHERE:
+                yield page, page + pages
+
+
+@dataclass
+class Segment:
+    """One life of a segment: ``used`` pages from the first on."""
+
+    generation: int = 1
+    used: int = 0
+    state: str = "clean"
+
+
+class FakePlane:
+    """One rank. ``outbox`` is what it has to say; ``loaded`` what loads brought, as (plan, block, content)."""
+
+    def __init__(
+        self, rank: int, *, host_pages: int, segments: int = 0, segment_pages: int = 0, clean_target: int = 1
+    ) -> None:
+        self.rank = rank
+        self.incarnation = 1
+        self.host_pages = host_pages
+        self.segment_pages = segment_pages
+        self.clean_target = clean_target
+        self.segments = [Segment() for _ in range(segments)]
+        self.disk: dict[Place, tuple[Content, int, int]] = {}
+        self.usable = segments > 0
+        self.compress = False
+        self.loaded: list[tuple[int, int, Content]] = []
+        self.misplaced = 0
+        self._sequence = 0
+        self._begin_life()
+
+    def _begin_life(self) -> None:
+        self.host: dict[int, tuple[Content, int]] = {}
+        self.flights: dict[int, Flight] = {}
+        self.outbox: list[Message] = []
+        self.cancelled: list[int] = []
+
+    # --- coming and going -------------------------------------------------------------------------------------------
+
+    def hello(self) -> None:
+        """Say who it is."""
+        nbytes = len(self.segments) * self.segment_pages * PAGE_BYTES
+        self.outbox.append(
+            Hello(self.rank, self.incarnation, "f" * 64, self.host_pages, nbytes, self.segment_pages * PAGE_BYTES)
+        )
+
+    def restart(self) -> None:
+        """A new process in the same directory: host memory, plans and unsent messages are gone, the disk is not."""
+        self._begin_life()
+        self.incarnation += 1
+        for segment in self.segments:
+            segment.state = {"reclaiming": "sealed"}.get(segment.state, segment.state)
+        self.hello()
+
+    def recover(self, *, batch: int = SEGMENT_END, order: Callable[[list[Place]], None] = list.sort) -> None:
+        """Report what is on disk, ``batch`` rows a message."""
+        places = [place for place in self.disk if self._alive(place)]
+        order(places)
+        for at in range(0, len(places), batch):
+            self.recovered(places[at : at + batch])
+        self.outbox.append(Recovered(self.rank, self.incarnation, np.empty(0, RECOVERED), final=True))
+        self.disk_state(sealed_anew=True)
+
+    def recovered(self, places: list[Place]) -> None:
+        """One batch."""
+        rows = np.zeros(len(places), RECOVERED)
+        for row, place in zip(rows, places, strict=True):
+            content, pages, sequence = self.disk[place]
+            row["key"] = np.frombuffer(content.key, np.uint8)
+            row["parent"] = np.frombuffer(content.parent, np.uint8)
+            row["group"], row["lineage"] = content.group, content.lineage
+            row["depth"], row["tokens"] = content.depth, content.tokens
+            row["segment"], row["generation"], row["page"] = place
+            row["pages"], row["sequence"] = pages, sequence
+        self.outbox.append(Recovered(self.rank, self.incarnation, rows))
+
+    def disk_state(self, *, sealed_anew: bool = False, newly: tuple[int, ...] = ()) -> None:
+        """Say how the directory is."""
+        clean = sum(segment.state == "clean" for segment in self.segments)
+        told = range(len(self.segments)) if sealed_anew else newly
+        sealed = [(at, self.segments[at].generation) for at in told if self.segments[at].state == "sealed"]
+        wanted = max(0, self.clean_target - clean) if self.usable else 0
+        table = np.array(sorted(sealed, key=lambda life: life[1]), np.int64).reshape(-1, 2)
+        self.outbox.append(DiskState(self.rank, self.incarnation, self.usable, clean, wanted, table))
+
+    # --- plans ------------------------------------------------------------------------------------------------------
+
+    def submit(self, plan: Plan) -> None:
+        """Begin ``plan``: from now on it uses its extents."""
+        assert plan.rank == self.rank
+        flight = Flight(plan, set(range(len(plan.rows))))
+        for other in self.flights.values():
+            for extent in flight.writes():
+                assert not any(_overlap(extent, used) for used in other.writes()), "two plans write one extent"
+                assert not any(_overlap(extent, used) for used in other.reads()), "a plan writes what another reads"
+            for extent in flight.reads():
+                assert not any(_overlap(extent, used) for used in other.writes()), "a plan reads what another writes"
+        self.flights[plan.plan_id] = flight
+
+    def finish(self, plan_id: int, outcome: Callable[[int], Outcome] = lambda row: Status.OK) -> None:
+        """Answer all rows that are open with one last completion; quarantined ones are left for ``release``."""
+        flight = self.flights[plan_id]
+        if flight.plan.kind in (PlanKind.SYNC, PlanKind.RECLAIM):
+            self._finish_without_rows(flight, outcome(0))
+        else:
+            self.answer(plan_id, {row: outcome(row) for row in sorted(flight.open)})
+
+    def answer(self, plan_id: int, outcomes: dict[int, Outcome], *, source_free: bool = True) -> None:
+        """Answer some rows; with the last one the plan ends unless a row is quarantined."""
+        flight = self.flights[plan_id]
+        rows = [self._row(flight, row, outcome) for row, outcome in outcomes.items()]
+        flight.open -= set(outcomes)
+        final = not flight.open and not flight.quarantined
+        self._complete(flight, rows, source_free=source_free or final, final=final)
+
+    def free_source(self, plan_id: int) -> None:
+        """The engine may use its pages again; nothing has ended."""
+        self._complete(self.flights[plan_id], [], source_free=True, final=False)
+
+    def release(self, plan_id: int, rows: set[int] | None = None) -> None:
+        """What was quarantined is over: until now its target might have been written, and it was."""
+        flight = self.flights[plan_id]
+        over = flight.quarantined if rows is None else rows
+        answers = []
+        for row in sorted(over):
+            page, pages = int(flight.plan.rows["target_page"][row]), int(flight.plan.rows["target_pages"][row])
+            self._erase(page, page + pages)
+            answers.append((row, Status.RELEASED, Reason.ABANDONED, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0))
+        flight.quarantined = flight.quarantined - over
+        self._complete(flight, answers, source_free=True, final=not flight.open and not flight.quarantined)
+
+    def lose(self, key: bytes, group: int, tier: Tier, place: tuple[int, int, int]) -> None:
+        """Report a copy as damaged; ``place`` is (segment, page, generation)."""
+        table = np.zeros(1, LOST)
+        table["key"] = np.frombuffer(key, np.uint8)
+        table["group"], table["tier"], table["reason"] = group, tier, Reason.DAMAGED
+        table["segment"], table["page"], table["generation"] = place
+        self.outbox.append(Lost(self.rank, self.incarnation, table))
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _complete(self, flight: Flight, rows: list[tuple[int, ...]], *, source_free: bool, final: bool) -> None:
+        plan = flight.plan
+        if final:
+            del self.flights[plan.plan_id]
+        self.outbox.append(
+            Completion(
+                plan.plan_id, self.rank, self.incarnation, np.array(rows, COMPLETED), plan.chains,
+                source_free=source_free, final=final,
+            )
+        )  # fmt: skip
+
+    def _finish_without_rows(self, flight: Flight, outcome: Outcome) -> None:
+        plan, rows = flight.plan, []
+        if outcome is not Status.OK:
+            rows.append((0, Status.FAILED, outcome, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0))
+        elif plan.kind == PlanKind.RECLAIM:
+            segment = self.segments[plan.segment]
+            assert segment.state == "sealed", "only sealed segments are reclaimed"
+            assert segment.generation == plan.generation
+            self.segments[plan.segment] = Segment(segment.generation + 1)
+        self._complete(flight, rows, source_free=True, final=True)
+        if plan.kind == PlanKind.RECLAIM:
+            self.disk_state()
+
+    def _row(self, flight: Flight, row: int, outcome: Outcome) -> tuple[int, ...]:
+        if outcome is Status.OK:
+            outcome = getattr(self, "_run_" + flight.plan.kind.name.lower())(flight.plan, row)
+        if isinstance(outcome, tuple):
+            return outcome
+        if outcome is Status.QUARANTINED:
+            if flight.plan.rows["target_page"][row] == NOWHERE:
+                outcome = Reason.ABANDONED
+            else:
+                flight.quarantined.add(row)
+                return (row, Status.QUARANTINED, Reason.ABANDONED, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0)
+        return (row, Status.FAILED, outcome, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0)
+
+    def _run_store(self, plan: Plan, row: int) -> tuple[int, ...]:
+        one = plan.rows[row]
+        pages = max(1, int(one["target_pages"]) - (int(one["key"][0]) % 2 if self.compress else 0))
+        self._write_host(int(one["target_page"]), pages, _content(one))
+        return (row, Status.OK, 0, Tier.HOST, 0, NOWHERE, int(one["target_page"]), pages, 0, pages * PAGE_BYTES)
+
+    def _run_load(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
+        one = plan.rows[row]
+        wanted = (one["key"].tobytes(), int(one["group"]))
+        found = [self.host[page][0]] if (page := int(one["host_page"])) in self.host else []
+        place = Place(int(one["disk_segment"]), int(one["disk_generation"]), int(one["disk_page"]))
+        on_disk = place in self.disk and self._alive(place)
+        if page == NOWHERE and on_disk:
+            found.append(self.disk[place][0])
+        if page == NOWHERE and place.segment == NOWHERE:
+            return Reason.GONE
+        if not found or (found[0].key, found[0].group) != wanted:
+            self.misplaced += 1
+            tier = Tier.DISK if page == NOWHERE else Tier.HOST
+            self.lose(
+                *wanted, tier, (place.segment, place.page, place.generation) if page == NOWHERE else (-1, page, 0)
+            )
+            return Reason.DAMAGED
+        if plan.pages is not None:
+            self.loaded.append((plan.plan_id, int(one["block"]), found[0]))
+        target = int(one["target_page"])
+        if target == NOWHERE or page != NOWHERE:
+            return (row, Status.OK, 0, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, PAGE_BYTES)
+        pages = self.disk[place][1]
+        self._write_host(target, pages, found[0])
+        return (row, Status.OK, 0, Tier.HOST, 0, NOWHERE, target, pages, 0, pages * PAGE_BYTES)
+
+    _run_fetch = _run_load
+
+    def _run_spill(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
+        one = plan.rows[row]
+        content, pages = self.host.get(int(one["host_page"]), (None, 0))
+        if content is None or content.key != one["key"].tobytes():
+            self.misplaced += 1
+            return Reason.GONE
+        place = self._place(pages) if self.usable else None
+        if place is None:
+            return Reason.NO_SPACE
+        self._sequence += 1
+        self.disk[place] = content, pages, self._sequence
+        return (row, Status.OK, 0, Tier.DISK, 0, place.segment, place.page, pages, place.generation, pages * PAGE_BYTES)
+
+    def _place(self, pages: int) -> Place | None:
+        for at, segment in enumerate(self.segments):
+            if segment.state == "open" and segment.used + pages > self.segment_pages:
+                segment.state = "sealed"
+                self.disk_state(newly=(at,))
+        for wanted in ("open", "clean"):
+            for at, segment in enumerate(self.segments):
+                if segment.state == wanted:
+                    segment.state = "open"
+                    segment.used += pages
+                    if wanted == "clean":
+                        self.disk_state()
+                    return Place(at, segment.generation, segment.used - pages)
+        return None
+
+    def _alive(self, place: Place) -> bool:
+        return self.segments[place.segment].generation == place.generation
+
+    def _write_host(self, page: int, pages: int, content: Content) -> None:
+        assert page >= 0
+        assert page + pages <= self.host_pages
+        self._erase(page, page + pages)
+        self.host[page] = content, pages
+
+    def _erase(self, first: int, stop: int) -> None:
+        for page, (_, pages) in list(self.host.items()):
+            if _overlap((first, stop), (page, page + pages)):
+                del self.host[page]
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def _content(row: np.void) -> Content:
+    return Content(
+        row["key"].tobytes(), row["parent"].tobytes(), int(row["group"]), int(row["lineage"]), int(row["depth"]),
+        int(row["tokens"]),
+    )  # fmt: skip
