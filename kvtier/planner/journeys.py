@@ -90,10 +90,14 @@ class Journeys:
             return self.advance(ticket)
         new: list[_NewRows] = []
         held: list[tuple[EntryRows, Ints]] = []
+        shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
             entries = state.index.table.find(keys.rows()[first:], group)
             entries = self._superseded(entries, lineage)
             kept = (entries >= 0) & state.index.readable(entries)
+            # Neither what is kept nor an entry that is to be written again may go to make room for the rest.
+            shields.append(entries[entries >= 0])
+            state.index.pin(shields[-1])
             state.host.touch(entries[kept])
             self._join(ticket, entries, first)
             new.append(self._add(keys, group, first, entries, kept, lineage, ticket))
@@ -101,6 +105,8 @@ class Journeys:
         if durability > Durability.MEMORY:
             self._hold(ticket, held)
         self._send_store(ticket, keys, new, pages, start)
+        for shield in shields:
+            state.unpinned(state.index.unpin(shield))
         ticket.outcome[(ticket.outcome == Outcome.WAITING) & ~self._moving(ticket, new)] = Outcome.EXISTING
         return self.advance(ticket)
 
@@ -156,11 +162,7 @@ class Journeys:
         wanted = np.flatnonzero(~kept)
         if state.storing:
             wanted = wanted[[int(entry) not in state.storing for entry in entries[wanted]]]
-        # What is kept already must not be evicted to make room for what extends it.
-        shield = entries[entries >= 0]
-        index.pin(shield)
         fit, starts = state.host.reserve(group, min(len(wanted), index.table.free), state.may_go)
-        state.unpinned(index.unpin(shield))
         for at in wanted[fit:].tolist():
             ticket.fail(first + at, Reason.REFUSED)
         wanted = wanted[:fit]
