@@ -186,6 +186,8 @@ class Journeys:
         entries = np.concatenate([part.entries for part in new])
         if not len(entries):
             ticket.source_free = True
+            if ticket.waits:  # else its end is news enough
+                state.news.append(ticket)
             return
         blocks = np.concatenate([part.blocks for part in new])
         hop = Hop(

@@ -1,0 +1,397 @@
+"""Stores: what is kept, what is there already, what is refused, and who waits for whom."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvtier.core.keys import Keys, Root
+from kvtier.core.plan import NOWHERE, PlanKind, Priority, Reason, Status, Tier
+from kvtier.errors import ConfigError
+from kvtier.planner import Durability, Outcome
+from tests.planner.bench import BLOCK, PAGES, ROOT, Bench
+
+
+def test_stored_blocks_hit_and_everything_is_let_go() -> None:
+    bench = Bench()
+    keys = bench.keys(5)
+    ticket = bench.stored(keys)
+    assert ticket.count(Outcome.DONE) == 5
+    assert ticket.source_free
+    assert bench.match(keys) == 5
+    bench.check_at_rest()
+
+
+def test_nothing_hits_before_it_is_whole() -> None:
+    bench = Bench()
+    keys = bench.keys(3)
+    bench.store(keys)
+    assert bench.match(keys) == 0
+    bench.planes[0].answer(bench.in_flight(PlanKind.STORE), {0: Status.OK, 1: Status.OK})
+    bench.hear()
+    assert bench.match(keys) == 0, "blocks are published when all have answered"
+    bench.check()
+    bench.run()
+    assert bench.match(keys) == 3
+
+
+def test_a_plan_says_all_that_a_record_needs() -> None:
+    bench = Bench(groups=2)
+    keys = bench.keys(3)
+    bench.store(keys)
+    (plan,) = bench.sent
+    rows = plan.rows
+    assert plan.kind == PlanKind.STORE
+    assert plan.priority == Priority.SPILL
+    assert plan.chains == ("raw",)
+    assert rows["group"].tolist() == [0] * 3 + [1] * 3
+    assert rows["block"].tolist() == rows["depth"].tolist() == [0, 1, 2] * 2
+    assert [row.tobytes() for row in rows["key"][:3]] == keys.digests
+    assert [row.tobytes() for row in rows["parent"][3:]] == [ROOT.digest(), *keys.digests[:2]]
+    assert (rows["tokens"] == BLOCK).all()
+    assert rows["target_pages"].tolist() == [2] * 3 + [3] * 3
+    assert (rows["host_page"] == NOWHERE).all()
+    assert (rows["disk_segment"] == NOWHERE).all()
+    assert plan.pages is not None
+    assert plan.pages.groups[0].ids.tolist() == PAGES.groups[0].ids.tolist()
+
+
+def test_a_partial_last_block_is_neither_stored_nor_counted() -> None:
+    bench = Bench()
+    keys = bench.keys(2, extra_tokens=BLOCK - 1)
+    assert len(bench.stored(keys).outcome) == 2
+    short = bench.keys(0, extra_tokens=BLOCK - 1)
+    assert len(bench.stored(short).outcome) == 0
+    assert bench.plans(PlanKind.STORE)[0].rows["block"].tolist() == [0, 1]
+    assert len(bench.plans(PlanKind.STORE)) == 1
+
+
+def test_what_is_kept_already_is_not_moved_again() -> None:
+    bench = Bench()
+    bench.stored(bench.keys(3, shared=3))
+    ticket = bench.stored(bench.keys(5, shared=3))
+    assert ticket.outcome.tolist() == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 2
+    assert bench.plans(PlanKind.STORE)[1].rows["block"].tolist() == [3, 4]
+    again = bench.stored(bench.keys(5, shared=3))
+    assert again.count(Outcome.EXISTING) == 5
+    assert len(bench.plans(PlanKind.STORE)) == 2
+
+
+def test_a_store_from_start_on_keeps_full_blocks_only() -> None:
+    bench = Bench()
+    keys = bench.keys(4)
+    ticket = bench.stored(keys, start=BLOCK + 1)
+    assert ticket.first_block == 2
+    assert ticket.count(Outcome.DONE) == 2
+    assert bench.match(keys) == 0
+    assert bench.match(keys, start=2 * BLOCK) == 4
+    bench.stored(keys)
+    assert bench.match(keys) == 4
+
+
+@pytest.mark.parametrize("start", [3 * BLOCK, 3 * BLOCK + 1, 4 * BLOCK])
+def test_a_store_that_begins_at_the_end_is_over_at_once(start: int) -> None:
+    bench = Bench()
+    ticket = bench.store(bench.keys(3), start=start)
+    assert ticket.finished
+    assert not len(ticket.outcome)
+    assert not bench.sent
+
+
+# --- when there is no room --------------------------------------------------------------------------------------------
+
+
+def test_of_a_store_that_does_not_fit_the_tail_is_refused_and_the_prefix_kept() -> None:
+    bench = Bench(host_blocks=4)
+    keys = bench.keys(6)
+    ticket = bench.stored(keys)
+    assert ticket.outcome.tolist() == [Outcome.DONE] * 4 + [Outcome.FAILED] * 2
+    assert ticket.reason.tolist() == [Reason.NONE] * 4 + [Reason.REFUSED] * 2
+    assert bench.match(keys) == 4
+    bench.check_at_rest()
+
+
+def test_what_a_store_extends_is_not_evicted_to_make_room_for_it() -> None:
+    bench = Bench(host_blocks=4)
+    bench.stored(bench.keys(3, shared=3))
+    longer = bench.keys(6, shared=3)
+    ticket = bench.stored(longer)
+    assert ticket.count(Outcome.EXISTING) == 3
+    assert ticket.count(Outcome.DONE) == 1
+    assert bench.match(longer) == 4
+
+
+def test_the_least_recently_used_leaves_make_room() -> None:
+    bench = Bench(host_blocks=6)
+    old, used, new = bench.keys(3, 0), bench.keys(3, 1), bench.keys(2, 2)
+    bench.stored(used)
+    bench.stored(old)
+    bench.planner.release(bench.lookup(used))
+    bench.stored(new)
+    assert bench.match(new) == 2
+    assert bench.match(used) == 3
+    assert bench.match(old) == 1
+    bench.check_at_rest()
+
+
+def test_what_is_pinned_stays_and_the_store_is_refused() -> None:
+    bench = Bench(host_blocks=4)
+    keys = bench.keys(4)
+    bench.stored(keys)
+    lease = bench.lookup(keys)
+    other = bench.keys(2, 1)
+    assert bench.stored(other).count(Outcome.FAILED) == 2
+    assert bench.match(keys) == 4
+    bench.planner.release(lease)
+    assert bench.stored(other).count(Outcome.DONE) == 2
+    assert bench.match(keys) == 2
+
+
+def test_what_is_being_loaded_stays_after_its_lease_was_released() -> None:
+    bench = Bench(host_blocks=4)
+    keys = bench.keys(4)
+    bench.stored(keys)
+    lease = bench.lookup(keys)
+    load = bench.load(lease)
+    bench.planner.release(lease)
+    assert bench.store(bench.keys(2, 1)).count(Outcome.FAILED) == 2
+    bench.run()
+    assert load.count(Outcome.DONE) == 4
+    bench.check_at_rest()
+
+
+def test_groups_of_different_sizes_share_one_arena() -> None:
+    bench = Bench(groups=2, host_blocks=3)
+    keys = bench.keys(5)
+    ticket = bench.stored(keys)
+    done = ticket.count(Outcome.DONE)
+    assert 1 <= done <= 3
+    assert bench.match(keys) == done, "a block that only one group kept is not counted as stored"
+    bench.check_at_rest()
+
+
+def test_a_ghost_that_is_stored_again_while_its_last_child_makes_room() -> None:
+    """The ghost is in the request, its children are not: they go, and must not take it along."""
+    bench = Bench(host_blocks=4)
+    old = bench.keys(4, 0, shared=1)
+    bench.stored(old)
+    bench.lose(old, 0, Tier.HOST)
+    assert bench.match(old) == 0
+    new = bench.keys(4, 1, shared=1)
+    ticket = bench.store(new)
+    bench.check()
+    bench.run()
+    assert ticket.count(Outcome.DONE) == 4
+    assert bench.match(new) == 4
+    bench.check_at_rest()
+
+
+def test_a_full_index_refuses_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.planner.planner.max_entries", lambda config, layout: 5)
+    bench = Bench()
+    keys = bench.keys(7)
+    ticket = bench.stored(keys)
+    assert ticket.count(Outcome.DONE) == 5
+    assert ticket.count(Outcome.FAILED) == 2
+    assert bench.match(keys) == 5
+    bench.check_at_rest()
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_that_could_not_be_gathered_is_no_hit_and_takes_no_room() -> None:
+    bench = Bench()
+    keys = bench.keys(4)
+    ticket = bench.store(keys)
+    bench.run(lambda plan, row: Reason.GONE if row == 2 else Status.OK)
+    assert ticket.outcome.tolist() == [Outcome.DONE] * 2 + [Outcome.FAILED, Outcome.DONE]
+    assert bench.match(keys) == 2
+    assert bench.planner.stats()["host_entries"] == 3
+    bench.check_at_rest()
+    assert bench.stored(keys).outcome.tolist() == [Outcome.EXISTING] * 2 + [Outcome.DONE, Outcome.EXISTING]
+    assert bench.match(keys) == 4
+
+
+def test_a_quarantined_extent_is_not_used_again_until_it_is_released() -> None:
+    bench = Bench(host_blocks=2)
+    keys = bench.keys(2)
+    ticket = bench.store(keys)
+    number = bench.in_flight(PlanKind.STORE)
+    bench.planes[0].answer(number, {0: Status.QUARANTINED, 1: Status.QUARANTINED})
+    bench.hear()
+    assert ticket.finished, "nobody waits for what may never come back"
+    bench.check()
+    assert bench.store(bench.keys(2, 1)).count(Outcome.FAILED) == 2
+    bench.planes[0].release(number, {0})
+    bench.hear()
+    assert bench.store(bench.keys(2, 1)).count(Outcome.FAILED) == 1
+    bench.planes[0].release(number)
+    bench.run()
+    bench.check_at_rest()
+    assert bench.stored(bench.keys(2, 2)).count(Outcome.DONE) == 2
+
+
+def test_a_row_that_is_quarantined_and_released_in_one_message_gives_its_room_back() -> None:
+    bench = Bench()
+    bench.store(bench.keys(2))
+    plane, number = bench.planes[0], bench.in_flight(PlanKind.STORE)
+    plane.answer(number, {0: Status.QUARANTINED, 1: Status.OK})
+    plane.release(number)
+    first, second = plane.outbox
+    plane.outbox = []
+    object.__setattr__(second, "rows", np.concatenate((first.rows, second.rows)))
+    bench.say(second)
+    bench.check_at_rest()
+
+
+def test_rows_that_a_data_plane_never_answered_failed_when_it_said_its_last_word() -> None:
+    bench = Bench()
+    ticket = bench.store(bench.keys(3))
+    plane, number = bench.planes[0], bench.in_flight(PlanKind.STORE)
+    plane.answer(number, {1: Status.OK})
+    object.__setattr__(plane.outbox[0], "final", True)
+    bench.hear()
+    assert ticket.outcome.tolist() == [Outcome.FAILED, Outcome.DONE, Outcome.FAILED]
+    assert ticket.reason[0] == Reason.GONE
+    bench.check_at_rest()
+
+
+def test_the_pages_of_the_engine_are_free_before_the_store_is_done() -> None:
+    bench = Bench(ranks=2)
+    ticket = bench.store(bench.keys(2))
+    bench.news.clear()
+    bench.planes[0].free_source(bench.in_flight(PlanKind.STORE, 0))
+    bench.hear()
+    assert not ticket.source_free, "the other rank still reads them"
+    bench.planes[1].free_source(bench.in_flight(PlanKind.STORE, 1))
+    bench.hear()
+    assert ticket.source_free
+    assert not ticket.finished
+    assert bench.news == [ticket]
+
+
+# --- single flight ----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_store_of_a_pending_block_waits_for_the_first() -> None:
+    bench = Bench()
+    keys = bench.keys(3)
+    first, second = bench.store(keys), bench.store(keys)
+    assert len(bench.plans(PlanKind.STORE)) == 1
+    assert not second.finished
+    bench.run()
+    assert first.count(Outcome.DONE) == 3
+    assert second.count(Outcome.EXISTING) == 3
+    bench.check_at_rest()
+
+
+def test_a_store_that_only_joins_others_gives_its_pages_back_at_once() -> None:
+    bench = Bench()
+    keys = bench.keys(3)
+    bench.store(keys)
+    bench.news.clear()
+    second = bench.store(keys)
+    assert second.source_free
+    assert bench.news == [second], "whoever waits for the pages must be told"
+
+
+def test_a_store_may_join_two_others_and_bring_blocks_of_its_own() -> None:
+    bench = Bench()
+    whole = bench.keys(6, 1, shared=3)
+    bench.store(bench.keys(2, shared=2, root=ROOT))
+    bench.store(bench.keys(3, shared=3))
+    ticket = bench.store(whole)
+    assert [plan.rows["block"].tolist() for plan in bench.plans(PlanKind.STORE)] == [[0, 1], [2], [3, 4, 5]]
+    for number in list(bench.planes[0].flights)[::-1]:
+        assert not ticket.finished
+        bench.planes[0].finish(number)
+        bench.hear()
+    assert ticket.outcome.tolist() == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 3
+    assert bench.match(whole) == 6
+    bench.check_at_rest()
+
+
+def test_whoever_joined_a_store_that_failed_failed_too() -> None:
+    bench = Bench(groups=2)
+    keys = bench.keys(3)
+    first, second = bench.store(keys), bench.store(keys)
+    bench.run(lambda plan, row: Reason.IO_ERROR if row == 4 else Status.OK)
+    for ticket in (first, second):
+        assert ticket.outcome[1] == Outcome.FAILED
+        assert ticket.reason[1] == Reason.IO_ERROR
+    assert bench.match(keys) == 1
+    bench.check_at_rest()
+
+
+def test_a_failed_block_can_be_stored_again_while_its_first_extent_is_quarantined() -> None:
+    bench = Bench()
+    keys = bench.keys(2)
+    bench.store(keys)
+    first = bench.in_flight(PlanKind.STORE)
+    bench.planes[0].answer(first, {0: Status.QUARANTINED, 1: Status.OK})
+    bench.hear()
+    assert bench.store(keys).outcome.tolist() == [Outcome.WAITING, Outcome.EXISTING]
+    bench.planes[0].finish(next(number for number in bench.planes[0].flights if number != first))
+    bench.hear()
+    assert bench.match(keys) == 2
+    bench.check()
+    bench.run()
+    bench.check_at_rest()
+
+
+def test_a_second_store_may_ask_for_more_durability_than_the_one_under_way() -> None:
+    bench = Bench(segments=4, policy={"write": "write_back"})
+    keys = bench.keys(3)
+    first = bench.store(keys)
+    second = bench.store(keys, durability=Durability.PROCESS)
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    assert first.finished
+    assert not second.finished
+    assert sorted(bench.plans(PlanKind.SPILL)[0].rows["block"].tolist()) == [0, 1, 2]
+    bench.run()
+    assert second.count(Outcome.EXISTING) == 3
+    assert bench.planner.stats()["disk_entries"] == 3
+    bench.check_at_rest()
+
+
+# --- keys that are not the cache's own --------------------------------------------------------------------------------
+
+
+def test_foreign_keys_with_parents_are_linked() -> None:
+    bench = Bench()
+    keys = Keys.foreign(ROOT, [b"a", b"b", b"c"], BLOCK, engine="vllm", chained=True)
+    bench.stored(keys)
+    assert bench.match(keys) == 3
+    assert bench.index.children[bench.entry(keys, 0)] == 1
+
+
+def test_foreign_keys_without_parents_are_plain_lru() -> None:
+    bench = Bench(host_blocks=3)
+    keys = Keys.foreign(ROOT, [b"a", b"b", b"c"], BLOCK, engine="vllm", chained=False)
+    bench.stored(keys)
+    assert bench.match(keys) == 3
+    assert bench.index.parent[bench.entry(keys, 1)] == -1
+    later = Keys.foreign(ROOT, [b"d"], BLOCK, engine="vllm", chained=False)
+    bench.stored(later)
+    assert bench.match(keys) == 2
+    bench.check_at_rest()
+
+
+def test_keys_in_blocks_of_another_size_are_refused() -> None:
+    """Their blocks would be gathered from the wrong tokens: wrong bytes under a good key."""
+    bench = Bench()
+    keys = Keys.from_tokens(ROOT, range(100), 2 * BLOCK)
+    for verb in (bench.store, bench.lookup, bench.match, bench.prefetch):
+        with pytest.raises(ConfigError, match=f"{2 * BLOCK} tokens"):
+            verb(keys)
+    bench.check_at_rest()
+
+
+def test_tenants_never_hit_each_others_blocks() -> None:
+    bench = Bench()
+    bench.stored(bench.keys(3, root=Root("model", tenant="acme")))
+    assert bench.match(bench.keys(3, root=Root("model", tenant="other"))) == 0
+    assert bench.match(bench.keys(3, root=Root("model"))) == 0
+    assert bench.match(bench.keys(3, root=Root("model", tenant="acme"))) == 3
