@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.core.keys import Keys
+from kvtier.core.plan import Lineage
 from kvtier.index.entries import EntryRows, Index
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """What a lookup found, held in place until released.
+    """What a lookup found of the blocks [first_block, last_block) of ``keys``, held in place until released.
 
     ``groups[g]`` are the entries of the blocks [first_block, first_block + blocks) in group g; ``tiers`` (uint8) is
     per block the slowest of its groups' and ranks' fastest copies.
@@ -24,6 +25,7 @@ class Lease:
     owner: Hashable | None
     keys: Keys
     first_block: int
+    last_block: int
     blocks: int
     groups: tuple[EntryRows, ...]
     tiers: npt.NDArray[np.uint8]
@@ -47,12 +49,16 @@ class LeaseBook:
         """Number of leases that are out."""
         return len(self._open)
 
-    def of(self, owner: Hashable, keys: Keys, first_block: int) -> Lease | None:
-        """The lease that ``owner`` already holds on the same blocks of the same keys."""
+    def of(self, owner: Hashable, keys: Keys, blocks: range, *, exact: bool) -> Lease | None:
+        """The lease that ``owner`` already holds from looking for the same blocks of the same keys."""
         lease = self._by_owner.get(owner)
-        if lease and lease.first_block == first_block and lease.keys.digests == keys.digests:
-            return lease
-        return None
+        if lease is None or range(lease.first_block, lease.last_block) != blocks:
+            return None
+        if exact and lease.lineage != Lineage.EXACT:
+            return None
+        # Keys grow: of the same object, too, more blocks may be asked for than before.
+        same = lease.keys is keys or lease.keys.digests[: blocks.stop] == keys.digests[: blocks.stop]
+        return lease if same else None
 
     def open(self, lease: Lease) -> Lease:
         """Pin what ``lease`` found."""

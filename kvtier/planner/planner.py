@@ -70,8 +70,8 @@ class Planner:
 
     def match(self, keys: Keys, *, start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: without a pin, without a trace."""
-        first, found = self._find(keys, start, exact=exact)
-        return (first + min(len(entries) for entries in found)) * keys.block_tokens
+        wanted = self._wanted(keys, start)
+        return (wanted.start + min(map(len, self._find(keys, wanted, exact=exact)))) * keys.block_tokens
 
     def lookup(
         self,
@@ -85,15 +85,15 @@ class Planner:
     ) -> Lease:
         """Pin the longest prefix that can be read beyond ``start``, which the engine holds itself."""
         state = self._state
-        first = start // keys.block_tokens
-        if owner is not None and (held := state.leases.of(owner, keys, first)):
+        wanted = self._wanted(keys, start)
+        if owner is not None and (held := state.leases.of(owner, keys, wanted, exact=exact)):
             return held
-        first, found = self._find(keys, start, exact=exact)
-        blocks = min(len(entries) for entries in found)
+        found = self._find(keys, wanted, exact=exact)
+        blocks = min(map(len, found))
         groups = tuple(entries[:blocks] for entries in found)
         lease = Lease(
-            number=0, owner=owner, keys=keys, first_block=first, blocks=blocks, groups=groups,
-            tiers=self._tiers(groups, blocks), pending_blocks=self._pending_after(keys, first + blocks),
+            number=0, owner=owner, keys=keys, first_block=wanted.start, last_block=wanted.stop, blocks=blocks,
+            groups=groups, tiers=self._tiers(groups, blocks), pending_blocks=self._pending_after(keys, wanted, blocks),
             lineage=self._lineage(groups), since_s=now_s,
         )  # fmt: skip
         for entries in groups:
@@ -224,18 +224,20 @@ class Planner:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _find(self, keys: Keys, start: int, *, exact: bool) -> tuple[int, list[EntryRows]]:
+    def _wanted(self, keys: Keys, start: int) -> range:
+        """Blocks that may hit: from the one that ``start`` lies in, so far that a token is left to compute."""
         first = start // keys.block_tokens
-        last = (keys.num_tokens - 1) // keys.block_tokens if keys.num_tokens else 0
-        index, groups = self._state.index, range(len(self._state.layout.groups))
-        if keys.root.weights_version != self._state.version or last <= first:
-            return first, [np.empty(0, np.int32) for _ in groups]
-        wanted = keys.rows()[first:last]
+        if keys.root.weights_version != self._state.version:
+            return range(first, first)
+        return range(first, max(first, (keys.num_tokens - 1) // keys.block_tokens))
+
+    def _find(self, keys: Keys, blocks: range, *, exact: bool) -> list[EntryRows]:
+        wanted = keys.rows()[blocks.start : blocks.stop]
         found: list[EntryRows] = []
-        for group in groups:
-            found.append(index.prefix(wanted, group, exact=exact))
+        for group in range(len(self._state.layout.groups)):
+            found.append(self._state.index.prefix(wanted, group, exact=exact))
             wanted = wanted[: len(found[-1])]
-        return first, found
+        return found
 
     def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         tiers = np.full(blocks, Tier.HOST, np.uint8)
@@ -246,11 +248,14 @@ class Planner:
     def _lineage(self, groups: tuple[EntryRows, ...]) -> int:
         return max((int(self._state.index.lineage[entries].max()) for entries in groups if len(entries)), default=0)
 
-    def _pending_after(self, keys: Keys, block: int) -> int:
-        storing, table, at = self._state.storing, self._state.index.table, block
-        while storing and at < len(keys) and table.find_one(keys.digests[at], 0) in storing:
+    def _pending_after(self, keys: Keys, wanted: range, found: int) -> int:
+        storing, table, first = self._state.storing, self._state.index.table, wanted.start + found
+        if not storing or keys.root.weights_version != self._state.version:
+            return 0
+        at = first
+        while at < len(keys) and table.find_one(keys.digests[at], 0) in storing:
             at += 1
-        return at - block
+        return at - first
 
 
 def max_entries(config: Config, layout: KVLayout) -> int:
