@@ -69,7 +69,11 @@ class Planner:
     # --- looking up -------------------------------------------------------------------------------------------------
 
     def match(self, keys: Keys, *, start: int = 0, exact: bool = False) -> int:
-        """Tokens that ``lookup`` would find: without a pin, without a trace."""
+        """Tokens that ``lookup`` would find: without a pin, without a trace.
+
+        Raises:
+            ConfigError: ``keys`` are of blocks of another size.
+        """
         wanted = self._wanted(keys, start)
         return (wanted.start + min(map(len, self._find(keys, wanted, exact=exact)))) * keys.block_tokens
 
@@ -133,13 +137,19 @@ class Planner:
         lineage: Lineage = Lineage.EXACT,
         durability: Durability = Durability.MEMORY,
     ) -> Ticket:
-        """Plan to keep the full blocks in [start, len) that are not kept yet."""
+        """Plan to keep the full blocks in [start, len) that are not kept yet.
+
+        Raises:
+            ConfigError: ``keys`` are of blocks of another size.
+        """
+        self._check(keys)
         ticket = self._journeys.store(keys, pages, start, lineage, durability)
         self._commits.pump()
         return ticket
 
     def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
         """Plan to bring what is only on disk into host memory."""
+        self._check(keys)
         return self._journeys.prefetch(keys, deadline_s)
 
     def flush(self, durability: Durability) -> Ticket:
@@ -224,8 +234,16 @@ class Planner:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
+    def _check(self, keys: Keys) -> None:
+        if keys.block_tokens != self._state.layout.block_tokens:
+            raise ConfigError(
+                f"these keys are of blocks of {keys.block_tokens} tokens, the cache's have"
+                f" {self._state.layout.block_tokens}: make keys with cache.keys()"
+            )
+
     def _wanted(self, keys: Keys, start: int) -> range:
         """Blocks that may hit: from the one that ``start`` lies in, so far that a token is left to compute."""
+        self._check(keys)
         first = start // keys.block_tokens
         if keys.root.weights_version != self._state.version:
             return range(first, first)
