@@ -21,7 +21,7 @@ def main(model_path: str, document_path: str, directory: str) -> None:
         document = file.read()
 
     layout = kvtier.KVLayout.from_hf_config(model.config, dtype=model.dtype)
-    config = {"host": {"capacity": "2GiB"}, "disk": {"directories": [directory], "capacity": "64GiB"}}
+    config = {"host": {"capacity": "512MiB"}, "disk": {"directories": [directory], "capacity": "16GiB"}}
     with kvtier.TieredCache(config, layout, kvtier.model_id(model_path)) as cache:
         generator = CachedGenerator(model, cache)
         for question in ("What is it about?", "Who wrote it?"):

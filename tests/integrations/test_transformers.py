@@ -312,6 +312,17 @@ def test_a_store_that_takes_too_long_loses_no_answer(model, cache, monkeypatch):
     assert torch.equal(done.sequences, model.generate(_prompt(40), **GREEDY))
 
 
+def test_what_is_computed_on_top_of_a_hit_is_stored_as_derived_from_it(model, cache, monkeypatch):
+    generator = CachedGenerator(model, cache)
+    generator.generate(_prompt(40), **GREEDY)
+    store, given = cache.submit_store, []
+    monkeypatch.setattr(
+        cache, "submit_store", lambda *args, **kwargs: (given.append(kwargs), store(*args, **kwargs))[1]
+    )
+    generator.generate(_prompt(40), **GREEDY)
+    assert given[0]["derived_from"].num_tokens == given[0]["start"] == 32
+
+
 def test_a_hit_is_released_when_generation_fails(model, cache, monkeypatch):
     generator = CachedGenerator(model, cache)
     generator.generate(_prompt(40), **GREEDY)
