@@ -17,6 +17,7 @@ from kvtier.core.plan import PAGE_BYTES
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Clock, Lock
 from kvtier.tiers.disk.geometry import largest_record_pages
+from kvtier.tiers.disk.health import Health
 from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
 from kvtier.tiers.disk.segment import Segment, Stage
 
@@ -24,11 +25,6 @@ log = logging.getLogger(__name__)
 
 _OF_A_LIFE: Final = 40
 """Generations and sequences begin at (life of the store) << 40: they are never used twice, whatever was lost."""
-POISONED_IN_A_ROW: Final = 3
-WRITE_PAUSE_S: Final = 60.0
-"""How long no record is placed after three segments in a row failed."""
-GROW_PAUSE_S: Final = 30.0
-"""How long no segment is made after making one failed."""
 
 
 class SegmentBook:
@@ -44,10 +40,8 @@ class SegmentBook:
         self.clean_target = max(1, min(clean_target, capacity_pages // segment_pages // 4))
         self.largest_record_pages = largest_record_pages(segment_pages)
         self.segments: dict[int, Segment] = {}
-        self.usable = True
-        self.reason = ""
+        self.health = Health(clock)
         self._lock = lock
-        self._clock = clock
         self._wake = wake
         self._placing = False
         self._next_generation = 0
@@ -59,9 +53,6 @@ class SegmentBook:
         self._reclaiming: deque[Segment] = deque()
         self._sealed: list[tuple[int, int]] = []
         self._reclaimed: list[int] = []
-        self._poisoned_in_a_row = 0
-        self._no_writing_until_s = 0.0
-        self._no_growing_until_s = 0.0
         self._told: tuple[bool, str, int, int] | None = None
 
     # --- opening and closing ----------------------------------------------------------------------------------------
@@ -96,7 +87,7 @@ class SegmentBook:
     def turn_off(self, reason: str) -> None:
         """The directory cannot be used any more, for reading or writing."""
         with self._lock:
-            self._placing, self.usable, self.reason = False, False, reason
+            self._placing, self.health.usable, self.health.standing_reason = False, False, reason
         log.error("disk tier off: %s", reason)
 
     # --- what the lanes ask for -------------------------------------------------------------------------------------
@@ -113,7 +104,7 @@ class SegmentBook:
                 f"{self.segment_pages * PAGE_BYTES}; raise disk.segment or use fewer tokens per block"
             )
         with self._lock:
-            if not self._may_place():
+            if not self._placing or not self.health.takes_writes:
                 return None
             segment = self._with_room(pages)
             if segment is None:
@@ -146,7 +137,7 @@ class SegmentBook:
     def locate(self, number: int, generation: int) -> int | None:
         """The file that holds this life of a segment; None when there is none any more."""
         segment = self.segments.get(number)
-        if segment is None or segment.generation != generation or not self.usable or segment.fd < 0:
+        if segment is None or segment.generation != generation or not self.health.usable or segment.fd < 0:
             return None
         return segment.fd
 
@@ -179,7 +170,7 @@ class SegmentBook:
             poisoned = error is not None and self._sync_failed(segment)
             if error is None:
                 segment.synced_writes = max(segment.synced_writes, target.writes)
-                self._poisoned_in_a_row = 0
+                self.health.went_well()
             self._settle(segment)
         if poisoned:
             self._tell_poisoned(segment, f"a sync failed: {error}")
@@ -198,7 +189,7 @@ class SegmentBook:
     def take_events(self) -> DiskEvents | None:
         """What changed since the last call; None when nothing did."""
         with self._lock:
-            state = (self.usable, self._state_reason(), len(self._clean), self._reclaims_wanted())
+            state = (self.health.usable, self.health.reason, len(self._clean), self._reclaims_wanted())
             if not self._sealed and not self._reclaimed and state == self._told:
                 return None
             self._told = state
@@ -233,7 +224,7 @@ class SegmentBook:
         with self._lock:
             segment.slot, segment.stage, segment.syncing = slot, Stage.SEALED, False
             segment.entries = bytearray()
-            self._poisoned_in_a_row = 0
+            self.health.went_well()
             self._announce(segment)
 
     def could_not_seal(self, segment: Segment, error: OSError) -> None:
@@ -265,14 +256,13 @@ class SegmentBook:
     def could_not_grow(self, reason: str) -> None:
         """Making a segment failed: go on with those that there are, and try again later."""
         with self._lock:
-            self._no_growing_until_s = self._clock.monotonic() + GROW_PAUSE_S
-            self.reason = f"cannot grow: {reason}"
+            self.health.could_not_grow(reason)
         log.warning("disk tier cannot grow and goes on with %d segments: %s", len(self.segments), reason)
 
     def grew(self, segment: Segment) -> None:
         """``segment`` was made."""
         with self._lock:
-            self.reason = ""
+            self.health.grew()
         self.add(segment)
 
     def exceeds_capacity(self) -> bool:
@@ -286,9 +276,6 @@ class SegmentBook:
             return next(number for number in count() if number not in self.segments)
 
     # --- below, under the lock --------------------------------------------------------------------------------------
-
-    def _may_place(self) -> bool:
-        return self._placing and self._clock.monotonic() >= self._no_writing_until_s
 
     def _with_room(self, pages: int) -> Segment | None:
         while True:
@@ -336,16 +323,14 @@ class SegmentBook:
         if segment in self._full:
             self._full.remove(segment)
         segment.stage = Stage.POISONED
-        self._poisoned_in_a_row += 1
-        if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
-            self._no_writing_until_s = self._clock.monotonic() + WRITE_PAUSE_S
+        self.health.poisoned()
         self._wake()
         return True
 
     def _tell_poisoned(self, segment: Segment, why: str) -> None:
         log.warning("segment %d is not written any more: %s", segment.number, why)
-        if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
-            log.error("disk tier %s, for %.0f s", self._state_reason(), WRITE_PAUSE_S)
+        if not self.health.takes_writes:
+            log.error("disk tier: %s", self.health.reason)
 
     def _in_life(self, target: SyncTarget) -> Segment | None:
         segment = self.segments.get(target.segment)
@@ -358,19 +343,13 @@ class SegmentBook:
         return -(-(self._used_pages() - self.capacity_pages) // self.segment_pages)
 
     def _may_grow(self) -> bool:
-        if not self._placing or self._clock.monotonic() < self._no_growing_until_s:
-            return False
-        return self._used_pages() + self.segment_pages <= self.capacity_pages
+        room = self._used_pages() + self.segment_pages <= self.capacity_pages
+        return room and self._placing and self.health.may_grow
 
     def _reclaims_wanted(self) -> int:
         if not self._placing or self._may_grow():
             return 0
         return max(0, self.clean_target - len(self._clean)) + max(0, self._excess())
-
-    def _state_reason(self) -> str:
-        if self.usable and self._clock.monotonic() < self._no_writing_until_s:
-            return f"takes no writes: {self._poisoned_in_a_row} segments in a row failed"
-        return self.reason
 
 
 def _generation(life: tuple[int, int]) -> int:

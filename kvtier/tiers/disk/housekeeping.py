@@ -52,7 +52,7 @@ class Housekeeper:
 
     def step(self) -> bool:
         """One piece of work, at most 8 MiB of writing; True when there may be more to do now."""
-        if self._directory.read_only or not self._book.usable or not self._is_there():
+        if self._directory.read_only or not self._book.health.usable or not self._is_there():
             return False
         return self._reclaim() or self.seal() or self._grow()
 

@@ -117,7 +117,7 @@ class DiskTier:
         to are left to the process, so that no descriptor is used twice.
         """
         self._book.stop_placing()
-        if self._book.usable and not self._directory.read_only:
+        if self._book.health.usable and not self._directory.read_only:
             while self._housekeeper.seal():
                 pass
             self._sync_all()
@@ -144,7 +144,7 @@ class DiskTier:
     @property
     def usable(self) -> bool:
         """False once the directory is gone."""
-        return self._book.usable
+        return self._book.health.usable
 
     def place(self, pages: int) -> Place | None:
         """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
@@ -219,7 +219,7 @@ class DiskTier:
                 if len(found.entries):
                     yield found.entries.astype(RECOVERED)
         if self._directory.read_only:
-            self._book.reason = "made by a newer version of kvtier: it is read, and not written"
+            self._book.health.standing_reason = "made by a newer version of kvtier: it is read, and not written"
         else:
             self._directory.remove_unfinished()
             self._book.begin_life(self._directory.superblock.sequence)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from kvtier.tiers.disk import DiskEvents
-from kvtier.tiers.disk.book import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
+from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
 from kvtier.tiers.disk.housekeeping import HEALTH_S
 from tests.tiers.disk.conftest import HandClock, HandRuntime
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, FaultyFiles, Workbench

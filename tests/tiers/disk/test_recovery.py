@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtier.codecs.record import restamp
+from kvtier.codecs.record import RecordHeader, restamp
 from kvtier.tiers.disk import recovery
 from tests.tiers.disk.workbench import (
     RECORD_PAGES,
@@ -20,6 +21,7 @@ from tests.tiers.disk.workbench import (
     FaultyFiles,
     Workbench,
     layout,
+    record,
 )
 
 Make = Callable[..., Workbench]
@@ -173,18 +175,18 @@ class TestUnsealedSegment:
         assert readable(workbench(segments=4).open()) == {100, *range(RECORDS, 4 * RECORDS)}
 
     def test_lengths_that_the_layout_does_not_allow_are_not_believed(self, workbench: Make) -> None:
-        """A record of a longer layout, with valid checksums, in a segment of ours."""
+        """A record that is ours by all its marks, with whole checksums, and longer than any that we write."""
         bench = workbench().open()
         place = bench.tier.place(RECORD_PAGES)
         assert place is not None
-        longer = workbench(
-            directory=bench.directory + "-other", of=layout(16384), segment_bytes=None, segments=8
-        ).open()
-        image = longer.image_for(5, place)
-        restamp(
-            image[:PAGE], nonce=bench.tier.nonce, segment=place.segment, generation=place.generation,
-            page_number=place.page, sequence=place.sequence,
+        longer = layout(16384)
+        header = RecordHeader.unpack(record(5, longer)[:PAGE])
+        header = replace(
+            header, placement=bench.tier.placement, nonce=bench.tier.nonce, segment=place.segment, page=place.page,
+            generation=place.generation, sequence=place.sequence,
         )  # fmt: skip
+        image = record(5, longer)
+        header.pack_into(image[:PAGE])
         bench.files.write_at(place.fd, place.page * PAGE, image)
         abandon(bench)
         assert workbench().open().rows == []
@@ -236,13 +238,39 @@ class TestSealedSegment:
         assert events is not None
         assert events.clean_segments == 2
 
+    def test_a_generation_is_not_used_again_when_the_header_that_held_it_is_lost(self, workbench: Make) -> None:
+        """Records of the lost life are still there; in the same generation they would come back as new ones."""
+        bench = workbench(segments=4).open()
+        bench.fill(range(4 * RECORDS))
+        events = bench.tier.take_events()
+        assert events is not None
+        segment, _ = events.sealed[0]
+        bench.tier.reclaim(*events.sealed[0])
+        bench.keep_house()
+        lost = [bench.put(number) for number in range(100, 103)]
+        abandon(bench)
+        change(bench, segment, 20)  # the copy of the header that was written last
+        again = workbench(segments=4).open()
+        events = again.tier.take_events()
+        assert events is not None
+        life = next(life for life in events.sealed if life[0] == segment)
+        again.tier.reclaim(*life)
+        again.keep_house()
+        again.put(200)
+        abandon(again)
+        third = workbench(segments=4).open()
+        assert lost[0].segment == segment
+        assert readable(third) == {200, *range(RECORDS, 4 * RECORDS)}
+
     def test_a_header_of_another_segment_is_not_believed(self, workbench: Make) -> None:
         """A file that was copied over another, or whose header went astray."""
         bench, segment = self.sealed(workbench)
         other = 1 - segment
         data = Path(bench.segment_path(segment)).read_bytes()
         Path(bench.segment_path(other)).write_bytes(data)
-        assert readable(workbench().open()) == set(range(RECORDS))
+        again = workbench().open()
+        assert readable(again) == set(range(RECORDS))
+        assert again.tier.recovery.damaged_segments == 1
 
     def test_a_file_of_another_store_is_not_believed(self, workbench: Make) -> None:
         bench, segment = self.sealed(workbench)
@@ -251,7 +279,9 @@ class TestSealedSegment:
         stranger.tier.close()
         data = Path(stranger.segment_path(segment)).read_bytes()
         Path(bench.segment_path(segment)).write_bytes(data)
-        assert readable(workbench().open()) == {RECORDS}
+        again = workbench().open()
+        assert readable(again) == {RECORDS}
+        assert again.tier.recovery.damaged_segments == 1
 
     @pytest.mark.parametrize("pages", [0, 1, 2, 10, SEGMENT_PAGES - 1])
     def test_a_file_that_was_cut_off_keeps_what_is_left_and_is_made_anew(self, workbench: Make, pages: int) -> None:

@@ -299,6 +299,24 @@ def test_a_partly_filled_segment_is_filled_on_in_the_next_life(workbench: Make) 
     assert all(third.read(number, row) for number, row in third.recovered().items())
 
 
+def test_a_segment_filled_in_two_lives_has_room_for_the_footer_of_both(workbench: Make) -> None:
+    """With many small records the footer is several pages long, and none of them may lie on a record."""
+    small = {"of": layout(4096), "segment_bytes": 204 * 4096, "segments": 4}
+    bench = workbench(**small).open()
+    first = [bench.put(number) for number in range(60)]
+    bench.tier.close()
+    again = workbench(**small).open()
+    number = len(first)
+    while again.put(number).segment == first[0].segment:
+        number += 1
+    again.keep_house()
+    again.tier.close()
+    third = workbench(**small).open()
+    assert third.tier.recovery.damaged_records == 0
+    assert set(third.recovered()) == set(range(number + 1))
+    assert all(third.read(block, row) for block, row in third.recovered().items())
+
+
 def test_the_lineage_of_a_block_is_recovered(workbench: Make) -> None:
     bench = workbench().open()
     bench.put(1, lineage=1)

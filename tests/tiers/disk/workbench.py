@@ -175,6 +175,7 @@ class FaultyFiles:
         self._files = files
         self._faults: dict[str, tuple[int, int, bool]] = {}
         self.calls: list[str] = []
+        self.fired = False
 
     def fail(self, operation: str, code: int, *, after: int = 0, sticky: bool = False) -> None:
         self._faults[operation] = (code, after, sticky)
@@ -192,6 +193,7 @@ class FaultyFiles:
                 if after > 0:
                     self._faults[name] = (code, after - 1, sticky)
                 else:
+                    self.fired = True
                     if not sticky:
                         del self._faults[name]
                     raise OSError(code, os.strerror(code))
