@@ -220,16 +220,16 @@ def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
     failed = _reasons(ticket, block_tokens)
     if ticket.kind == TicketKind.FLUSH:
         return FlushResult(not failed, next(iter(failed), ""))
+    if ticket.kind == TicketKind.LOAD:
+        return _load_result(ticket, span, block_tokens, failed)
     done, existing = (ticket.count(outcome) * block_tokens for outcome in (Outcome.DONE, Outcome.EXISTING))
     if ticket.kind == TicketKind.STORE:
         return StoreResult(done, existing, ticket.count(Outcome.FAILED) * block_tokens, failed, ticket.moved_bytes)
-    if ticket.kind == TicketKind.PREFETCH:
-        return PrefetchResult(done, existing, failed)
-    return _load_result(ticket, span, block_tokens, failed)
+    return PrefetchResult(done, existing, failed)
 
 
 def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:
-    bad = (ticket.outcome == Outcome.FAILED).nonzero()[0]
+    bad = (ticket.outcome == Outcome.FAILED).nonzero()[0] if failed else ()
     good = int(bad[0]) if len(bad) else len(ticket.outcome)
     first = ticket.first_block * block_tokens
     by_tier = dict.fromkeys(TIER_NAMES, 0)
@@ -242,5 +242,7 @@ def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[st
 
 def _reasons(ticket: Ticket, block_tokens: int) -> dict[str, int]:
     bad = ticket.reason[ticket.outcome == Outcome.FAILED]
+    if not len(bad):
+        return {}
     counts = Counter(bad.tolist())
     return {Reason(reason).name.lower(): count * block_tokens for reason, count in counts.items()}

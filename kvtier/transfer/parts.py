@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from kvtier.codecs.base import pages_of
+from kvtier.codecs.chain import chain_of
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import PAGE_BYTES, Message
 from kvtier.models.layout import KVLayout, SliceSpan
@@ -58,6 +59,8 @@ class Equipment:
     raw_spans: tuple[tuple[tuple[SliceSpan, int], ...], ...] = field(init=False)
     """Per group, every slice and where it begins in a raw record."""
     placement: bytes = field(init=False)
+    content_sizes: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
+    """Per chain and group, the bytes of every slice after the tensor codec: worked out when first needed."""
     scratch: list[Buffer] = field(default_factory=list)
     """Room for one decoded slice per copy thread."""
     work: WorkQueue = field(default_factory=WorkQueue)
@@ -74,6 +77,13 @@ class Equipment:
             tuple(zip(spans, accumulate((_padded(span) for span in spans[:-1]), initial=PAGE_BYTES), strict=True))
             for spans in self.layout.slices
         )
+
+    def sizes_of(self, chain: str, group: int) -> tuple[int, ...]:
+        """What the slices of a record of that chain and group hold; ConfigError for a chain that is not known."""
+        sizes = self.content_sizes.get((chain, group))
+        if sizes is None:
+            sizes = self.content_sizes[chain, group] = chain_of(chain).content_sizes(self.layout, group)
+        return sizes
 
     def take_scratch(self) -> Buffer:
         """Room for any decoded slice; the caller puts it back into ``scratch``. Called without the lock."""

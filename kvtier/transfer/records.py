@@ -82,8 +82,7 @@ def _deliver_slices(
     verify: bool,
 ) -> None:
     layout, group = equipment.layout, header.group
-    chain = chain_of(header.chain)
-    header.check_sizes(chain.content_sizes(layout, group))
+    header.check_sizes(equipment.sizes_of(header.chain, group))
     if header.pages * PAGE_BYTES > record.nbytes:
         raise CorruptBlockError(f"a record of {header.pages} pages in {record.nbytes} bytes")
     first_token = int(plan.rows["block"][row]) * layout.block_tokens
@@ -94,11 +93,12 @@ def _deliver_slices(
         if not item.coded:
             _scatter(plan, group, first_token, span.parts, stored, memory)
             continue
-        if chain.byte is None:
+        codec = chain_of(header.chain).byte
+        if codec is None:
             raise CorruptBlockError(f"a slice of chain {header.chain!r} is stored shorter than its content")
         content = equipment.take_scratch()
         try:
-            chain.byte.decode(stored, content[: item.content_bytes])
+            codec.decode(stored, content[: item.content_bytes])
             check_content(item, content[: item.content_bytes])
             _scatter(plan, group, first_token, span.parts, content[: item.content_bytes], memory)
         finally:
