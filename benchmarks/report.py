@@ -1,0 +1,75 @@
+"""The figures section of README.md, from recorded rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Final
+
+from benchmarks.rows import AT_MOST, Row
+from benchmarks.suite import BenchmarkError
+
+RESULTS: Final = Path("docs/results")
+_SECTION: Final = re.compile(r"(?<=<!-- figures:begin -->\n).*?(?=<!-- figures:end -->)", re.DOTALL)
+
+
+def write_figures(readme: Path, files: Iterable[Path]) -> int:
+    """Replace the section between the markers; returns how many rows it now has.
+
+    Raises:
+        BenchmarkError: there are no rows, a file is damaged, or ``readme`` has no markers.
+    """
+    rows = latest(row for file in files for row in read_rows(file))
+    if not rows:
+        raise BenchmarkError(f"no rows to report; record some: python -m benchmarks NAME --json {RESULTS}/NAME.jsonl")
+    text = readme.read_text(encoding="utf-8")
+    if not _SECTION.search(text):
+        raise BenchmarkError(f"{readme}: has no section between <!-- figures:begin --> and <!-- figures:end -->")
+    section = as_markdown(rows)
+    readme.write_text(_SECTION.sub(lambda _: section, text), encoding="utf-8")
+    return len(rows)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of one file, in the order in which they were measured."""
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(Row.from_json(line))
+        except (ValueError, TypeError) as error:
+            raise BenchmarkError(f"{file}:{number}: not a row of a benchmark: {error}") from error
+    return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of every benchmark on every machine; quick looks are never reported."""
+    found = {(row.machine, row.bench): row for row in rows if not row.config.get("quick")}
+    return sorted(found.values(), key=lambda row: row.machine)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """A table per machine; every row names the commit that it was measured at where they differ."""
+    lines: list[str] = []
+    for machine, group in groupby(rows, key=lambda row: row.machine):
+        own = list(group)
+        commits = sorted({row.commit for row in own})
+        lines += [f"Measured on {machine}, at {', '.join(commits)}:", ""]
+        lines += ["| what | kvtier | baseline | ratio (at least) | target | met |", "|---|---|---|---|---|---|"]
+        lines += [_line(row) for row in own]
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _line(row: Row) -> str:
+    target = f"at most {row.target:g} {row.unit}" if row.config["ok_if"] == AT_MOST else f"{row.target:g}"
+    cells = (
+        row.bench,
+        f"{row.value:.3g} {row.unit}",
+        f"{row.baseline:.3g} {row.unit}, {row.baseline_name}",
+        f"{row.ratio:.3g} ({row.low:.3g})",
+        target,
+        "yes" if row.ok else "no",
+    )
+    return f"| {' | '.join(cells)} |"
