@@ -15,6 +15,7 @@ from benchmarks.suite import BenchmarkError
 
 SECTOR_BYTES: Final = 512
 ROOT: Final = Path(__file__).parent.parent
+CHANGED: Final = "+changes"
 
 
 def describe() -> str:
@@ -36,7 +37,7 @@ def commit() -> str:
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
-    return head + ("+changes" if _git("status", "--porcelain", "-uno", "--", "kvtier", "benchmarks") else "")
+    return head + (CHANGED if _git("status", "--porcelain", "-uno", "--", "kvtier", "benchmarks") else "")
 
 
 def last_level_cache_bytes() -> int:

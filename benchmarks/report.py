@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
+from benchmarks.machine import CHANGED
 from benchmarks.rows import AT_MOST, Row
 from benchmarks.suite import BenchmarkError
 
@@ -44,8 +45,12 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of every benchmark on every machine; quick looks are never reported."""
-    found = {(row.machine, row.bench): row for row in rows if not row.config.get("quick")}
+    """The last row of every benchmark on every machine; quick looks and code of no commit are never reported."""
+    found = {
+        (row.machine, row.bench): row
+        for row in rows
+        if not row.config.get("quick") and not row.commit.endswith(CHANGED)
+    }
     return sorted(found.values(), key=lambda row: row.machine)
 
 

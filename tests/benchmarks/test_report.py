@@ -75,6 +75,10 @@ def test_a_quick_look_is_never_reported() -> None:
     assert latest([row("disk.load", 1.0, quick=True)]) == []
 
 
+def test_code_that_is_not_committed_is_never_reported() -> None:
+    assert latest([row("disk.load", 1.0, commit="abc+changes")]) == []
+
+
 def test_a_limit_is_told_from_a_ratio(readme: Path, tmp_path: Path) -> None:
     limit = Row.of(
         "lookup", 15.0, "ms", baseline=8.0, baseline_name="bare", ratio=Ratio(0.5, 0.5, 30), target=25.0,
