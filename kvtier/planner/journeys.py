@@ -93,11 +93,11 @@ class Journeys:
         shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
             entries = state.index.table.find(keys.rows()[first:], group)
-            entries = self._superseded(entries, lineage)
-            kept = (entries >= 0) & state.index.readable(entries)
             # Neither what is kept nor an entry that is to be written again may go to make room for the rest.
+            state.index.pin(entries[entries >= 0])
+            self._supersede(entries, lineage)
             shields.append(entries[entries >= 0])
-            state.index.pin(shields[-1])
+            kept = (entries >= 0) & state.index.readable(entries)
             state.host.touch(entries[kept])
             self._join(ticket, entries, first)
             new.append(self._add(keys, group, first, entries, kept, lineage, ticket))
@@ -110,26 +110,20 @@ class Journeys:
         ticket.outcome[(ticket.outcome == Outcome.WAITING) & ~self._moving(ticket, new)] = Outcome.EXISTING
         return self.advance(ticket)
 
-    def _superseded(self, entries: EntryRows, lineage: Lineage) -> EntryRows:
-        """Exact content takes the place of approximate content; whoever holds the old one may finish with it."""
-        index = self._state.index
-        if lineage != Lineage.EXACT or not len(entries):
-            return entries
-        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT) & index.readable(entries)
-        for at in np.flatnonzero(worse).tolist():
-            entry = int(entries[at])
-            index.unlink(entry)
-            self._drop_copies(entry)
-            entries[at] = MISSING
-        return entries
+    def _supersede(self, entries: EntryRows, lineage: Lineage) -> None:
+        """Exact content takes the place of approximate content: those of ``entries``, all pinned, become MISSING.
 
-    def _drop_copies(self, entry: int) -> None:
-        state = self._state
-        if state.index.host_ranks[entry]:
-            state.host.drop(entry)
-        for rank in range(state.index.ranks):
-            state.index.drop_disk(rank, np.array([entry], np.int32))
-        state.index.release(entry)
+        Whoever else holds the old content keeps it until the last pin goes.
+        """
+        state, index = self._state, self._state.index
+        if lineage != Lineage.EXACT or not len(entries):
+            return
+        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT) & index.readable(entries)
+        old = entries[worse]
+        for entry in old.tolist():
+            index.unlink(entry)
+        entries[worse] = MISSING
+        state.unpinned(index.unpin(old))
 
     def _join(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
         storing = self._state.storing

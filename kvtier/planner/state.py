@@ -106,11 +106,19 @@ class ControlState:
 
     def unpinned(self, entries: EntryRows) -> None:
         """Nobody holds ``entries`` any more: free what waited for that, forget those without copies and children."""
-        self.host.unpinned(entries)
         index = self.index
+        for entry in entries[~index.linked[entries]].tolist():
+            self._drop_superseded(entry)
+        self.host.unpinned(entries)
         bare = (index.host_ranks[entries] | index.disk_ranks[entries] | index.children[entries].view(np.uint32)) == 0
         for entry in entries[bare].tolist():
             index.release(entry)
+
+    def _drop_superseded(self, entry: int) -> None:
+        if self.index.host_ranks[entry]:
+            self.host.drop(entry)
+        for rank in range(self.index.ranks):
+            self.index.drop_disk(rank, np.array([entry], np.int32))
 
     def left(self, entries: EntryRows, tier: Tier) -> None:
         """Copies of ``entries`` in ``tier`` are gone: tell, and forget those that cannot be read any more."""
