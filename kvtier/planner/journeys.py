@@ -113,12 +113,13 @@ class Journeys:
     def _supersede(self, entries: EntryRows, lineage: Lineage) -> None:
         """Exact content takes the place of approximate content: those of ``entries``, all pinned, become MISSING.
 
-        Whoever else holds the old content keeps it until the last pin goes.
+        Whoever else holds the old content keeps it until the last pin goes. That it cannot be read makes no
+        difference: a copy on one rank, or one on its way, would pass as the new content.
         """
         state, index = self._state, self._state.index
         if lineage != Lineage.EXACT or not len(entries):
             return
-        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT) & index.readable(entries)
+        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT)
         old = entries[worse]
         for entry in old.tolist():
             index.unlink(entry)
