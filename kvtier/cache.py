@@ -163,6 +163,8 @@ class TieredCache:
             lease = self._planner.lookup(
                 keys, now_s=self._clock.monotonic(), start=start, exact=exact, session=session, owner=owner
             )
+            plans = self._planner.take_plans()
+        self._send(plans)
         return Hit(lease, start, self._release)
 
     def session(self, session: str) -> Session:

@@ -102,6 +102,7 @@ class Planner:
         )  # fmt: skip
         for entries in groups:
             state.host.touch(entries)
+            self._admit_to_disk(entries)
         state.counts["lookup_tokens"] += keys.num_tokens - start
         state.counts["hit_tokens"] += blocks * keys.block_tokens
         if session is not None:
@@ -256,6 +257,14 @@ class Planner:
             found.append(self._state.index.prefix(wanted, group, exact=exact))
             wanted = wanted[: len(found[-1])]
         return found
+
+    def _admit_to_disk(self, entries: EntryRows) -> None:
+        """``write_through_selective``: a block that is used again has earned its place on disk."""
+        state = self._state
+        if state.config.policy.write == "write_through_selective" and state.disk.usable:
+            for entry in entries[~state.index.on_disk(entries)].tolist():
+                state.disk.enqueue(entry)
+            self._commits.pump()
 
     def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         tiers = np.full(blocks, Tier.HOST, np.uint8)

@@ -1,0 +1,80 @@
+"""When blocks reach the disk, by write policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvtier import TieredCache
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+
+
+def opened(directory: Path, write: str) -> TieredCache:
+    config: dict[str, Any] = {
+        "host": {"capacity": "1MiB", "staging": "1MiB"},
+        "disk": {"directories": [str(directory)], "capacity": "8MiB", "segment": "1MiB"},
+        "policy": {"write": write},
+    }
+    return TieredCache(config, LAYOUT, "m")
+
+
+def store(cache: TieredCache, number: int) -> list[int]:
+    engine, tokens = PseudoEngine(LAYOUT, 4), [number] * (4 * SIZE) + [0]
+    keys = cache.keys(tokens)
+    engine.write(keys, range(4))
+    assert cache.submit_store(keys, engine.pages).result(30).stored == 4 * SIZE
+    return tokens
+
+
+def settled_disk_entries(cache: TieredCache) -> float:
+    """Entries on disk once everything that is queued for it is there."""
+    for _ in range(10_000):
+        if not cache.stats()["write_backlog_entries"]:
+            break
+        cache.submit_flush("memory").result(30)
+    return cache.stats()["disk_entries"]
+
+
+def test_write_through_writes_every_block_when_it_is_stored(tmp_path: Path) -> None:
+    with opened(tmp_path, "write_through") as cache:
+        store(cache, 1)
+        assert settled_disk_entries(cache) == 4
+
+
+def test_write_through_selective_writes_a_block_when_it_is_used_again(tmp_path: Path) -> None:
+    with opened(tmp_path, "write_through_selective") as cache:
+        tokens, _ = store(cache, 1), store(cache, 2)
+        assert settled_disk_entries(cache) == 0
+        cache.lookup(tokens).release()
+        assert settled_disk_entries(cache) == 4
+
+
+def test_write_back_writes_when_host_memory_runs_full_and_keeps_the_disk_copy_of_what_comes_back(tmp_path: Path) -> None:
+    """Over the high watermark the oldest blocks are written; promoted ones are not written a second time."""
+    with opened(tmp_path, "write_back") as cache:
+        tokens = store(cache, 0)
+        assert settled_disk_entries(cache) == 0
+        for number in range(1, 60):
+            store(cache, number)
+            settled_disk_entries(cache)
+        assert 0 < settled_disk_entries(cache) < 240
+        with cache.lookup(tokens) as hit:
+            assert hit.by_tier["disk"] == 4 * SIZE
+            engine = PseudoEngine(LAYOUT, 5)
+            assert cache.submit_load(hit, engine.pages).result(30).ok_tokens == 4 * SIZE
+            assert engine.wrong_blocks(hit.keys, range(4)) == []
+        written = cache.stats()["stored_disk_blocks"]
+        with cache.lookup(tokens) as hit:
+            assert hit.by_tier["host"] == 4 * SIZE
+        assert cache.stats()["stored_disk_blocks"] == written
+
+
+def test_what_is_closed_is_found_again_whatever_the_policy(tmp_path: Path) -> None:
+    for write in ("write_through", "write_through_selective", "write_back"):
+        with opened(tmp_path / write, write) as cache:
+            tokens = store(cache, 1)
+        with opened(tmp_path / write, write) as cache:
+            assert cache.match(tokens) == 4 * SIZE
