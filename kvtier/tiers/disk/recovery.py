@@ -105,8 +105,6 @@ class SegmentReader:
                     found.header, found.slot = header, slot
 
     def _read_footer(self, fd: int, header: SegmentHeader, pages: int) -> Table:
-        if pages < header.pages:
-            raise CorruptBlockError("the file is shorter than its segment")
         guessed = max(0, pages - _TAIL_PAGES)
         last = self._pages(fd, guessed, pages)
         tail = FooterTail.unpack(last[-PAGE_BYTES:])

@@ -19,7 +19,7 @@ from kvtier.errors import ConfigError, TierError
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.directory import read_superblocks
 from kvtier.tiers.disk.format import Superblock
-from tests.tiers.disk.workbench import LAYOUT, RECORD_PAGES, RECORDS, FaultyFiles, Workbench, layout
+from tests.tiers.disk.workbench import LAYOUT, RECORD_PAGES, RECORDS, SEGMENT_BYTES, FaultyFiles, Workbench, layout
 
 Make = Callable[..., Workbench]
 
@@ -153,6 +153,10 @@ def test_a_newer_minor_version_is_read_and_written(workbench: Make, closed: Work
 
 def test_unknown_features_that_only_matter_to_writers_make_it_read_only(workbench: Make, closed: Workbench) -> None:
     rewrite_superblocks(closed, ro_compat=1)
+    Path(closed.segment_path(2)).write_bytes(bytes(SEGMENT_BYTES))  # damage that a writer would repair
+    with open(closed.segment_path(0), "r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"?")
     before = snapshot(closed.tier.path)
     again = workbench().open()
     found = again.recovered()

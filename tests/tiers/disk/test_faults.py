@@ -95,13 +95,17 @@ def test_after_three_segments_in_a_row_no_record_is_placed_for_a_while(workbench
     assert events_of(bench).reason == ""
 
 
-def test_a_good_sync_between_faults_keeps_the_tier_writing(workbench: Make) -> None:
-    bench = workbench(segments=16).open()
-    for _ in range(2 * POISONED_IN_A_ROW):
+@pytest.mark.parametrize("good", ["sync", "seal"])
+def test_a_success_between_faults_keeps_the_tier_writing(workbench: Make, good: str) -> None:
+    bench = workbench(segments=20).open()
+    for _ in range(POISONED_IN_A_ROW):
+        if good == "sync":
+            bench.put(1)
+            assert bench.sync()
+        else:
+            bench.fill(range(RECORDS + 1))
         fail_segments(bench, 1)
-        bench.put(1)
-        assert bench.sync()
-    assert bench.tier.place(RECORD_PAGES) is not None
+    bench.fill(range(RECORDS))
 
 
 # --- failed syncs ---------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def test_superblock() -> None:
     table = rows("Superblock")
     expected = {
         "KVTSUPER": b"KVTSUPER", "format major": 8, "format minor": 9, "compatible features": 1,
-        "read-only features": 2, "incompatible features": 4, "sequence": 7, "created": 1.5e9, "uuid": b"u" * 16, "nonce": b"n" * 16,
+        "read-only features": 2, "incompatible features": 4, "sequence": 7, "created": 1.5e9,
+        "uuid": b"u" * 16, "nonce": b"n" * 16,
         "placement": b"p" * 32,
     }  # fmt: skip
     assert {field: read(page, table, field) for field in expected} == expected

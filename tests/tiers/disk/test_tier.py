@@ -301,7 +301,7 @@ def test_a_partly_filled_segment_is_filled_on_in_the_next_life(workbench: Make) 
 
 def test_a_segment_filled_in_two_lives_has_room_for_the_footer_of_both(workbench: Make) -> None:
     """With many small records the footer is several pages long, and none of them may lie on a record."""
-    small = {"of": layout(4096), "segment_bytes": 204 * 4096, "segments": 4}
+    small = {"of": layout(4096), "segment_bytes": 202 * 4096, "segments": 4}
     bench = workbench(**small).open()
     first = [bench.put(number) for number in range(60)]
     bench.tier.close()
