@@ -26,8 +26,8 @@ TOKEN_BYTES: Final = 128 << 10
 PAIR_BYTES: Final = 256 << 20
 QUICK_PAIR_BYTES: Final = 128 << 20
 REQUESTS: Final = 4
-SOURCE_BYTES: Final = 1 << 30
-HOST_BYTES: Final = 1 << 30
+ENGINE_BYTES: Final = 2 << 30
+HOST_BYTES: Final = 2 << 30
 IO_THREADS: Final = 4
 WARMUP: Final = 1
 STORE_TARGET: Final = 0.92
@@ -65,11 +65,12 @@ class _Bench:
         self.capacity = self.rounds * self.pair_bytes * 3 // 2 + (2 << 30)
         self._check_room()
         self.device = DeviceCounters.under(settings.directory)
-        self.engine = EngineMemory(self.layout, SOURCE_BYTES // page_bytes, self.pair_bytes // page_bytes)
+        self.engine = EngineMemory(self.layout, *[ENGINE_BYTES // 2 // page_bytes] * 2)
         self.raw = RawDisk(
             settings.directory / "raw",
             areas=2 * self.rounds,
-            buffer_bytes=self.pair_bytes,
+            area_bytes=self.pair_bytes,
+            memory_bytes=HOST_BYTES,
             threads=IO_THREADS,
         )
         self.cache = self._open()
@@ -237,6 +238,7 @@ class _Bench:
             "bytes_per_pair": self.pair_bytes,
             "requests_per_pair": REQUESTS,
             "io_threads": IO_THREADS,
+            "engine_bytes": ENGINE_BYTES,
             "host_capacity_bytes": HOST_BYTES,
             "disk_capacity_bytes": self.capacity,
             "baseline_cpu_s_per_gib": round(raw.cpu_s_per_gib(self.pair_bytes), 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -18,37 +19,36 @@ FILL_BYTES: Final = 8 << 20
 
 
 class RawDisk:
-    """One file of ``areas`` areas, each as large as ``buffer_bytes``, which is moved at once by ``threads`` threads.
+    """One file of ``areas`` areas, each of which is moved at once by ``threads`` threads.
 
     Every extent is written once when it is made, as those of segments are: first writes are slower than later ones.
-    The memory is of the same kind as that of the cache.
+    The memory is of the same kind and as large as that of the cache, and all of it is used in turn: a few buffers that
+    stay in the last-level cache would make a faster disk than there is.
     """
 
-    def __init__(self, path: Path, *, areas: int, buffer_bytes: int, threads: int) -> None:
-        self.nbytes = areas * buffer_bytes
+    def __init__(self, path: Path, *, areas: int, area_bytes: int, memory_bytes: int, threads: int) -> None:
         self._path = path
-        self._arena = MemfdArena("raw-disk", buffer_bytes)
-        self.buffer[:] = np.random.default_rng(0).integers(0, 256, buffer_bytes, np.uint8)
+        self._area_bytes = area_bytes
+        self._arena = MemfdArena("raw-disk", memory_bytes // area_bytes * area_bytes)
+        self._buffers = deque(self._arena.data.reshape(-1, area_bytes))
+        random = np.random.default_rng(0)
+        for buffer in self._buffers:
+            buffer[:] = np.frombuffer(random.bytes(area_bytes), np.uint8)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
-        os.posix_fallocate(self._fd, 0, self.nbytes)
+        os.posix_fallocate(self._fd, 0, areas * area_bytes)
         for area in range(areas):
             self.write(area, FILL_BYTES)
         os.fsync(self._fd)
 
-    @property
-    def buffer(self) -> Buffer:
-        """What ``write`` writes and ``read`` fills."""
-        return self._arena.data
+    def write(self, area: int, record_bytes: int) -> Buffer:
+        """Write a buffer to ``area``, one call per record; returns it."""
+        return self._each_record(os.pwritev, area, record_bytes)
 
-    def write(self, area: int, record_bytes: int) -> None:
-        """Write the buffer to ``area``, one call per record."""
-        self._each_record(os.pwritev, area, record_bytes)
-
-    def read(self, area: int, record_bytes: int) -> None:
-        """Read ``area`` into the buffer, one call per record."""
-        self._each_record(os.preadv, area, record_bytes)
+    def read(self, area: int, record_bytes: int) -> Buffer:
+        """Read ``area`` into a buffer, one call per record; returns it."""
+        return self._each_record(os.preadv, area, record_bytes)
 
     def close(self) -> None:
         """Remove the file."""
@@ -57,9 +57,10 @@ class RawDisk:
         self._path.unlink()
         self._arena.close()
 
-    def _each_record(self, call: Callable[..., int], area: int, record_bytes: int) -> None:
-        buffer = self.buffer
-        first = area * buffer.nbytes
+    def _each_record(self, call: Callable[..., int], area: int, record_bytes: int) -> Buffer:
+        buffer = self._buffers[0]
+        self._buffers.rotate()
+        first = area * self._area_bytes
         numbers = count()
 
         def loop(_: int) -> None:
@@ -70,3 +71,4 @@ class RawDisk:
                     raise OSError(f"{call.__name__} moved {moved} of {record.nbytes} bytes")
 
         list(self._pool.map(loop, range(self._threads)))
+        return buffer

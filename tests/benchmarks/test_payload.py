@@ -68,14 +68,16 @@ def test_no_prompt_comes_twice() -> None:
 
 
 def test_the_bare_disk_moves_every_byte_of_an_area(tmp_path: Path) -> None:
-    raw = RawDisk(tmp_path / "raw", areas=2, buffer_bytes=64 << 10, threads=2)
-    content = raw.buffer.copy()
-    raw.buffer[:] = 0
-    raw.write(1, 8 << 10)
-    raw.buffer[:] = 1
-    raw.read(0, 24 << 10)
-    assert np.array_equal(raw.buffer, content)
-    raw.read(1, 4 << 10)
-    assert not raw.buffer.any()
+    raw = RawDisk(tmp_path / "raw", areas=2, area_bytes=64 << 10, memory_bytes=192 << 10, threads=2)
+    written = [raw.write(area, record).copy() for area, record in ((0, 8 << 10), (1, 24 << 10))]
+    assert not np.array_equal(*written)
+    for area, record in ((0, 24 << 10), (1, 4 << 10)):
+        assert np.array_equal(raw.read(area, record), written[area])
     raw.close()
     assert not (tmp_path / "raw").exists()
+
+
+def test_the_bare_disk_uses_all_of_its_memory_in_turn(tmp_path: Path) -> None:
+    raw = RawDisk(tmp_path / "raw", areas=1, area_bytes=4096, memory_bytes=12 << 10, threads=1)
+    assert len({raw.read(0, 4096).ctypes.data for _ in range(6)}) == 3
+    raw.close()
