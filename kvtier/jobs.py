@@ -229,8 +229,7 @@ def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
 
 
 def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:
-    bad = (ticket.outcome == Outcome.FAILED).nonzero()[0] if failed else ()
-    good = int(bad[0]) if len(bad) else len(ticket.outcome)
+    good = int((ticket.outcome == Outcome.FAILED).argmax()) if failed else len(ticket.outcome)
     first = ticket.first_block * block_tokens
     by_tier = dict.fromkeys(TIER_NAMES, 0)
     for block, tier in enumerate(ticket.tiers[:good].tolist()):

@@ -17,10 +17,6 @@ Extent: TypeAlias = tuple[int, int, int]
 """(rank, first page, pages) of a host arena."""
 
 _SILENT: Final = 255
-# Members of an IntEnum cost a look-up in Python each; these are read once per row or hop.
-_OK: Final = int(Status.OK)
-_QUARANTINED: Final = int(Status.QUARANTINED)
-_HOST: Final = int(Tier.HOST)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,7 +138,7 @@ class Hop:
     def landed(self, rank: int, tier: Tier) -> Mask:
         """Rows of which ``rank`` made a copy in ``tier``."""
         answers = self.answers[rank]
-        there: Mask = (answers["status"] == _OK) & (answers["tier"] == tier)
+        there: Mask = (answers["status"] == Status.OK) & (answers["tier"] == tier)
         return there
 
     def _rank_done(self, rank: int) -> None:
@@ -158,9 +154,9 @@ class Hop:
     def _surplus(self, rank: int, rows: Table) -> list[Extent]:
         """Trim what landed to its length; free the reservation of what did not land."""
         targets, at = self.targets[rank], rows["row"]
-        used = np.where((rows["status"] == _OK) & (rows["tier"] == _HOST), rows["pages"], 0)
+        used = np.where((rows["status"] == Status.OK) & (rows["tier"] == Tier.HOST), rows["pages"], 0)
         first, reserved = targets.page[at], targets.pages[at]
-        loose = (first >= 0) & (used < reserved) & (rows["status"] != _QUARANTINED)
+        loose = (first >= 0) & (used < reserved) & (rows["status"] != Status.QUARANTINED)
         if not loose.any():
             return []
         loose_rows = loose.nonzero()[0]

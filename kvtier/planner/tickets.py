@@ -8,9 +8,10 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.plan import Reason, Tier
+from kvtier.core.plan import Reason, Tier, direct_members
 
 
+@direct_members
 class TicketKind(IntEnum):
     """What was asked for."""
 
@@ -20,6 +21,7 @@ class TicketKind(IntEnum):
     FLUSH = 3
 
 
+@direct_members
 class Durability(IntEnum):
     """When a store is acknowledged: in host memory, written (survives kill -9), or synced (survives a power cut)."""
 
@@ -28,6 +30,7 @@ class Durability(IntEnum):
     DURABLE = 2
 
 
+@direct_members
 class Outcome(IntEnum):
     """How one block of a ticket ended. WAITING is not an end."""
 
