@@ -30,9 +30,9 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     least = pages_with(MIN_RECORDS, record_pages)
     if capacity_pages < MIN_SEGMENTS * least:
         raise ConfigError(
-            f"disk.capacity = {capacity_bytes}: too small for {MIN_SEGMENTS} segments of {MIN_RECORDS} records of "
-            f"{record_pages * PAGE_BYTES} bytes; set it to at least {MIN_SEGMENTS * least * PAGE_BYTES}, or use fewer "
-            "tokens per block"
+            f"disk.capacity = {capacity_bytes} per directory: too small for {MIN_SEGMENTS} segments of {MIN_RECORDS} "
+            f"records of {record_pages * PAGE_BYTES} bytes; set it to at least {MIN_SEGMENTS * least * PAGE_BYTES} for "
+            "each of disk.directories, or use fewer tokens per block"
         )
     if segment_bytes is None:
         return _filled(record_pages, least, capacity_pages)
@@ -40,8 +40,8 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     if not least <= pages <= capacity_pages // MIN_SEGMENTS:
         raise ConfigError(
             f"disk.segment = {segment_bytes}: {MIN_RECORDS} records of {record_pages * PAGE_BYTES} bytes have to fit "
-            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes}; set it to between "
-            f'{least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
+            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes} per directory; set it to "
+            f'between {least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
         )
     return pages
 

@@ -48,9 +48,11 @@ def test_a_given_segment_is_taken_or_refused_with_the_range_that_would_do(
 
 
 def test_too_small_a_capacity_says_how_much_it_takes() -> None:
-    with pytest.raises(ConfigError, match=r"disk\.capacity = 1000000: .* set it to at least (\d+)") as failure:
+    with pytest.raises(
+        ConfigError, match=r"disk\.capacity = 1000000 per directory: .* set it to at least (\d+)"
+    ) as failure:
         segment_pages_for(257, 1_000_000, None)
-    enough = int(str(failure.value).split("at least ")[1].split(",")[0])
+    enough = int(str(failure.value).split("at least ")[1].split(" ")[0])
     assert segment_pages_for(257, enough, None)
     with pytest.raises(ConfigError):
         segment_pages_for(257, enough - 4096, None)
