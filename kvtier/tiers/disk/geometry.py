@@ -40,8 +40,8 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     if not least <= pages <= capacity_pages // MIN_SEGMENTS:
         raise ConfigError(
             f"disk.segment = {segment_bytes}: {MIN_RECORDS} records of {record_pages * PAGE_BYTES} bytes have to fit "
-            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes} per directory; set it to "
-            f'between {least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
+            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes} per directory; set "
+            f'it to between {least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
         )
     return pages
 
