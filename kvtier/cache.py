@@ -100,7 +100,8 @@ class TieredCache:
                 self._on_attach.append(arrived)
             left = deadline - self._clock.monotonic()
             if left <= 0 or not arrived.wait(left):
-                raise TimeoutError(f"{self._planner.recovered_ranks} of {len(self._channels)} ranks after {timeout_s} s")
+                ready = f"{self._planner.recovered_ranks} of {len(self._channels)} ranks"
+                raise TimeoutError(f"{ready} after {timeout_s} s")
 
     # --- names ------------------------------------------------------------------------------------------------------
 

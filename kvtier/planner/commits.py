@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -29,6 +30,7 @@ from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
 _SEGMENTS_LOOKED_AT: Final = 16
+_ENTRIES_LOOKED_AT: Final = 4096
 
 
 class Commits:
@@ -85,7 +87,7 @@ class Commits:
         for entry in hop.entries.tolist():
             state.storing.pop(entry, None)
         complete = self._land(hop, ~hop.failed)
-        if state.config.policy.write == "write_through":
+        if state.config.policy.write == "write_through" and state.disk.usable:
             for entry in complete.tolist():
                 state.disk.enqueue(entry)
         self._pass_on(hop)
@@ -100,6 +102,7 @@ class Commits:
     def _settle_spill(self, hop: Hop) -> None:
         state = self._state
         state.disk.in_flight_bytes -= hop.nbytes
+        self._fail_overtaken(hop)
         rows = np.flatnonzero(~hop.failed)
         written = hop.entries[rows]
         complete = written[:0]
@@ -112,6 +115,14 @@ class Commits:
         for row, entry in enumerate(hop.entries.tolist()):
             state.disk.write_ended(entry, written=not hop.failed[row])
             self._advance(state.row_ended(entry, Reason(reasons[row])))
+
+    def _fail_overtaken(self, hop: Hop) -> None:
+        """Rows whose segment was sealed and reclaimed while the rest of the plan was still being written."""
+        for rank, answers in hop.answers.items():
+            ended = self._state.disk.ranks[rank].reclaimed
+            places = zip(answers["segment"].tolist(), answers["generation"].tolist(), strict=True)
+            over = np.array([generation <= ended.get(segment, -1) for segment, generation in places], np.bool_)
+            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)), Reason.GONE)
 
     def _settle_sync(self, hop: Hop) -> None:
         ticket = hop.ticket
@@ -308,12 +319,14 @@ class Commits:
         surplus = free_pages - min(space.free_pages for space in state.host.spaces.values())
         if not state.disk.usable:
             return
-        for entry in state.host.candidates():
+        for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
             if surplus <= 0:
                 break
-            if not state.index.pins[entry] and not state.may_go(entry):
-                surplus -= int(state.index.host_pages[0, entry])
+            if not state.disk.awaits_write(entry):
+                if state.index.pins[entry] or state.may_go(entry):
+                    continue
                 state.disk.enqueue(entry)
+            surplus -= int(state.index.host_pages[0, entry])
 
     def _write(self) -> None:
         state = self._state
@@ -327,7 +340,7 @@ class Commits:
             for entry in entries:
                 if entry not in going:
                     done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
-                    state.disk.write_ended(entry, written=done)
+                    state.disk.take_back(entry)
                     self._advance(state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE))
             if going:
                 self._send_write(wanted, nbytes)
@@ -351,6 +364,7 @@ class Commits:
                 continue
             del disk.sealed[segment]
             disk.reclaiming.add(segment)
+            disk.reclaimed[segment] = generation
             index.drop_disk(rank, entries)
             index.segment_generation[rank].pop(segment, None)
             state.left(entries, Tier.DISK)

@@ -10,7 +10,7 @@ from kvtier.core.plan import DiskState, Hello
 
 @dataclass(slots=True)
 class RankDisk:
-    """One rank's directory. ``sealed`` maps segment to generation, oldest first."""
+    """One rank's directory. ``sealed`` maps segment to generation, oldest first, ``reclaimed`` the lives that ended."""
 
     capacity_bytes: int
     segment_bytes: int
@@ -20,6 +20,7 @@ class RankDisk:
     reclaims_wanted: int = 0
     reclaiming: set[int] = field(default_factory=set)
     sealed: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    reclaimed: dict[int, int] = field(default_factory=dict)
 
 
 class DiskBook:
@@ -75,10 +76,16 @@ class DiskBook:
         """Whether ``entry`` is queued for the disk or on its way."""
         return entry in self._queued
 
+    def take_back(self, entry: int) -> None:
+        """Nothing of ``entry`` is there to be written, or nowhere to write it. Its number may be another's by now."""
+        self._queued.discard(entry)
+
     def write_ended(self, entry: int, *, written: bool) -> None:
         """The write of ``entry`` ended; one that failed is not tried again while the entry lives."""
         self._queued.discard(entry)
-        if not written:
+        if written:
+            self._refused.discard(entry)
+        else:
             self._refused.add(entry)
 
     def was_refused(self, entry: int) -> bool:

@@ -133,7 +133,11 @@ class Hop:
 
     def fail_all(self, reason: Reason) -> None:
         """No row of it counts."""
-        self._fail(np.arange(len(self.failed)), np.full(len(self.failed), reason, np.uint8))
+        self.fail(np.arange(len(self.failed)), reason)
+
+    def fail(self, rows: npt.NDArray[np.integer], reason: Reason) -> None:
+        """These rows do not count."""
+        self._fail(rows, np.full(len(rows), reason, np.uint8))
 
     def landed(self, rank: int, tier: Tier) -> Mask:
         """Rows of which ``rank`` made a copy in ``tier``."""

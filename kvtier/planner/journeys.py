@@ -249,7 +249,7 @@ class Journeys:
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
-            entries = [entry for entry in state.host.candidates() if not state.disk.was_refused(entry)]
+            entries = list(state.host.candidates())
             held = [(np.array(entries, np.int32), np.zeros(len(entries), np.int32))]
         else:
             held = ticket.held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 from contextlib import suppress
 
 from kvtier.runtime.blocking import O_DIRECT, read_up_to, write_all
@@ -45,11 +46,11 @@ class SystemFiles:
             flags |= os.O_CREAT
         if direct and O_DIRECT:
             try:
-                return os.open(path, flags | O_DIRECT, FILE_MODE)
+                return _open(path, flags | O_DIRECT)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        return os.open(path, flags, FILE_MODE)
+        return _open(path, flags)
 
     def close(self, fd: int) -> None:
         """Close it; locks on it go."""
@@ -111,3 +112,21 @@ class SystemFiles:
         """Room left on the file system of ``path`` for this user."""
         room = os.statvfs(path)
         return room.f_bavail * room.f_frsize
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags, FILE_MODE)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _allow_more_files():
+            raise
+    return os.open(path, flags, FILE_MODE)
+
+
+def _allow_more_files() -> bool:
+    """A directory takes one descriptor per segment: use what the process may have before it is refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -30,4 +32,5 @@ def system_machine(io_engine: str = "threads") -> Machine:
         raise ConfigError(
             f"io_engine: {io_engine!r} is not an I/O engine; use one of {', '.join(IO_ENGINES)} (nearest: {near!r})"
         )
-    return Machine(SystemRuntime(), SystemFiles(), MemfdArena, IO_ENGINES[io_engine])
+    owner = f"pid {os.getpid()} on {platform.node()}"
+    return Machine(SystemRuntime(), SystemFiles(), MemfdArena, IO_ENGINES[io_engine], owner)

@@ -213,9 +213,11 @@ class Machine:
     """All of the seam in one hand: what a data plane is built on.
 
     ``arena(name, nbytes)`` makes an arena; ``io_engine(name, threads)`` makes an engine of the configured kind.
+    ``owner`` says for people which process this is.
     """
 
     runtime: Runtime
     files: Files
     arena: Callable[[str, int], Arena]
     io_engine: Callable[[str, int], IOEngine]
+    owner: str = ""

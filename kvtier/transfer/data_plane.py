@@ -277,6 +277,7 @@ class DataPlane:
                 capacity_bytes=config.disk.capacity // len(directories),
                 segment_bytes=None if config.disk.segment == "auto" else config.disk.segment,
                 clean_target=config.disk.clean_segments,
+                owner=self._machine.owner,
             )  # fmt: skip
             engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
             equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, depth=config.disk.io_threads)))

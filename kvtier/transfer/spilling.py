@@ -235,6 +235,9 @@ class SyncRun(Run):
             if not path.tier.usable:
                 self._error = True
             for target in path.tier.unsynced():
+                if target.fd < 0:  # a sync of it failed before: what it holds can never be called durable
+                    self._error = True
+                    continue
                 self._left += 1
                 path.lane.put(SyncMove(self, target, path))
         self._error = self._error or not self.equipment.paths

@@ -89,9 +89,7 @@ def run_threads(cache: TieredCache, seed: int, operations: int, seen: Seen) -> l
     return threads
 
 
-async def one_async_request(
-    cache: CacheManager, engine: PseudoEngine, rng: random.Random, seen: Seen
-) -> None:
+async def one_async_request(cache: CacheManager, engine: PseudoEngine, rng: random.Random, seen: Seen) -> None:
     keys: Keys = cache.keys(sequence(rng), tenant=rng.choice(["a", "b"]))
     with cache.lookup(keys) as hit:
         engine.wipe()

@@ -52,7 +52,9 @@ def test_write_through_selective_writes_a_block_when_it_is_used_again(tmp_path: 
         assert settled_disk_entries(cache) == 4
 
 
-def test_write_back_writes_when_host_memory_runs_full_and_keeps_the_disk_copy_of_what_comes_back(tmp_path: Path) -> None:
+def test_write_back_writes_when_host_memory_runs_full_and_keeps_the_disk_copy_of_what_comes_back(
+    tmp_path: Path,
+) -> None:
     """Over the high watermark the oldest blocks are written; promoted ones are not written a second time."""
     with opened(tmp_path, "write_back") as cache:
         tokens = store(cache, 0)

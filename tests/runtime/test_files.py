@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,18 @@ def test_a_write_that_moves_nothing_is_an_error_and_not_a_loop(
         files.write_at(fd, 0, aligned(PAGE))
     assert caught.value.errno == errno.EIO
     files.close(fd)
+
+
+def test_a_process_that_runs_out_of_descriptors_uses_what_it_may_have(tmp_path: Path) -> None:
+    """One descriptor per segment: the soft limit is raised when it is met, up to the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    files = SystemFiles()
+    try:
+        fd = files.open(str(tmp_path / "segment"), create=True)
+        files.close(fd)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
