@@ -102,12 +102,13 @@ class Planner:
         )  # fmt: skip
         for entries in groups:
             state.host.touch(entries)
-            self._admit_to_disk(entries)
         state.counts["lookup_tokens"] += keys.num_tokens - start
         state.counts["hit_tokens"] += blocks * keys.block_tokens
         if session is not None:
             self.sessions.used(session, keys, now_s)
-        return state.leases.open(lease)
+        state.leases.open(lease)
+        self._admit_to_disk(groups)
+        return lease
 
     def release(self, lease: Lease) -> None:
         """Give the lease back; a second time is harmless."""
@@ -258,13 +259,16 @@ class Planner:
             wanted = wanted[: len(found[-1])]
         return found
 
-    def _admit_to_disk(self, entries: EntryRows) -> None:
+    def _admit_to_disk(self, groups: tuple[EntryRows, ...]) -> None:
         """``write_through_selective``: a block that is used again has earned its place on disk."""
         state = self._state
-        if state.config.policy.write == "write_through_selective" and state.disk.usable:
+        if state.config.policy.write != "write_through_selective" or not state.disk.usable:
+            return
+        for entries in groups:
             for entry in entries[~state.index.on_disk(entries)].tolist():
-                state.disk.enqueue(entry)
-            self._commits.pump()
+                if not state.disk.was_refused(entry):
+                    state.disk.enqueue(entry)
+        self._commits.pump()
 
     def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         tiers = np.full(blocks, Tier.HOST, np.uint8)
