@@ -73,6 +73,7 @@ class Commits:
             state.news.append(ticket)
         if not hop.settled and (hop.answered if len(hop.entries) else not hop.finals_left):
             hop.settled = True
+            state.in_flight_bytes[hop.kind] -= hop.nbytes
             self._settle[hop.kind](hop)
         if not hop.finals_left:
             del state.hops[hop.plan_id]
@@ -101,7 +102,6 @@ class Commits:
 
     def _settle_spill(self, hop: Hop) -> None:
         state = self._state
-        state.disk.in_flight_bytes -= hop.nbytes
         self._fail_overtaken(hop)
         rows = np.flatnonzero(~hop.failed)
         written = hop.entries[rows]
@@ -331,7 +331,7 @@ class Commits:
     def _write(self) -> None:
         state = self._state
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
-        while entries := state.disk.next_writes(nbytes):
+        while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
             wanted = np.array(entries, np.int32)
             wanted = (
                 wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
@@ -351,7 +351,6 @@ class Commits:
         blocks = state.index.depth[entries]
         hop = Hop(state.next_number(), PlanKind.SPILL, entries, blocks, ranks, state.version)
         hop.nbytes = nbytes * len(entries)
-        state.disk.in_flight_bytes += hop.nbytes
         state.send(hop, priority=Priority.SPILL, chain=state.config.disk.codec)
 
     def _reclaim(self, rank: int) -> bool:

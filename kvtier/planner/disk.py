@@ -29,7 +29,6 @@ class DiskBook:
     def __init__(self, write_budget_bytes: int) -> None:
         """At most ``write_budget_bytes`` are in flight to one rank's disk."""
         self.ranks: dict[int, RankDisk] = {}
-        self.in_flight_bytes = 0
         self.write_budget_bytes = write_budget_bytes
         self._queue: deque[int] = deque()
         self._queued: set[int] = set()
@@ -65,10 +64,10 @@ class DiskBook:
         else:
             self._queue.append(entry)
 
-    def next_writes(self, nbytes: int) -> list[int]:
+    def next_writes(self, nbytes: int, in_flight_bytes: int) -> list[int]:
         """Take entries for one plan of writes: as many as the budget allows, at ``nbytes`` each."""
-        room = max(0, self.write_budget_bytes - self.in_flight_bytes) // max(1, nbytes)
-        if not self.in_flight_bytes:
+        room = max(0, self.write_budget_bytes - in_flight_bytes) // max(1, nbytes)
+        if not in_flight_bytes:
             room = max(1, room)  # one block larger than the budget must still get through
         return [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
 

@@ -51,6 +51,10 @@ class Journeys:
         for entries in groups:
             ticket.tiers = np.maximum(ticket.tiers, np.where(state.index.on_host(entries), Tier.HOST, Tier.DISK))
         hop = self._hop(PlanKind.LOAD, groups, first, ticket)
+        hop.nbytes = (last - first) * sum(state.layout.block_bytes)
+        if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
+            ticket.fail_from(first, Reason.REFUSED)
+            return self.advance(ticket)
         if state.config.read.promote:
             self._target(hop)
         if len(hop.entries):
@@ -157,7 +161,8 @@ class Journeys:
         wanted = np.flatnonzero(~kept)
         if state.storing:
             wanted = wanted[[int(entry) not in state.storing for entry in entries[wanted]]]
-        fit, starts = state.host.reserve(group, min(len(wanted), index.table.free), state.may_go)
+        wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
+        fit, starts = state.host.reserve(group, wanted_now, state.may_go)
         for at in wanted[fit:].tolist():
             ticket.fail(first + at, Reason.REFUSED)
         wanted = wanted[:fit]
@@ -171,6 +176,12 @@ class Journeys:
                 index.link(entries[missing], self._parents(keys, group, first, entries)[missing])
         index.lineage[entries[wanted]] = lineage
         return _NewRows(entries[wanted], (first + wanted).astype(np.int32), starts, state.layout.record_pages[group])
+
+    def _store_room(self, block_bytes: int) -> int:
+        """How many more blocks may be under way to host memory; one always may where nothing is."""
+        under_way = self._state.in_flight_bytes[PlanKind.STORE]
+        room = (self._state.config.host.store_queue - under_way) // block_bytes
+        return max(room, 0 if under_way else 1)
 
     def _parents(self, keys: Keys, group: int, first: int, entries: EntryRows) -> EntryRows:
         before = self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
@@ -188,6 +199,7 @@ class Journeys:
         hop = Hop(
             state.next_number(), PlanKind.STORE, entries, blocks, int(state.index.all_ranks), state.version, ticket
         )
+        hop.nbytes = sum(len(p.entries) * n for p, n in zip(new, state.layout.block_bytes, strict=True))
         for rank in state.host.spaces:
             hop.targets[rank] = Targets(
                 np.concatenate([np.array(part.starts[rank], np.int32) for part in new]),

@@ -44,12 +44,18 @@ class ControlState:
         self.news: list[Ticket] = []
         self.lane_rates: dict[tuple[int, str], LaneRate] = {}
         self.counts: Counter[str] = Counter()
+        self.in_flight_bytes: Counter[PlanKind] = Counter()
         self._next_number = 0
 
     @property
     def attached(self) -> bool:
         """Whether every rank has a data plane."""
         return len(self.incarnations) == self.index.ranks
+
+    def has_room_for(self, kind: PlanKind, nbytes: int, limit_bytes: int) -> bool:
+        """Whether ``nbytes`` more of ``kind`` may be under way; whatever its size, one alone always may."""
+        under_way = self.in_flight_bytes[kind]
+        return not under_way or under_way + nbytes <= limit_bytes
 
     def next_number(self) -> int:
         """A number that no plan or ticket of this planner has had."""
@@ -84,6 +90,7 @@ class ControlState:
         """Pin the entries of ``hop`` and put one plan per rank into the outbox."""
         self.index.pin(hop.entries)
         self.hops[hop.plan_id] = hop
+        self.in_flight_bytes[hop.kind] += hop.nbytes
         if hop.ticket is not None:
             hop.ticket.plan_ids.append(hop.plan_id)
             hop.ticket.waits += 1

@@ -34,9 +34,7 @@ class PseudoEngine:
     def __init__(self, layout: KVLayout, num_pages: int) -> None:
         """``num_pages`` pages of every part."""
         self.layout = layout
-        self.tensors = [
-            np.zeros((num_pages, *part.shape), np.dtype(part.dtype)) for part in layout.groups[0].parts
-        ]
+        self.tensors = [np.zeros((num_pages, *part.shape), np.dtype(part.dtype)) for part in layout.groups[0].parts]
         self.memory = PagedTensors(layout, self.tensors)
         self.ids = np.arange(num_pages, dtype=np.int32)
 
