@@ -21,6 +21,7 @@ from kvtier.core.plan import Lineage, Plan, Priority
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
 from kvtier.jobs import AnyJob, Client, FlushResult, Job, JobControl, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner import Durability, Lease, Planner, Ticket
 from kvtier.planner.events import BlockEvent
@@ -304,16 +305,22 @@ class TieredCache:
             self._planner.events.listening = True
             return self._planner.events.take()
 
-    def stats(self) -> dict[str, float]:
-        """Counters and levels of planner and data planes; names end in their unit."""
+    def samples(self) -> list[Sample]:
+        """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``."""
         with self._lock:
-            stats = self._planner.stats()
-            stats["jobs"] = len(self._jobs)
-            stats["memories"] = len(self._memories)
+            counters, levels = self._planner.counters(), self._planner.levels()
+            levels |= {"jobs": len(self._jobs), "memories": len(self._memories)}
+        found = [Sample("counter", name, {}, value) for name, value in counters.items()]
+        found += [Sample("gauge", name, {}, value) for name, value in levels.items()]
         for rank, channel in enumerate(self._channels):
-            prefix = f"rank{rank}_" if len(self._channels) > 1 else ""
-            stats.update({prefix + name: value for name, value in channel.counts().items()})
-        return stats
+            for sample in channel.samples():
+                labels = {"rank": str(rank)} if len(self._channels) > 1 else {}
+                found.append(replace(sample, labels=sample.labels | labels))
+        return sorted(found, key=lambda sample: sample.name)
+
+    def stats(self) -> dict[str, float]:
+        """``samples`` as one dict; names end in their unit, labels stand in braces."""
+        return {str(sample): sample.value for sample in self.samples()}
 
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind."""

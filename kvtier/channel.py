@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import Message, Plan
+from kvtier.metrics import Sample
 from kvtier.transfer import DataPlane
 
 
@@ -31,7 +32,7 @@ class Channel(Protocol):
     def part_ready(self, plan_id: int, part: int) -> bool:
         """Whether a part of a load is in engine memory."""
 
-    def counts(self) -> dict[str, float]:
+    def samples(self) -> list[Sample]:
         """Counters and levels of the rank."""
 
     def close(self, timeout_s: float) -> bool:
@@ -78,9 +79,9 @@ class LocalChannel:
         """Whether a part of a load is in engine memory."""
         return self._plane.part_ready(plan_id, part)
 
-    def counts(self) -> dict[str, float]:
+    def samples(self) -> list[Sample]:
         """Counters and levels of the data plane."""
-        return self._plane.counts()
+        return self._plane.samples()
 
     def close(self, timeout_s: float) -> bool:
         """Stop the data plane."""

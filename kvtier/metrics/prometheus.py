@@ -1,28 +1,28 @@
-"""Prometheus reads the counters: ``prometheus_client.REGISTRY.register(PrometheusCollector(cache_metrics))``."""
+"""Prometheus reads a cache: ``prometheus_client.REGISTRY.register(PrometheusCollector(cache.samples))``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import attrgetter
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from kvtier.metrics.registry import Metrics
+from kvtier.metrics.registry import Sample
 
 
 class PrometheusCollector(Collector):
     """Turns one cache's series into metric families, anew at every scrape."""
 
-    def __init__(self, metrics: Metrics, *, prefix: str = "kvtier_") -> None:
-        """``prefix`` goes before every name."""
-        self._metrics = metrics
+    def __init__(self, read: Callable[[], Iterable[Sample]], *, prefix: str = "kvtier_") -> None:
+        """``read`` gives the series as they are now, sorted by name; ``prefix`` goes before every name."""
+        self._read = read
         self._prefix = prefix
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """One family per name; a label that a series does not have is empty."""
-        for name, group in groupby(self._metrics.samples(), key=attrgetter("name")):
+        for name, group in groupby(self._read(), key=attrgetter("name")):
             samples = list(group)
             labels = sorted({label for sample in samples for label in sample.labels})
             kind = CounterMetricFamily if samples[0].kind == "counter" else GaugeMetricFamily

@@ -6,7 +6,6 @@ time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tel
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable
 from typing import Final
 
@@ -218,21 +217,29 @@ class Planner:
         """Ranks that have reported everything that they found."""
         return len(self._state.incarnations) - len(self._state.recovering)
 
+    def counters(self) -> dict[str, float]:
+        """What happened so far; names end in their unit."""
+        return {**self._state.counts, "evicted_entries": self._state.host.evicted}
+
+    def levels(self) -> dict[str, float]:
+        """How things are now; names end in their unit."""
+        state, touched = self._state, self._state.index.table.touched
+        spaces = state.host.spaces.values()
+        return {
+            "entries": state.index.count,
+            "host_entries": len(state.host),
+            "disk_entries": int(np.count_nonzero(state.index.disk_ranks[:touched])),
+            "pinned_entries": int(np.count_nonzero(state.index.pins[:touched])),
+            "host_used_bytes": PAGE_BYTES * sum(space.used_pages for space in spaces),
+            "host_capacity_bytes": PAGE_BYTES * sum(space.capacity_pages for space in spaces),
+            "write_backlog_entries": state.disk.backlog,
+            "leases": len(state.leases),
+            "hops": len(state.hops),
+        }
+
     def stats(self) -> dict[str, float]:
-        """Counters and levels; names end in their unit."""
-        state = self._state
-        levels: Counter[str] = Counter(state.counts)
-        levels["entries"] = state.index.count
-        levels["host_entries"] = len(state.host)
-        levels["host_used_bytes"] = PAGE_BYTES * sum(space.used_pages for space in state.host.spaces.values())
-        levels["host_capacity_bytes"] = PAGE_BYTES * sum(space.capacity_pages for space in state.host.spaces.values())
-        levels["evicted_entries"] = state.host.evicted
-        levels["leases"] = len(state.leases)
-        levels["hops"] = len(state.hops)
-        levels["pinned_entries"] = int(np.count_nonzero(state.index.pins[: state.index.table.touched]))
-        levels["write_backlog_entries"] = state.disk.backlog
-        levels["disk_entries"] = int(np.count_nonzero(state.index.disk_ranks[: state.index.table.touched]))
-        return dict(levels)
+        """Counters and levels together."""
+        return self.counters() | self.levels()
 
     # --- inside -----------------------------------------------------------------------------------------------------
 

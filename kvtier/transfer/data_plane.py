@@ -28,6 +28,7 @@ from kvtier.core.plan import (
     Recovered,
 )
 from kvtier.errors import CapacityError, ConfigError
+from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
@@ -94,6 +95,7 @@ class DataPlane:
             rank=rank, incarnation=incarnation, layout=layout, verify_memory=config.read.verify_memory,
             clock=machine.runtime.clock, host=host, staging=Staging(staging, record_pages),
             headers=Staging(headers, 1, shares=False), paths=[],
+            metrics=Metrics(machine.runtime.lock(), max_series=config.metrics.max_series),
         )  # fmt: skip
         self._open_directories(layout)
         self._start()
@@ -164,17 +166,17 @@ class DataPlane:
             run = self._runs.get(plan_id)
             return run is None or run.part_ready(part)
 
-    def counts(self) -> dict[str, float]:
-        """What happened to the bytes: errors and damage, by name."""
+    def samples(self) -> list[Sample]:
+        """What happened to the bytes, and the levels of now."""
         with self._lock:
-            levels: dict[str, float] = dict(self._equipment.counts)
-            levels["runs"] = len(self._runs)
-            levels["staging_free"] = self._equipment.staging.free
-            levels["staging_buffers"] = self._equipment.staging.count
-            levels["headers_free"] = self._equipment.headers.free
-            for path in self._equipment.paths:
-                levels[f"{path.lane.name}_queued_bytes"] = path.lane.queued_bytes
-            return levels
+            equipment, metrics = self._equipment, self._equipment.metrics
+            metrics.set("runs", len(self._runs))
+            metrics.set("staging_free", equipment.staging.free)
+            metrics.set("staging_buffers", equipment.staging.count)
+            for path in equipment.paths:
+                metrics.set("lane_queued_bytes", path.lane.queued_bytes, lane=path.lane.name)
+                metrics.set("lane_bytes_per_s", path.lane.bytes_per_s, lane=path.lane.name)
+        return metrics.samples()
 
     def close(self, timeout_s: float) -> bool:
         """Stop taking plans, end what is under way, close the directories; True when nothing was left behind.
@@ -233,8 +235,7 @@ class DataPlane:
             result = piece.work()
         except Exception as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
             result = error
-            self._equipment.counts["failed_pieces"] += 1
-            self._last_error = error
+            self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
         with self._lock:
             piece.finish(result)
             self._equipment.kick()

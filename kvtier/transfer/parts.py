@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -13,6 +13,7 @@ from kvtier.codecs.base import pages_of
 from kvtier.codecs.chain import chain_of
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import PAGE_BYTES, Message
+from kvtier.metrics import Metrics
 from kvtier.models.layout import KVLayout, SliceSpan
 from kvtier.runtime.seam import Arena, Buffer, Clock
 from kvtier.tiers.disk import DiskTier
@@ -55,6 +56,7 @@ class Equipment:
     host: Arena
     staging: Staging
     headers: Staging
+    metrics: Metrics
     paths: list[DiskPath]
     raw_spans: tuple[tuple[tuple[SliceSpan, int], ...], ...] = field(init=False)
     """Per group, every slice and where it begins in a raw record."""
@@ -66,7 +68,6 @@ class Equipment:
     work: WorkQueue = field(default_factory=WorkQueue)
     memories: dict[int, KVMemory] = field(default_factory=dict)
     outbox: deque[Message] = field(default_factory=deque)
-    counts: Counter[str] = field(default_factory=Counter)
     waiting_for_staging: deque[WaitsForStaging] = field(default_factory=deque)
     reclaims: dict[int, WaitsForReclaim] = field(default_factory=dict)
 

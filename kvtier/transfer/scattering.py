@@ -115,7 +115,7 @@ class LoadRun(Run):
     ) -> None:
         """The lane is done with ``rows``; the staging buffers among ``buffers`` go back when their content was used."""
         if error is not None:
-            self.equipment.counts["read_errors"] += 1
+            self.equipment.metrics.add("read_errors")
             self._give_back(staged)
             for row in rows:
                 if self.states[row] == _State.ENDED:
@@ -174,7 +174,7 @@ class LoadRun(Run):
             else:
                 self.ok(row, moved_bytes=pages * PAGE_BYTES)
         elif reason == Reason.DAMAGED:
-            self.equipment.counts["damaged_reads"] += 1
+            self.equipment.metrics.add("damaged_reads", tier=origin.label)
             self._try_again(row, origin, reason)
         else:
             self._end(row, reason)
@@ -215,7 +215,7 @@ class LoadRun(Run):
             table["page"][at] = self.disk_page[row] if on_disk else self.host_page[row]
             table["generation"][at] = self.generation[row] if on_disk else 0
         equipment = self.equipment
-        equipment.counts["lost_copies"] += len(rows)
+        equipment.metrics.add("lost_copies", len(rows), tier=tier.label)
         equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
 
     def _end(self, row: int, reason: Reason) -> None:

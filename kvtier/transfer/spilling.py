@@ -184,7 +184,7 @@ class WriteMove:
                 run.not_written(record, Reason.IO_ERROR)
             run.equipment.headers.give_back(header, Priority.SPILL)
         if done.error is not None:
-            run.equipment.counts["write_errors"] += 1
+            run.equipment.metrics.add("write_errors", lane=self._path.lane.name)
         run.settle()
 
     def _late(self) -> bool:

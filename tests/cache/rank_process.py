@@ -14,6 +14,7 @@ from kvtier.core import wire
 from kvtier.core.keys import Keys
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import Message, Plan
+from kvtier.metrics import Sample
 from kvtier.runtime import system_machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from kvtier.transfer import DataPlane
@@ -123,8 +124,8 @@ class PipeChannel:
     def part_ready(self, plan_id: int, part: int) -> bool:
         return False
 
-    def counts(self) -> dict[str, float]:
-        return {}
+    def samples(self) -> list[Sample]:
+        return []
 
     def close(self, timeout_s: float) -> bool:
         return True

@@ -19,7 +19,8 @@ def resident_bytes():
     return int(line.split()[1]) * 1024
 
 BLOCKS, GIB = 32, 1 << 30
-parts = tuple(Part(layer, kind, "float16", ("token", "head", "dim"), (64, 8, 64)) for layer in range(32) for kind in "kv")
+axes, shape = ("token", "head", "dim"), (64, 8, 64)
+parts = tuple(Part(layer, kind, "float16", axes, shape) for layer in range(32) for kind in "kv")
 layout = KVLayout(64, 64, (KVGroup("attention", parts),))
 block_bytes = layout.block_bytes[0]
 tensors = [np.ones((BLOCKS, 64, 8, 64), np.float16) for _ in parts]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from kvtier import TieredCache
+from kvtier.metrics.prometheus import PrometheusCollector
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
@@ -80,3 +83,16 @@ def test_what_is_closed_is_found_again_whatever_the_policy(tmp_path: Path) -> No
             tokens = store(cache, 1)
         with opened(tmp_path / write, write) as cache:
             assert cache.match(tokens) == 4 * SIZE
+
+
+def test_prometheus_reads_what_stats_says(tmp_path: Path) -> None:
+    """Counters and gauges of planner and data plane, with their labels."""
+    with opened(tmp_path, "write_through") as cache:
+        store(cache, 1)
+        cache.flush("process", 30)
+        registry = CollectorRegistry()
+        registry.register(PrometheusCollector(cache.samples))
+        assert registry.get_sample_value("kvtier_stored_host_blocks_total") == 4
+        assert registry.get_sample_value("kvtier_disk_entries") == 4
+        assert registry.get_sample_value("kvtier_lane_queued_bytes", {"lane": "disk-0"}) == 0
+        assert cache.stats()["lane_queued_bytes{lane=disk-0}"] == 0

@@ -86,7 +86,7 @@ def test_prometheus_sees_counters_and_gauges_with_their_labels() -> None:
     m.add("tokens", 1)
     m.set("bytes_used", 5, tier="disk")
     registry = CollectorRegistry()
-    registry.register(PrometheusCollector(m))
+    registry.register(PrometheusCollector(m.samples))
     text = generate_latest(registry).decode()
     assert 'kvtier_tokens_total{tier="host"} 128.0' in text
     assert 'kvtier_tokens_total{tier=""} 1.0' in text
