@@ -255,11 +255,15 @@ class TieredCache:
         deadline_s: float | None = None,
         client: Client | None = None,
     ) -> Job[PrefetchResult]:
-        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use."""
+        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
+
+        Without ``deadline_s`` it may take as long as ``[prefetch]`` says; what is not there by then is left on disk.
+        """
         if to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
-        deadline = None if deadline_s is None else self._clock.monotonic() + deadline_s
+        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else deadline_s
+        deadline = None if patience_s is None else self._clock.monotonic() + patience_s
         return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
@@ -467,6 +471,12 @@ class TieredCache:
             del self._memories[id(memory)]
             for channel in self._channels:
                 channel.unregister(known.memory_id)
+
+    def _prefetch_patience_s(self, keys: Keys) -> float | None:
+        prefetch = self.config.prefetch
+        if prefetch.policy != "timeout":
+            return None
+        return prefetch.timeout_base_s + prefetch.timeout_per_1k_tokens_s * keys.num_tokens / 1024
 
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens

@@ -119,3 +119,20 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     stats = world.cache.stats()
     assert (stats["hops"], stats["pinned_entries"], stats["runs"]) == (0, 0, 0)
     assert stats["staging_free"] == stats["staging_buffers"]
+
+
+def test_a_prefetch_takes_no_longer_than_its_policy_says() -> None:
+    """From a disk that takes seconds, ``timeout`` gives up in time and ``wait_complete`` brings everything."""
+    for policy, complete in (("timeout", False), ("wait_complete", True)):
+        world = World(4)
+        world.cache.close()
+        world.config = SETTINGS | {"prefetch": {"policy": policy, "timeout_base_s": 1.0}, "read": {"promote": False}}
+        world.cache = world.open()
+        keys = [world.cache.keys([number] * (SIZE * BLOCKS)) for number in range(8)]
+        for own in keys:
+            world.engine.write(own, range(BLOCKS))
+            world.cache.submit_store(own, world.engine.pages, durability="process").result(600)
+        world.world.disk.latency_s = 30.0
+        result = world.cache.submit_prefetch(keys[0]).result(600)
+        assert (result.fetched == SIZE * BLOCKS) is complete
+        assert (world.cache.lookup(keys[0]).by_tier["host"] > 0) is complete
