@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks.machine import DeviceCounters
+from benchmarks.machine import DeviceCounters, huge_pages
 from benchmarks.pairs import Contestant, Step, Times, alternate, ratio_of
 from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, llama_8b
 from benchmarks.rawdisk import RawDisk
@@ -238,6 +238,7 @@ class _Bench:
             "bytes_per_pair": self.pair_bytes,
             "requests_per_pair": REQUESTS,
             "io_threads": IO_THREADS,
+            "huge_pages": huge_pages(),
             "engine_bytes": ENGINE_BYTES,
             "host_capacity_bytes": HOST_BYTES,
             "disk_capacity_bytes": self.capacity,

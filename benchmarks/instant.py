@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.suite import BenchmarkError
 from kvtier.core.memory import KVMemory
 from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Hello, Message, Plan, PlanKind, Status, Tier
+from kvtier.metrics import Sample
 from kvtier.models import KVLayout
 
 
@@ -61,9 +62,9 @@ class InstantChannel:
         """There are no loads."""
         return True
 
-    def counts(self) -> dict[str, float]:
+    def samples(self) -> list[Sample]:
         """Nothing is counted."""
-        return {}
+        return []
 
     def close(self, timeout_s: float) -> bool:
         """There is nothing to stop."""

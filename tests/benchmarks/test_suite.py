@@ -104,6 +104,16 @@ def test_the_counters_of_a_device_are_those_of_its_stat_file(tmp_path: Path) -> 
     assert DeviceCounters(stat).read_bytes()[0] == 2048 * 512
 
 
+def test_only_arenas_count_for_the_share_in_huge_pages() -> None:
+    smaps = (
+        "7f00-7f10 rw-s 00000000 00:01 7   /memfd:kvtier-host (deleted)\nRss:     3000 kB\nShmemPmdMapped: 1000 kB\n"
+        "7f20-7f30 rw-p 00000000 00:00 0\nRss:     9000 kB\nShmemPmdMapped: 0 kB\n"
+        "7f40-7f50 rw-s 00000000 00:01 8   /memfd:kvtier-raw (deleted)\nRss:     1000 kB\nShmemPmdMapped: 1000 kB\n"
+    )
+    assert machine.huge_share(smaps) == 0.5
+    assert machine.huge_share("") == 0.0
+
+
 def test_what_is_stored_where_nothing_moves_is_found() -> None:
     control = import_module("benchmarks.lookup")._Control(entries=256)
     with closing(control):
