@@ -13,19 +13,17 @@ from kvtier.core.plan import (
     Completion,
     DiskState,
     Hello,
-    Lineage,
     Lost,
     PlanKind,
     Priority,
     Reason,
-    Recovered,
-    Table,
     Tier,
 )
 from kvtier.errors import ConfigError
-from kvtier.index.entries import MISSING, EntryRows, Mask
+from kvtier.index.entries import EntryRows, Mask
 from kvtier.planner.hops import Hop
 from kvtier.planner.journeys import Journeys
+from kvtier.planner.recovery import Recovery
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
@@ -40,7 +38,7 @@ class Commits:
         """Tickets go on through ``journeys``."""
         self._state = state
         self._journeys = journeys
-        self._orphans: dict[int, bytes] = {}
+        self.recovery = Recovery(state)
         self._settle = {
             PlanKind.STORE: self._settle_store,
             PlanKind.LOAD: self._settle_load,
@@ -109,6 +107,7 @@ class Commits:
         for rank in hop.answers:
             a = hop.answers[rank][rows]
             complete = state.index.add_disk(rank, written, a["segment"], a["page"], a["pages"], a["generation"])
+            self.recovery.written(rank, written)
         state.tell("stored", complete, Tier.DISK)
         state.counts["spilled_bytes"] += sum(int(a["moved_bytes"].sum()) for a in hop.answers.values())
         reasons = hop.reason.tolist()
@@ -197,7 +196,7 @@ class Commits:
         state.host.attach(hello.rank, hello.host_pages)
         state.disk.attach(hello)
         if hello.disk_bytes:
-            state.recovering.add(hello.rank)
+            self.recovery.begin(hello.rank)
 
     def _void(self, rank: int) -> None:
         state, index = self._state, self._state.index
@@ -217,46 +216,6 @@ class Commits:
         index.drop_disk(rank, on_disk)
         state.left(on_host, Tier.HOST)
         state.left(on_disk, Tier.DISK)
-
-    def recovered(self, report: Recovered) -> None:
-        """Blocks that an earlier life left on disk: exact ones first, then the highest sequence wins."""
-        state = self._state
-        for group in np.unique(report.rows["group"]).tolist():
-            rows = report.rows[report.rows["group"] == group]
-            self._recover_group(report.rank, group, _winners(rows))
-        if report.final:
-            self._link_orphans()
-            state.recovering.discard(report.rank)
-
-    def _recover_group(self, rank: int, group: int, rows: Table) -> None:
-        state, index = self._state, self._state.index
-        keys = np.ascontiguousarray(rows["key"])
-        entries = index.table.find(keys, group)
-        known = entries >= 0
-        worse = known & (index.lineage[entries] == Lineage.EXACT) & (rows["lineage"] != Lineage.EXACT)
-        worse &= (index.disk_ranks[entries] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
-        missing = np.flatnonzero(~known)[: index.table.free]
-        entries[missing] = index.add(
-            keys[missing], group, depths=rows["depth"][missing], tokens=rows["tokens"][missing],
-            lineage=rows["lineage"][missing],
-        )  # fmt: skip
-        keep = np.flatnonzero((entries >= 0) & ~worse)
-        rows, entries = rows[keep], entries[keep]
-        complete = index.add_disk(rank, entries, rows["segment"], rows["page"], rows["pages"], rows["generation"])
-        state.tell("stored", complete, Tier.DISK)
-        orphans = entries[(index.parent[entries] == MISSING) & (rows["depth"] > 0)]
-        parents = rows["parent"][(index.parent[entries] == MISSING) & (rows["depth"] > 0)]
-        for entry, parent in zip(orphans.tolist(), parents, strict=True):
-            self._orphans[entry] = parent.tobytes()
-
-    def _link_orphans(self) -> None:
-        index = self._state.index
-        for entry, key in self._orphans.items():
-            if index.linked[entry] and index.parent[entry] == MISSING:
-                parent = index.table.find_one(key, int(index.table.groups[entry]))
-                if parent >= 0:
-                    index.link(np.array([entry], np.int32), np.array([parent], np.int32))
-        self._orphans.clear()
 
     def lost(self, report: Lost) -> None:
         """Copies that turned out damaged or gone; newer copies at other places stay."""
@@ -373,12 +332,3 @@ class Commits:
             state.send(hop, priority=Priority.SPILL)
             return True
         return False
-
-
-def _winners(rows: Table) -> Table:
-    """One row per key: exact lineage before approximate, then the highest sequence."""
-    order = np.lexsort((-rows["sequence"], rows["lineage"]))
-    keys = np.ascontiguousarray(rows["key"][order]).view("V32").reshape(-1)
-    _, first = np.unique(keys, return_index=True)
-    winners: Table = rows[np.sort(order[first])]
-    return winners

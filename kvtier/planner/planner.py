@@ -174,7 +174,7 @@ class Planner:
         elif isinstance(message, Completion):
             self._commits.complete(message)
         elif isinstance(message, Recovered):
-            self._commits.recovered(message)
+            self._commits.recovery.take(message)
         elif isinstance(message, Lost):
             self._commits.lost(message)
         elif isinstance(message, DiskState):
