@@ -119,12 +119,10 @@ class PagedTensors:
                 f"{where}: its {len(pages.ids)} pages hold tokens [{pages.first_token}, {covered}), want "
                 f"[{start}, {stop}): {-(-(stop - first) // size)} pages of {size} tokens from token {first}"
             )
-        touched = pages.ids[(start - pages.first_token) // size : -(-(stop - pages.first_token) // size)]
-        if touched.size and not 0 <= int(touched.min()) <= int(touched.max()) < num_pages:
-            raise ConfigError(
-                f"{where}: ids {int(touched.min())} to {int(touched.max())}, the memory has pages 0 to {num_pages - 1}"
-            )
-        if len(np.unique(touched)) != len(touched):
+        touched = np.sort(pages.ids[(start - pages.first_token) // size : -(-(stop - pages.first_token) // size)])
+        if touched.size and not 0 <= touched[0] <= touched[-1] < num_pages:
+            raise ConfigError(f"{where}: ids {touched[0]} to {touched[-1]}, the memory has pages 0 to {num_pages - 1}")
+        if (touched[1:] == touched[:-1]).any():  # np.unique takes a hundred times as long for a short table
             raise ConfigError(f"{where}: a page id is there twice; two parts of a sequence cannot lie in one page")
 
 
