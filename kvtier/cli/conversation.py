@@ -84,10 +84,10 @@ class Talk:
         self._remembered = DynamicCache()
 
     def warm_up(self) -> None:
-        """Run both ways once on a text of their own, so that neither pays for what only a first run costs."""
+        """Run both ways twice on a text of their own, so that neither pays for what only a first run costs."""
         text = torch.tensor([list(_text()[-512:])])
-        self.without_cache(text)
         for prompt in (text, torch.cat((text, text), 1)):
+            self.without_cache(prompt)
             self._generator.generate(prompt, tenant=f"{self.tenant} warm-up", **_SETTINGS)
 
     def turn(self, prompt: torch.Tensor) -> tuple[Turn, torch.Tensor]:
