@@ -214,8 +214,9 @@ class Commits:
         for entry in on_host.tolist():
             state.host.drop(entry)
         index.drop_disk(rank, on_disk)
-        state.left(on_host, Tier.HOST)
-        state.left(on_disk, Tier.DISK)
+        state.tell("removed", on_host, Tier.HOST)
+        state.tell("removed", on_disk, Tier.DISK)
+        state.forget_unreadable(np.union1d(on_host, on_disk))
 
     def lost(self, report: Lost) -> None:
         """Copies that turned out damaged or gone; newer copies at other places stay."""

@@ -125,8 +125,7 @@ class Journeys:
             return
         worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT)
         old = entries[worse]
-        for entry in old.tolist():
-            index.unlink(entry)
+        state.supersede(old)
         entries[worse] = MISSING
         state.unpinned(index.unpin(old))
 

@@ -79,19 +79,18 @@ class Recovery:
         index.add_disk(rank, entries, rows["segment"], rows["page"], rows["pages"], rows["generation"])
         index.lineage[entries] = rows["lineage"]
         self._sequences[rank][entries] = rows["sequence"] + 1
-        state.tell("stored", entries[index.on_disk(entries) & ~before], Tier.DISK)
         waiting = (index.parent[entries] == MISSING) & (rows["depth"] > 0)
         orphans = _Orphans(entries[waiting], keys[waiting], np.ascontiguousarray(rows["parent"][waiting]), group)
         if len(orphans.entries):
             self._link(orphans)
+        state.tell("stored", entries[index.on_disk(entries) & ~before], Tier.DISK)
 
     def _supersede(self, entries: EntryRows, rows: Table) -> None:
         """An exact copy takes the place of approximate content: those of ``entries`` become MISSING."""
         state, index = self._state, self._state.index
         worse = (entries >= 0) & (rows["lineage"] == Lineage.EXACT) & (index.lineage[entries] != Lineage.EXACT)
         old = entries[worse]
-        for entry in old.tolist():
-            index.unlink(entry)
+        state.supersede(old)
         entries[worse] = MISSING
         state.unpinned(old[index.pins[old] == 0])
 

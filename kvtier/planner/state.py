@@ -121,6 +121,13 @@ class ControlState:
         for entry in entries[bare].tolist():
             index.release(entry)
 
+    def supersede(self, entries: EntryRows) -> None:
+        """Their keys are for other content now: nobody finds them any more, and they go with their last pin."""
+        self.tell("removed", entries[self.index.on_host(entries)], Tier.HOST)
+        self.tell("removed", entries[self.index.on_disk(entries)], Tier.DISK)
+        for entry in entries.tolist():
+            self.index.unlink(entry)
+
     def _drop_superseded(self, entry: int) -> None:
         if self.index.host_ranks[entry]:
             self.host.drop(entry)
@@ -130,6 +137,10 @@ class ControlState:
     def left(self, entries: EntryRows, tier: Tier) -> None:
         """Copies of ``entries`` in ``tier`` are gone: tell, and forget those that cannot be read any more."""
         self.tell("removed", entries, tier)
+        self.forget_unreadable(entries)
+
+    def forget_unreadable(self, entries: EntryRows) -> None:
+        """Forget those of ``entries`` that cannot be read any more and that nothing holds."""
         for entry in entries[~self.index.readable(entries)].tolist():
             if self.index.host_ranks[entry]:
                 self.host.drop(entry)
@@ -140,7 +151,8 @@ class ControlState:
         self.left(np.array([entry], np.int32), Tier.HOST)
 
     def tell(self, change: Literal["stored", "removed"], entries: EntryRows, tier: Tier) -> None:
-        """Note an event for whoever listens."""
+        """Note an event for whoever listens; what was superseded has been told as removed already."""
+        entries = entries[self.index.linked[entries]]
         self.counts[f"{change}_{tier.label}_blocks"] += len(entries)
         if self.events.listening and len(entries):
             index, parents = self.index, self.index.parent[entries]
