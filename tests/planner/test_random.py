@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvtier.core.keys import Keys, Root
-from kvtier.core.plan import Lineage, PlanKind, Reason, Status, Tier
+from kvtier.core.plan import Hello, Lineage, PlanKind, Reason, Status, Tier
 from kvtier.planner import Durability, Lease, Outcome, Ticket, TicketKind
 from tests.planner.bench import BLOCK, Bench
 
@@ -161,7 +161,7 @@ class Storm:
     def restart(self) -> None:
         """A rank begins a new life; what it has on disk is reported in any order."""
         plane = self.random.choice(self.bench.planes)
-        late = plane.outbox
+        late = [message for message in plane.outbox if not isinstance(message, Hello)]
         plane.restart()
         plane.outbox += self.random.sample(late, len(late) // 2)
         if plane.segments:
