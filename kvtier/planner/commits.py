@@ -21,7 +21,7 @@ from kvtier.core.plan import (
 )
 from kvtier.errors import ConfigError
 from kvtier.index.entries import EntryRows, Mask
-from kvtier.planner.hops import Hop
+from kvtier.planner.hops import Hop, stretches
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.recovery import Recovery
 from kvtier.planner.state import ControlState
@@ -66,9 +66,12 @@ class Commits:
     def _go_on(self, hop: Hop) -> None:
         """Settle once every rank has answered; let go once every rank has said its last word."""
         state, ticket = self._state, hop.ticket
-        if ticket and not hop.sources_left and not ticket.source_free and hop.kind == PlanKind.STORE:
-            ticket.source_free = True
-            state.news.append(ticket)
+        if ticket and not hop.sources_left and not hop.source_told and hop.kind == PlanKind.STORE:
+            hop.source_told = True
+            ticket.sources -= 1
+            if not ticket.sources and not ticket.source_free:
+                ticket.source_free = True
+                state.news.append(ticket)
         if not hop.settled and (hop.answered if len(hop.entries) else not hop.finals_left):
             hop.settled = True
             state.in_flight_bytes[hop.kind] -= hop.nbytes
@@ -302,8 +305,8 @@ class Commits:
                     done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
                     state.disk.take_back(entry)
                     self._advance(state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE))
-            if going:
-                self._send_write(wanted, nbytes)
+            for rows in stretches(len(wanted), nbytes):
+                self._send_write(wanted[rows], nbytes)
 
     def _send_write(self, entries: EntryRows, nbytes: int) -> None:
         state = self._state

@@ -16,6 +16,7 @@ Ints: TypeAlias = npt.NDArray[np.int32]
 Extent: TypeAlias = tuple[int, int, int]
 """(rank, first page, pages) of a host arena."""
 
+HOP_BYTES: Final = 32 << 20
 _SILENT: Final = 255
 
 
@@ -67,6 +68,7 @@ class Hop:
     unanswered: dict[int, int] = field(init=False)
     sources_left: int = field(init=False)
     finals_left: int = field(init=False)
+    source_told: bool = False
     settled: bool = False
     _quarantined: bool = False
 
@@ -178,3 +180,9 @@ class Hop:
         extents = [(rank, int(targets.page[row]), int(targets.pages[row])) for row in rows.tolist()]
         targets.page[rows] = NOWHERE
         return extents
+
+
+def stretches(rows: int, nbytes: int) -> list[slice]:
+    """Cut ``rows`` rows of ``nbytes`` each into runs that are one hop: short enough for the hops to overlap."""
+    size = max(1, HOP_BYTES // nbytes)
+    return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]

@@ -8,9 +8,9 @@ import numpy as np
 
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
-from kvtier.core.plan import Lineage, PlanKind, Priority, Reason, Tier
+from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Tier
 from kvtier.index.entries import MISSING, EntryRows
-from kvtier.planner.hops import Hop, Ints, Join, Targets
+from kvtier.planner.hops import Hop, Ints, Join, Targets, stretches
 from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease
 from kvtier.planner.state import ControlState
@@ -195,27 +195,32 @@ class Journeys:
                 state.news.append(ticket)
             return
         blocks = np.concatenate([part.blocks for part in new])
-        hop = Hop(
-            state.next_number(), PlanKind.STORE, entries, blocks, int(state.index.all_ranks), state.version, ticket
-        )
-        hop.nbytes = sum(len(p.entries) * n for p, n in zip(new, state.layout.block_bytes, strict=True))
-        for rank in state.host.spaces:
-            hop.targets[rank] = Targets(
+        targets = {
+            rank: Targets(
                 np.concatenate([np.array(part.starts[rank], np.int32) for part in new]),
                 np.concatenate([np.full(len(part.entries), part.pages, np.int32) for part in new]),
             )
-        state.storing.update(dict.fromkeys(entries.tolist(), hop))
-        parents = np.frombuffer(b"".join(map(keys.parent, blocks.tolist())), np.uint8).reshape(-1, 32)
+            for rank in state.host.spaces
+        }
+        # One hop for each stretch, so that the first blocks are on their way to disk while the last are gathered.
+        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES):
+            ranks, number = int(state.index.all_ranks), state.next_number()
+            hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
+            hop.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in targets.items()}
+            self._send_stretch(hop, keys, pages, start)
+
+    def _send_stretch(self, hop: Hop, keys: Keys, pages: PageTable, start: int) -> None:
+        state, groups = self._state, self._state.index.table.groups[hop.entries]
+        hop.nbytes = int(np.array(state.layout.block_bytes)[groups].sum())
+        if hop.ticket is not None:
+            hop.ticket.sources += 1
+        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
+        parents = np.frombuffer(b"".join(map(keys.parent, hop.blocks.tolist())), np.uint8).reshape(-1, 32)
         stop = len(keys) * keys.block_tokens
         state.send(
-            hop,
-            priority=Priority.SPILL,
-            parents=parents,
-            chain=state.config.host.codec,
-            pages=pages,
-            start=start,
+            hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop,
-        )
+        )  # fmt: skip
 
     def _hold(self, ticket: Ticket, held: list[tuple[EntryRows, Ints]]) -> None:
         for entries, blocks in held:

@@ -56,6 +56,8 @@ class Ticket:
     durability: Durability = Durability.MEMORY
     stage: Durability = Durability.MEMORY
     waits: int = 0
+    sources: int = 0
+    """Hops that still read the engine's pages."""
     source_free: bool = False
     finished: bool = False
     moved_bytes: int = 0
