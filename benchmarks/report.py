@@ -61,7 +61,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
         own = list(group)
         commits = sorted({row.commit for row in own})
         lines += [f"Measured on {machine}, at {', '.join(commits)}:", ""]
-        lines += ["| what | kvtier | baseline | ratio (at least) | target | met |", "|---|---|---|---|---|---|"]
+        lines += ["| what | kvtier | baseline | ratio (lower 5 % bound) | target | met |", "|---|---|---|---|---|---|"]
         lines += [_line(row) for row in own]
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
