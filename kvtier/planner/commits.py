@@ -277,7 +277,7 @@ class Commits:
     def _spill_to_low_watermark(self) -> None:
         """Free what is on disk already, the least worth keeping first; if that is too little, queue the rest for it."""
         state, low = self._state, self._state.config.host.low_watermark
-        free_pages = max(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
+        free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
         state.host.make_room(free_pages, state.may_go)
         surplus = free_pages - min(space.free_pages for space in state.host.spaces.values())
         if not state.disk.usable:

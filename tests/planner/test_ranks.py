@@ -256,6 +256,18 @@ def test_an_arena_of_another_size_may_come_with_a_new_life() -> None:
     bench.check_at_rest()
 
 
+def test_the_smallest_arena_says_how_much_is_freed_over_the_watermark() -> None:
+    """A share of the largest may be more than all of the smallest: everything would have to go."""
+    bench = Bench(ranks=2, host_blocks=8, attach=False, host={"high_watermark": 0.8, "low_watermark": 0.5})
+    bench.planes[1].host_pages *= 4
+    for plane in bench.planes:
+        plane.hello()
+    bench.hear()
+    bench.stored(bench.keys(7))
+    assert bench.planner.stats()["host_entries"] == 4
+    bench.check_at_rest()
+
+
 def test_what_was_removed_by_a_new_life_is_told_by_tier() -> None:
     bench = Bench(segments=4)
     keys = bench.keys(2)
