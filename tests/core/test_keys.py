@@ -317,6 +317,12 @@ def test_extra_changes_keys_from_the_first_block_that_it_overlaps() -> None:
     assert differing([], [(16, 20, b"x")]) == 4, "content behind the last block says nothing about it"
 
 
+@pytest.mark.parametrize("span", [(0, 4), (4, 8), (3, 4), (4, 5), (3, 5), (0, 12), (7, 8)])
+def test_extra_counts_in_the_blocks_that_it_overlaps_and_in_no_other(span: tuple[int, int]) -> None:
+    extra = [(*span, b"x")]
+    assert Keys.from_tokens(ROOT, range(12), 4, extra).digests == chained(ROOT.digest(), list(range(12)), 4, extra)
+
+
 def test_extra_differs_by_digest_and_by_where_it_lies() -> None:
     assert differing([(4, 8, b"cat")], [(4, 8, b"dog")]) == 1
     assert differing([(4, 8, b"cat")], [(5, 8, b"cat")]) == 1

@@ -114,6 +114,19 @@ def test_a_parent_without_copies_stays_as_a_ghost_until_its_last_child_went() ->
     assert index.table.free == 16
 
 
+def test_a_child_that_is_linked_late_counts_wherever_it_lies_by_then() -> None:
+    """After a restart children are told, and may be promoted, before their parents are known."""
+    index = Index(16, ranks=2)
+    parent, resident, spilled = index.add(keys(3), 0, depths=np.zeros(3, np.int32), tokens=4, lineage=0).tolist()
+    on_host(index, one(resident))
+    on_disk(index, one(spilled))
+    index.link(np.array([resident, spilled], np.int32), np.array([parent, parent], np.int32))
+    assert index.children[parent] == 2
+    assert index.host_children[parent] == 1
+    index.drop_host(resident)
+    assert index.host_children[parent] == 0
+
+
 @pytest.mark.parametrize("holder", ["pin", "host", "disk", "child"])
 def test_what_is_held_by_anything_is_not_forgotten(holder: str) -> None:
     index = Index(16, ranks=2)

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable
 
-GROUPS = (0, 1, 65535)
+GROUPS = (0, 1, 64, 65535)
+"""0 and 64 share their buckets in tables of up to 64."""
 
 
 def key_of(word: int, number: int) -> bytes:

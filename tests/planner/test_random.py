@@ -253,6 +253,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def short_hops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores and writes of more than five blocks are several hops."""
+    monkeypatch.setattr("kvtier.planner.hops.HOP_BYTES", 5 * 2 * 4096)
+
+
 @pytest.mark.parametrize("trouble", [0.0, 0.15], ids=["calm", "trouble"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("write", WRITE_POLICIES)

@@ -271,6 +271,63 @@ def test_the_pages_of_the_engine_are_free_before_the_store_is_done() -> None:
     assert bench.news == [ticket]
 
 
+# --- long stores are several hops ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_blocks_a_hop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.planner.hops.HOP_BYTES", 2 * 2 * 4096)
+
+
+@pytest.mark.usefixtures("two_blocks_a_hop")
+def test_the_first_blocks_of_a_long_store_hit_while_the_last_are_gathered() -> None:
+    bench = Bench(segments=6)
+    keys = bench.keys(5)
+    ticket = bench.store(keys)
+    assert [plan.rows["block"].tolist() for plan in bench.plans(PlanKind.STORE)] == [[0, 1], [2, 3], [4]]
+    first = bench.in_flight(PlanKind.STORE)
+    bench.planes[0].finish(first)
+    bench.hear()
+    bench.check()
+    assert bench.match(keys) == 2
+    assert bench.lookup(keys).pending_blocks == 3
+    assert bench.plans(PlanKind.SPILL), "writing begins at once"
+    assert not ticket.source_free
+    bench.run()
+    assert ticket.count(Outcome.DONE) == 5
+    assert bench.match(keys) == 5
+
+
+@pytest.mark.usefixtures("two_blocks_a_hop")
+def test_the_pages_of_a_long_store_are_free_when_every_hop_is_done_with_them() -> None:
+    bench = Bench(ranks=2)
+    ticket = bench.store(bench.keys(5))
+    bench.news.clear()
+    for plane in bench.planes:
+        for number in list(plane.flights):
+            assert not ticket.source_free
+            plane.free_source(number)
+            plane.free_source(number)
+            bench.hear()
+    assert ticket.source_free
+    assert not ticket.finished
+    assert bench.news == [ticket]
+    bench.run()
+    bench.check_at_rest()
+
+
+@pytest.mark.usefixtures("two_blocks_a_hop")
+def test_of_a_long_store_one_hop_may_fail_alone() -> None:
+    bench = Bench()
+    keys = bench.keys(5)
+    first, second = bench.store(keys), bench.store(keys, durability=Durability.PROCESS)
+    bench.run(lambda plan, row: Reason.GONE if plan.rows["block"][row] in (2, 3) else Status.OK)
+    for ticket in (first, second):
+        assert np.flatnonzero(ticket.reason == Reason.GONE).tolist() == [2, 3]
+    assert bench.match(keys) == 2
+    bench.check_at_rest()
+
+
 # --- single flight ----------------------------------------------------------------------------------------------------
 
 
