@@ -184,10 +184,15 @@ class Index:
 
     def in_segment(self, rank: int, segment: int) -> EntryRows:
         """Entries with a copy in that segment of ``rank``."""
-        touched = slice(0, self.table.touched)
-        here = self.disk_segment[rank, touched] == segment
-        here &= (self.disk_ranks[touched] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
-        return np.flatnonzero(here).astype(np.int32)
+        there = np.flatnonzero(self.disk_segment[rank, : self.table.touched] == segment).astype(np.int32)
+        here: EntryRows = there[(self.disk_ranks[there] & np.uint32(1 << rank)) != 0]
+        return here
+
+    def pinned_segments(self, rank: int) -> set[int]:
+        """Segments of ``rank`` that somebody may be reading."""
+        pinned = np.flatnonzero(self.pins[: self.table.touched])
+        on_disk = pinned[(self.disk_ranks[pinned] & np.uint32(1 << rank)) != 0]
+        return set(self.disk_segment[rank, on_disk].tolist())
 
     def unlink(self, entry: int) -> None:
         """Make ``entry`` unreachable by its key, so that another can take its place; it stays until released."""

@@ -27,7 +27,6 @@ from kvtier.planner.recovery import Recovery
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
-_SEGMENTS_LOOKED_AT: Final = 16
 _ENTRIES_LOOKED_AT: Final = 4096
 
 
@@ -319,20 +318,19 @@ class Commits:
     def _reclaim(self, rank: int) -> bool:
         """Unpublish the oldest sealed segment of ``rank`` that nobody reads, and ask for it to be made clean."""
         state, index, disk = self._state, self._state.index, self._state.disk.ranks[rank]
-        looked_at = [item for item, _ in zip(disk.sealed.items(), range(_SEGMENTS_LOOKED_AT), strict=False)]
-        for segment, generation in looked_at:
-            entries = index.in_segment(rank, segment)
-            if index.pins[entries].any():
-                continue
-            del disk.sealed[segment]
-            disk.reclaiming.add(segment)
-            disk.reclaimed[segment] = generation
-            index.drop_disk(rank, entries)
-            index.segment_generation[rank].pop(segment, None)
-            state.left(entries, Tier.DISK)
-            nothing = np.empty(0, np.int32)
-            hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
-            hop.segment, hop.generation = segment, generation
-            state.send(hop, priority=Priority.SPILL)
-            return True
-        return False
+        pinned = index.pinned_segments(rank) if disk.sealed else set()
+        segment = next((segment for segment in disk.sealed if segment not in pinned), None)
+        if segment is None:
+            return False
+        generation = disk.sealed.pop(segment)
+        disk.reclaiming.add(segment)
+        disk.reclaimed[segment] = generation
+        entries = index.in_segment(rank, segment)
+        index.drop_disk(rank, entries)
+        index.segment_generation[rank].pop(segment, None)
+        state.left(entries, Tier.DISK)
+        nothing = np.empty(0, np.int32)
+        hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
+        hop.segment, hop.generation = segment, generation
+        state.send(hop, priority=Priority.SPILL)
+        return True

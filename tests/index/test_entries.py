@@ -233,6 +233,19 @@ def test_a_segment_knows_the_entries_that_lie_in_it_on_its_rank() -> None:
     assert index.generations(0, entries[2:3]) == [2**40], "generations are 64 bits wide"
 
 
+def test_a_segment_is_pinned_on_a_rank_while_an_entry_in_it_is() -> None:
+    index = Index(16, ranks=2)
+    entries = chain(index, 3)
+    for rank in range(2):
+        places = np.array([5, 6, 7], np.int32) + 10 * rank
+        index.add_disk(rank, entries, places, entries, np.ones(3, np.int32), np.repeat(GENERATION, 3))
+    index.pin(entries[1:])
+    assert [index.pinned_segments(rank) for rank in range(2)] == [{6, 7}, {16, 17}]
+    index.drop_disk(0, entries[2:])
+    index.unpin(entries[1:2])
+    assert [index.pinned_segments(rank) for rank in range(2)] == [set(), {17}]
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
