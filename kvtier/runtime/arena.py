@@ -13,11 +13,12 @@ from threading import Thread
 import numpy as np
 
 from kvtier.errors import ConfigError
+from kvtier.runtime.mapping import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise, map_shared
 from kvtier.runtime.seam import Buffer
 
 PAGE_BYTES = 4096
 TOUCH_RUN_BYTES = 4 << 20
-"""What one numpy call touches, without the GIL."""
+"""What one call touches, without the GIL; a multiple of a huge page."""
 TOUCH_THREADS = 4
 """The kernel clears pages on whichever core touches them first; more threads find the memory bus full."""
 
@@ -30,7 +31,6 @@ class MemfdArena:
     """
 
     data: Buffer
-    _mapping: mmap.mmap
     _fd: int
 
     def __init__(self, name: str, nbytes: int) -> None:
@@ -50,7 +50,7 @@ class MemfdArena:
         except BaseException:
             os.close(fd)
             raise
-        _touch(self.data, lambda pages: pages.fill(0))
+        _in_runs(self.data, _clear)
 
     @classmethod
     def attach(cls, fd: int) -> MemfdArena:
@@ -68,7 +68,7 @@ class MemfdArena:
             os.close(own)
             raise
         # The other side may be writing: reading maps a shared page just as well, and for writing, too.
-        _touch(arena.data, lambda pages: pages.max())
+        _in_runs(arena.data, lambda run: run[::PAGE_BYTES].max())
         return arena
 
     @property
@@ -86,31 +86,38 @@ class MemfdArena:
             return
         os.close(self._fd)
         self._fd = -1
-        self.data = np.empty(0, np.uint8)
-        with suppress(BufferError):  # a view still lives, and the mapping with it
-            self._mapping.close()
+        self.data = np.empty(0, np.uint8)  # the mapping goes with the last view
 
     def _map(self, fd: int, nbytes: int) -> None:
-        self._mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED)
+        self.data = map_shared(fd, nbytes)
         for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
-            with suppress(OSError):  # a kernel without it works, only slower or with larger core dumps
-                self._mapping.madvise(advice)
-        self.data = np.frombuffer(self._mapping, np.uint8)
+            advise(self.data, advice)  # a kernel without it works, only slower or with larger core dumps
         self._fd = fd
 
 
-def _touch(data: Buffer, touch: Callable[[Buffer], object]) -> None:
-    """Call ``touch`` on the first byte of every page, from several threads at once."""
+def _clear(run: Buffer) -> None:
+    """Back ``run`` with huge pages if the kernel gives them now, then touch what is left.
+
+    Direct I/O and copies go through huge pages faster, and shared memory gets none by itself unless the administrator
+    says so. Collapsing before the first touch clears each huge page once.
+    """
+    run[::HUGE_PAGE_BYTES] = 0
+    advise(run, MADV_COLLAPSE)
+    run[::PAGE_BYTES] = 0
+
+
+def _in_runs(data: Buffer, touch: Callable[[Buffer], object]) -> None:
+    """Call ``touch`` on one run of ``data`` after the other, from several threads at once."""
     threads = max(1, min(TOUCH_THREADS, os.cpu_count() or 1, data.nbytes // TOUCH_RUN_BYTES))
 
-    def run(first: int) -> None:
+    def work(first: int) -> None:
         for start in range(first * TOUCH_RUN_BYTES, data.nbytes, threads * TOUCH_RUN_BYTES):
-            touch(data[start : start + TOUCH_RUN_BYTES : PAGE_BYTES])
+            touch(data[start : start + TOUCH_RUN_BYTES])
 
-    others = [Thread(target=run, args=(first,), name="kvtier-touch", daemon=True) for first in range(1, threads)]
+    others = [Thread(target=work, args=(first,), name="kvtier-touch", daemon=True) for first in range(1, threads)]
     for thread in others:
         thread.start()
-    run(0)
+    work(0)
     for thread in others:
         thread.join()
 

@@ -1,6 +1,5 @@
 """Arenas: the contract of both, and memory shared with another process."""
 
-import mmap
 import os
 import resource
 import subprocess
@@ -107,8 +106,22 @@ def test_a_failed_arena_leaves_no_descriptor_behind(monkeypatch: pytest.MonkeyPa
     def failing(*args: object) -> None:
         raise OSError("no memory")
 
-    monkeypatch.setattr(mmap, "mmap", failing)
+    monkeypatch.setattr(arena_module, "map_shared", failing)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="no memory"):
         arena_module.MemfdArena("test", PAGE)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_arena_begins_at_a_huge_page_boundary_and_goes_with_its_last_view() -> None:
+    """Collapsing needs the boundary; a view that outlives the arena keeps the mapping, and nothing else does."""
+    arena = MemfdArena("test", 8 * PAGE)
+    address = arena.data.ctypes.data
+    assert address % (2 << 20) == 0
+    view = arena.view(1, 2)
+    arena.close()
+    view[:] = 7
+    assert view.sum() == 7 * 2 * PAGE
+    del view
+    with open("/proc/self/maps") as maps:
+        assert not [line for line in maps if line.startswith(f"{address:x}-")]
