@@ -63,7 +63,7 @@ class Storm:
         if lease not in self.leases:
             assert (lease.first_block + lease.blocks) * BLOCK == matched
             self.leases.append(lease)
-        self._check_hit(lease, keys, exact=exact)
+            self._check_hit(lease, keys, exact=exact)
 
     def _check_hit(self, lease: Lease, keys: Keys, *, exact: bool) -> None:
         """It is the longest prefix, and one token at least is left."""
@@ -78,9 +78,7 @@ class Storm:
             if not all(e >= 0 and self._readable(e, exact=exact) for e in entries):
                 break
             wanted += 1
-        assert lease.blocks <= wanted
-        if lease.owner is None:
-            assert lease.blocks == wanted
+        assert lease.blocks == wanted
 
     def _readable(self, entry: int, *, exact: bool) -> bool:
         index = self.bench.index
@@ -277,7 +275,7 @@ def test_whatever_comes_in_whatever_order_the_books_are_right(shape: str, write:
 @pytest.mark.stress
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_long_storm(shape: str) -> None:
-    for seed in range(100, 130):
+    for seed in range(100, 115):
         storm = Storm(seed, trouble=0.1, policy={"write": WRITE_POLICIES[seed % 3]}, **SHAPES[shape])
         for _ in range(1500):
             storm.step()
