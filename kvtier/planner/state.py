@@ -31,7 +31,7 @@ class ControlState:
         self.index = index
         policy = EVICTION_POLICIES[config.policy.eviction](index.table.capacity)
         self.host = HostBook(index, policy, layout.record_pages, self._evicted)
-        self.disk = DiskBook(config.host.staging)
+        self.disk = DiskBook(config.host.staging, index.table.capacity)
         self.leases = LeaseBook(index)
         self.events = ControlEvents()
         self.version = ""
