@@ -139,6 +139,7 @@ class TieredCache:
     ) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
+        _check_range(keys, start, keys.num_tokens)
         with self._lock:
             self._check_open()
             return self._planner.match(keys, start=start, exact=exact)
@@ -167,7 +168,7 @@ class TieredCache:
             )
             plans = self._planner.take_plans()
         self._send(plans)
-        return Hit(lease, start, self._release)
+        return Hit(lease, start, self._release, self)
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
@@ -195,10 +196,11 @@ class TieredCache:
             ConfigError: the range is not within the hit, or the pages do not fit it.
             ClosedError: the cache is closed.
         """
+        self._check_hit(hit)
         start = hit.start if start is None else start
         stop = max(hit.num_tokens, start) if stop is None else stop
         self._check_hit_range(hit, start, stop)
-        deadline = self._clock.monotonic() + (self.config.read.deadline_s if deadline_s is None else deadline_s)
+        deadline = self._clock.monotonic() + _checked_deadline(deadline_s, self.config.read.deadline_s)
         memory, table = self._table(pages, start, stop)
 
         def plan() -> Ticket:
@@ -234,9 +236,12 @@ class TieredCache:
         keys = self._keys(tokens, tenant, adapter)
         _check_range(keys, start, keys.num_tokens)
         level = _durability(durability)
+        lineage = Lineage.EXACT
+        if derived_from is not None:
+            self._check_hit(derived_from)
+            lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
         memory, table = self._table(pages, first, max(first, len(keys) * keys.block_tokens))
-        lineage = Lineage.EXACT if derived_from is None else Lineage(derived_from.lease.lineage)
 
         def plan() -> Ticket:
             if session is not None:
@@ -262,7 +267,7 @@ class TieredCache:
         if to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
-        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else deadline_s
+        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else _checked_deadline(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
         return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
 
@@ -432,6 +437,9 @@ class TieredCache:
             self._planner.release(lease)
 
     def _root(self, tenant: str, adapter: str) -> Root:
+        for name, value in (("tenant", tenant), ("adapter", adapter)):
+            if not isinstance(value, str) or not value.isprintable():
+                raise ConfigError(f"{name} = {value!r}: must be a string of printable characters")
         return Root(self.model_id, self._planner.weights_version, adapter, tenant)
 
     def _keys(self, tokens: Sequence_, tenant: str, adapter: str) -> Keys:
@@ -478,6 +486,10 @@ class TieredCache:
             return None
         return prefetch.timeout_base_s + prefetch.timeout_per_1k_tokens_s * keys.num_tokens / 1024
 
+    def _check_hit(self, hit: Hit) -> None:
+        if not isinstance(hit, Hit) or hit.origin is not self:
+            raise ConfigError(f"hit = {hit!r}: want a hit that lookup() of this very cache returned")
+
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens
         if not low <= start <= stop <= max(hit.num_tokens, start):
@@ -508,8 +520,21 @@ def _checked_model_id(model_id: str) -> str:
     return model_id
 
 
+def _checked_deadline(deadline_s: float | None, default_s: float) -> float:
+    """Seconds from now.
+
+    Raises:
+        ConfigError: not a number above zero.
+    """
+    if deadline_s is None:
+        return default_s
+    if not isinstance(deadline_s, (int, float)) or not deadline_s > 0:
+        raise ConfigError(f"deadline_s = {deadline_s!r}: must be a number of seconds above 0, or None")
+    return deadline_s
+
+
 def _check_range(keys: Keys, start: int, stop: int) -> None:
-    if not 0 <= start <= stop:
+    if not isinstance(start, int) or not 0 <= start <= stop:
         raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
 
 

@@ -17,9 +17,10 @@ class Hit:
     Leaving ``with`` while a load of it is under way is allowed: the load holds what it needs itself.
     """
 
-    def __init__(self, lease: Lease, start: int, release: Callable[[Lease], None]) -> None:
+    def __init__(self, lease: Lease, start: int, release: Callable[[Lease], None], origin: object) -> None:
         self.lease = lease
         self.start = start
+        self.origin = origin  # the cache that gave it: entries mean nothing in another one
         self._release = release
 
     @property

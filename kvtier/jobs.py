@@ -206,10 +206,8 @@ class Client:
 
     def add(self, job: AnyJob) -> None:
         """A job of this client ended."""
-        armed = not self._done
         self._done.append(job)
-        if armed:
-            self._notifier.set()
+        self._notifier.set()  # after the append: a poll in between takes the job, and finds nothing the next time
 
     def close(self) -> None:
         """Close the descriptor."""

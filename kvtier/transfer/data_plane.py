@@ -18,6 +18,7 @@ from kvtier.core.memory import KVMemory
 from kvtier.core.plan import (
     PAGE_BYTES,
     RECOVERED,
+    Completion,
     DiskState,
     Hello,
     LaneRate,
@@ -81,6 +82,7 @@ class DataPlane:
         self._runs: dict[int, Run] = {}
         self._next_memory = 0
         self._chores = machine.runtime.event()
+        self._progress = machine.runtime.event()
         self._closed = False
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
@@ -97,7 +99,11 @@ class DataPlane:
             headers=Staging(headers, 1, shares=False), paths=[],
             metrics=Metrics(machine.runtime.lock(), max_series=config.metrics.max_series),
         )  # fmt: skip
-        self._open_directories(layout)
+        try:
+            self._open_directories(layout)
+        except BaseException:
+            self._give_back()
+            raise
         self._start()
 
     # --- the engine's memory ----------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ class DataPlane:
                 run = _RUNS[plan.kind](plan, self._equipment)
                 self._runs[plan.plan_id] = run
                 if self._closed:
-                    run.abandon(Reason.CLOSED)
+                    run.refuse(Reason.CLOSED)
                 else:
                     run.begin()
             self._equipment.kick()
@@ -156,7 +162,7 @@ class DataPlane:
             news = list(outbox)
             outbox.clear()
             for message in news:
-                if getattr(message, "final", False) and hasattr(message, "plan_id"):
+                if isinstance(message, Completion) and message.final:
                     self._runs.pop(message.plan_id, None)
             return news
 
@@ -191,6 +197,7 @@ class DataPlane:
                 run.abandon(Reason.CLOSED)
             self._equipment.kick()
         self._on_news()
+        self._drain(timeout_s)
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
         with self._lock:
@@ -200,11 +207,29 @@ class DataPlane:
         self._on_news()
         if stuck or not all(stopped):
             return False
+        self._give_back()
+        return True
+
+    def _give_back(self) -> None:
+        """Close what no thread uses any more."""
         for path in self._equipment.paths:
+            path.lane.engine.close(0)
             path.tier.close()
         for arena in self._arenas:
             arena.close()
-        return True
+
+    def _drain(self, timeout_s: float) -> None:
+        """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may."""
+        deadline_s = self._equipment.clock.monotonic() + timeout_s
+        while True:
+            self._progress.clear()
+            with self._lock:
+                self._equipment.kick()
+                if all(run.final for run in self._runs.values()):
+                    return
+            left_s = deadline_s - self._equipment.clock.monotonic()
+            if left_s <= 0 or not self._progress.wait(left_s):
+                return
 
     # --- threads ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +267,8 @@ class DataPlane:
             news = bool(self._equipment.outbox)
         if news:
             self._on_news()
+        if self._closed:
+            self._progress.set()
         return True
 
     def _housekeep(self) -> bool:
@@ -260,6 +287,8 @@ class DataPlane:
             news = bool(self._equipment.outbox)
         if news:
             self._on_news()
+        if self._closed:
+            self._progress.set()
         return any(busy)
 
     def wake(self) -> None:
@@ -280,12 +309,12 @@ class DataPlane:
                 clean_target=config.disk.clean_segments,
                 owner=self._machine.owner,
             )  # fmt: skip
-            engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
-            equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, depth=config.disk.io_threads)))
             tier.wake = self._chores
             for rows in tier.open():
                 rows["segment"] = global_segment(number, 0) + rows["segment"]
                 recovered.append(Recovered(self.rank, equipment.incarnation, rows))
+            engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
+            equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, depth=config.disk.io_threads)))
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
         tiers = [path.tier for path in equipment.paths]

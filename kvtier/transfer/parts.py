@@ -42,6 +42,11 @@ class DiskPath:
 
     tier: DiskTier
     lane: Lane
+    assigned_bytes: int = 0
+
+    def reluctance(self) -> tuple[bool, int, int]:
+        """Least where the next write should go: what works, has little queued, and has been given least so far."""
+        return not self.tier.usable, self.lane.queued_bytes, self.assigned_bytes
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvtier.core.plan import COMPLETED, NOWHERE, PAGE_BYTES, Completion, Plan, Priority, Reason, Status, Tier
+from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, Priority, Reason, Status, Tier
 from kvtier.transfer.parts import Equipment
 from kvtier.transfer.work import PIECE_BYTES
 
@@ -33,6 +33,14 @@ class Run:
     def abandon(self, reason: Reason) -> None:
         """Nobody waits any more: rows that have not begun end now, those in flight are quarantined till they return."""
         self.abandoned = True
+
+    def refuse(self, reason: Reason) -> None:
+        """End a plan that was never begun."""
+        for row in range(len(self.plan.rows)):
+            self.failed(row, reason)
+        if not len(self.plan.rows):
+            self.failed_as_a_whole(reason)
+        self.settle()
 
     def part_ready(self, part: int) -> bool:
         """Whether every row's ``part`` is where it has to be: coarse, all parts come at once."""
@@ -113,6 +121,3 @@ class Run:
     def priority(self) -> Priority:
         """The plan's class of service."""
         return self.plan.priority
-
-
-__all__ = ["PAGE_BYTES", "Run"]

@@ -94,8 +94,10 @@ class SpillRun(Run):
         self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
 
     def _write(self, records: list[Outgoing]) -> None:
-        path = min(self.equipment.paths, key=lambda path: (not path.tier.usable, path.lane.queued_bytes))
-        path.lane.put(WriteMove(self, records, path))
+        path = min(self.equipment.paths, key=DiskPath.reluctance)
+        move = WriteMove(self, records, path)
+        path.assigned_bytes += move.nbytes
+        path.lane.put(move)
 
     def written(self, record: Outgoing, place: Place, directory: int) -> None:
         """``record`` is in its place; what it went through comes back as the row's chain."""
@@ -292,6 +294,11 @@ class ReclaimRun(Run):
             self.equipment.paths[directory].tier.reclaim(segment, self.plan.generation)
         else:
             self.settle()
+
+    def abandon(self, reason: Reason) -> None:
+        """At closing nobody waits for the segment: the next life finds it as it is."""
+        super().abandon(reason)
+        self.settle()
 
     def ended(self) -> None:
         """The segment is clean again, or given up."""

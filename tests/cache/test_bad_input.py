@@ -244,3 +244,34 @@ def test_a_model_whose_placement_changed_gets_a_new_directory_and_the_old_one_is
     assert LAYOUT.placement[:12] in caplog.text
     with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
         assert still_there(cache)
+
+
+def test_a_hit_of_another_cache_is_refused(memory_cache: TieredCache) -> None:
+    """Entry numbers mean nothing in another cache: loading by them would bring other tokens' KV."""
+    engine = stored(memory_cache)
+    with TieredCache(settings(), LAYOUT, "m") as other, other.lookup(TOKENS) as hit:
+        with pytest.raises(ConfigError, match="this very cache"):
+            memory_cache.submit_load(hit, engine.pages)
+        with pytest.raises(ConfigError, match="this very cache"):
+            memory_cache.submit_store(TOKENS, engine.pages, derived_from=hit)
+    assert memory_cache.stats()["memories"] == 0
+
+
+@pytest.mark.parametrize("names", [{"tenant": 5}, {"adapter": None}, {"tenant": "\ud800"}])
+def test_names_that_are_not_text_are_refused(memory_cache: TieredCache, names: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(names))):
+        memory_cache.lookup(TOKENS, **names)
+
+
+@pytest.mark.parametrize("deadline_s", [0, -1, float("nan"), "soon"])
+def test_a_deadline_that_is_no_time_is_refused(memory_cache: TieredCache, deadline_s: Any) -> None:
+    engine = stored(memory_cache)
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match="deadline_s"):
+        memory_cache.submit_load(hit, engine.pages, deadline_s=deadline_s)
+
+
+@pytest.mark.parametrize("start", [-16, 10**9, 1.5])
+def test_match_refuses_what_lookup_refuses(memory_cache: TieredCache, start: Any) -> None:
+    for verb in (memory_cache.match, memory_cache.lookup):
+        with pytest.raises(ConfigError, match="start"):
+            verb(TOKENS, start=start)

@@ -1,0 +1,74 @@
+"""Opening and closing: every job ends, and a failed opening leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier import TieredCache, TierError
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+
+
+def settings(*directories: Path) -> dict[str, Any]:
+    return {
+        "host": {"capacity": "16MiB", "staging": "1MiB"},
+        "disk": {"directories": [str(path) for path in directories], "capacity": "16MiB", "segment": "1MiB"},
+    }
+
+
+@pytest.mark.parametrize("durability", ["memory", "process", "durable"])
+def test_every_job_ends_when_the_cache_is_closed_over_it(tmp_path: Path, durability: str) -> None:
+    cache, engine = TieredCache(settings(tmp_path), LAYOUT, "m"), PseudoEngine(LAYOUT, 200)
+    stores = [cache.submit_store([number] * (200 * SIZE), engine.pages, durability=durability) for number in range(8)]
+    jobs = [*stores, cache.submit_flush("durable"), cache.submit_prefetch([1] * (200 * SIZE))]
+    assert cache.close(timeout_s=30) is True
+    for job in jobs:
+        assert job.result(10) is not None
+        assert job.source_free
+    for job in stores:
+        result = job.result(0)
+        assert result.stored + result.existing + result.refused == 200 * SIZE
+
+
+def test_jobs_end_also_when_closing_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    cache, engine = TieredCache(settings(tmp_path), LAYOUT, "m"), PseudoEngine(LAYOUT, 200)
+    jobs = [cache.submit_store([n] * (200 * SIZE), engine.pages, durability="process") for n in range(8)]
+    cache.close(timeout_s=0.01)
+    cache.close(timeout_s=30)
+    assert all(job.result(10) is not None for job in jobs)
+
+
+def test_a_failed_opening_gives_back_what_it_took(tmp_path: Path) -> None:
+    """The first directory can be opened at once when the mistake about the second is corrected."""
+    (tmp_path / "file").write_text("no directory")
+    before = set(threading.enumerate())
+    with pytest.raises(TierError, match="file"):
+        TieredCache(settings(tmp_path / "a", tmp_path / "file"), LAYOUT, "m")
+    assert set(threading.enumerate()) == before
+    with TieredCache(settings(tmp_path / "a"), LAYOUT, "m"):
+        pass
+
+
+def test_two_directories_share_the_writes(tmp_path: Path) -> None:
+    """One after the other, so that no queue decides: both directories fill alike, and both serve."""
+    directories = (tmp_path / "a", tmp_path / "b")
+    engine = PseudoEngine(LAYOUT, 9)
+    with TieredCache(settings(*directories), LAYOUT, "m") as cache:
+        for number in range(100):
+            keys = cache.keys([number] * (8 * SIZE + 1))
+            engine.write(keys, range(8))
+            assert cache.submit_store(keys, engine.pages, durability="process").result(30).stored == 8 * SIZE
+    sizes = [sum(1 for _ in path.glob("*/seg-*")) for path in directories]
+    assert min(sizes) > 3
+    with TieredCache(settings(*directories), LAYOUT, "m") as cache:
+        for number in range(100):
+            with cache.lookup(cache.keys([number] * (8 * SIZE + 1))) as hit:
+                assert hit.num_tokens == 8 * SIZE
+                assert cache.submit_load(hit, engine.pages).result(30).ok_tokens == 8 * SIZE
+                assert engine.wrong_blocks(hit.keys, range(8)) == []
