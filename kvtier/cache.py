@@ -334,9 +334,8 @@ class TieredCache:
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind."""
         with self._lock:
-            if self._closed:
-                return True
-        if self.config.disk.directories:
+            first = not self._closed
+        if first and self.config.disk.directories:
             self._flush_at_close(timeout_s)
         with self._lock:
             self._closed = True

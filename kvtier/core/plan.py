@@ -20,6 +20,9 @@ PAGE_BYTES = 4096
 NOWHERE = -1
 """Stands for "no copy" in every page and segment column."""
 
+DIRECTORY_SHIFT = 20
+"""Segment numbers are those of a rank: its directory's number above this bit, the segment's own below."""
+
 E = TypeVar("E", bound=IntEnum)
 
 
@@ -243,7 +246,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiskState:
-    """What control must know to keep space coming: segments sealed since the last report, and clean ones left.
+    """How one directory of a rank is: segments sealed since the last report, clean ones left, reclaims it waits for.
 
     ``sealed`` is int64 ``[n, 2]``: (segment, generation), oldest first. ``usable`` false: the tier is off.
     """
@@ -255,6 +258,7 @@ class DiskState:
     reclaims_wanted: int
     sealed: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     reason: str = ""
+    directory: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.plan import NOWHERE, Lineage
+from kvtier.core.plan import DIRECTORY_SHIFT, NOWHERE, Lineage
 from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable
 
 Mask = npt.NDArray[np.bool_]
@@ -181,6 +181,13 @@ class Index:
         """The life of the segment that ``rank`` has each of ``entries`` in; 0 where it never had one."""
         of_segment = self.segment_generation[rank]
         return [of_segment.get(segment, 0) for segment in self.disk_segment[rank, entries].tolist()]
+
+    def in_directory(self, rank: int, directory: int) -> EntryRows:
+        """Entries with a copy in that directory of ``rank``."""
+        touched = slice(0, self.table.touched)
+        here = self.disk_segment[rank, touched] >> DIRECTORY_SHIFT == directory
+        here &= (self.disk_ranks[touched] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
+        return np.flatnonzero(here).astype(np.int32)
 
     def in_segment(self, rank: int, segment: int) -> EntryRows:
         """Entries with a copy in that segment of ``rank``."""

@@ -21,6 +21,7 @@ from kvtier.core.plan import (
 )
 from kvtier.errors import ConfigError
 from kvtier.index.entries import EntryRows, Mask
+from kvtier.planner.disk import Directory
 from kvtier.planner.hops import Hop, stretches
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.recovery import Recovery
@@ -136,9 +137,9 @@ class Commits:
 
     def _settle_reclaim(self, hop: Hop) -> None:
         for rank in hop.answers:
-            disk = self._state.disk.ranks[rank]
-            disk.reclaiming.discard(hop.segment)
-            disk.reclaims_wanted -= 1
+            directory = self._state.disk.ranks[rank].directory_of(hop.segment)
+            directory.reclaiming.discard(hop.segment)
+            directory.reclaims_wanted -= 1
         self._state.counts["reclaimed_segments"] += 1
 
     def _land(self, hop: Hop, good: Mask) -> EntryRows:
@@ -250,16 +251,10 @@ class Commits:
 
     def disk_state(self, report: DiskState) -> None:
         """How a directory is; one that cannot be used any more loses all its copies."""
-        state, disk = self._state, self._state.disk.ranks[report.rank]
-        was_usable = disk.usable
-        state.disk.update(report)
-        if was_usable and not report.usable:
-            bit = np.uint32(1 << report.rank)
-            touched = state.index.disk_ranks[: state.index.table.touched]
-            entries = np.flatnonzero(touched & bit).astype(np.int32)
-            state.index.drop_disk(report.rank, entries)
-            state.left(entries, Tier.DISK)
-            disk.sealed.clear()
+        if self._state.disk.update(report):
+            entries = self._state.index.in_directory(report.rank, report.directory)
+            self._state.index.drop_disk(report.rank, entries)
+            self._state.left(entries, Tier.DISK)
 
     # --- follow-ups -------------------------------------------------------------------------------------------------
 
@@ -270,8 +265,9 @@ class Commits:
         if self._state.disk.backlog:
             self._write()
         for rank, disk in self._state.disk.ranks.items():
-            while disk.reclaims_wanted > len(disk.reclaiming) and self._reclaim(rank):
-                pass
+            for directory in disk.directories.values():
+                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
+                    pass
 
     def _spill_to_low_watermark(self) -> None:
         """Free what is on disk already, the least worth keeping first; if that is too little, queue the rest for it."""
@@ -315,16 +311,16 @@ class Commits:
         hop.nbytes = nbytes * len(entries)
         state.send(hop, priority=Priority.SPILL, chain=state.config.disk.codec)
 
-    def _reclaim(self, rank: int) -> bool:
-        """Unpublish the oldest sealed segment of ``rank`` that nobody reads, and ask for it to be made clean."""
-        state, index, disk = self._state, self._state.index, self._state.disk.ranks[rank]
-        pinned = index.pinned_segments(rank) if disk.sealed else set()
-        segment = next((segment for segment in disk.sealed if segment not in pinned), None)
+    def _reclaim(self, rank: int, directory: Directory) -> bool:
+        """Unpublish the oldest sealed segment that nobody reads, and ask for it to be made clean."""
+        state, index = self._state, self._state.index
+        pinned = index.pinned_segments(rank) if directory.sealed else set()
+        segment = next((segment for segment in directory.sealed if segment not in pinned), None)
         if segment is None:
             return False
-        generation = disk.sealed.pop(segment)
-        disk.reclaiming.add(segment)
-        disk.reclaimed[segment] = generation
+        generation = directory.sealed.pop(segment)
+        directory.reclaiming.add(segment)
+        state.disk.ranks[rank].reclaimed[segment] = generation
         entries = index.in_segment(rank, segment)
         index.drop_disk(rank, entries)
         index.segment_generation[rank].pop(segment, None)

@@ -7,22 +7,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvtier.core.plan import DiskState, Hello
+from kvtier.core.plan import DIRECTORY_SHIFT, DiskState, Hello
+
+
+@dataclass(slots=True)
+class Directory:
+    """One directory of a rank. ``sealed`` maps segment to generation, oldest first."""
+
+    usable: bool = True
+    reason: str = ""
+    reclaims_wanted: int = 0
+    reclaiming: set[int] = field(default_factory=set)
+    sealed: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
 
 @dataclass(slots=True)
 class RankDisk:
-    """One rank's directory. ``sealed`` maps segment to generation, oldest first, ``reclaimed`` the lives that ended."""
+    """The directories of one rank by number; ``reclaimed`` are the last lives of segments that ended."""
 
     capacity_bytes: int
-    segment_bytes: int
-    usable: bool = False
-    reason: str = "no disk tier"
-    clean_segments: int = 0
-    reclaims_wanted: int = 0
-    reclaiming: set[int] = field(default_factory=set)
-    sealed: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    directories: dict[int, Directory] = field(default_factory=dict)
     reclaimed: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a directory that can be written to; before its first report one counts as well."""
+        working = [directory.usable for directory in self.directories.values()]
+        return self.capacity_bytes > 0 and (any(working) or not working)
+
+    def directory_of(self, segment: int) -> Directory:
+        """The directory that ``segment`` lies in."""
+        return self.directories.setdefault(segment >> DIRECTORY_SHIFT, Directory())
 
 
 class DiskBook:
@@ -40,18 +55,18 @@ class DiskBook:
 
     def attach(self, hello: Hello) -> None:
         """Rank ``hello.rank`` brings a directory, or none (``disk_bytes`` 0)."""
-        usable = hello.disk_bytes > 0
-        self.ranks[hello.rank] = RankDisk(
-            hello.disk_bytes, hello.segment_bytes, usable, "" if usable else "no disk tier"
-        )
+        self.ranks[hello.rank] = RankDisk(hello.disk_bytes)
 
-    def update(self, state: DiskState) -> None:
-        """What a data plane says of its directory."""
-        disk = self.ranks[state.rank]
-        disk.usable, disk.reason = state.usable, state.reason
-        disk.clean_segments, disk.reclaims_wanted = state.clean_segments, state.reclaims_wanted
-        for segment, generation in state.sealed.tolist():
-            disk.sealed[segment] = generation
+    def update(self, state: DiskState) -> bool:
+        """What a data plane says of one of its directories; True when it has just been given up."""
+        directory = self.ranks[state.rank].directories.setdefault(state.directory, Directory())
+        given_up = directory.usable and not state.usable
+        directory.usable, directory.reason = state.usable, state.reason
+        directory.reclaims_wanted = state.reclaims_wanted
+        directory.sealed.update(state.sealed.tolist())
+        if given_up:
+            directory.sealed.clear()
+        return given_up
 
     @property
     def usable(self) -> bool:

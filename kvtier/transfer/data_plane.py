@@ -51,6 +51,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 }
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.05
+_IDLE_THREADS_S: Final = 5.0
 
 
 class DataPlane:
@@ -83,7 +84,7 @@ class DataPlane:
         self._next_memory = 0
         self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
-        self._closed = False
+        self._closed = self._gone = False
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
         _check_host(config, record_pages)
@@ -140,7 +141,7 @@ class DataPlane:
                 run = _RUNS[plan.kind](plan, self._equipment)
                 self._runs[plan.plan_id] = run
                 if self._closed:
-                    run.refuse(Reason.CLOSED)
+                    run.end(Reason.CLOSED)
                 else:
                     run.begin()
             self._equipment.kick()
@@ -187,33 +188,37 @@ class DataPlane:
     def close(self, timeout_s: float) -> bool:
         """Stop taking plans, end what is under way, close the directories; True when nothing was left behind.
 
-        A read or write that has not returned by then keeps its buffers: they are leaked on purpose.
+        What does not end in time keeps its buffers; calling again goes on waiting for it.
         """
         with self._lock:
-            if self._closed:
+            if self._gone:
                 return True
             self._closed = True
             for run in list(self._runs.values()):
-                run.abandon(Reason.CLOSED)
+                if not run.abandoned:
+                    run.abandon(Reason.CLOSED)
             self._equipment.kick()
         self._on_news()
         self._drain(timeout_s)
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
+        stopped = [worker.stop(timeout_s) for worker in self._workers]
+        if stuck or not all(stopped):
+            return False
         with self._lock:
             for path in self._equipment.paths:
                 path.lane.reap()
-        stopped = [worker.stop(timeout_s) for worker in self._workers]
+            for run in list(self._runs.values()):
+                run.end(Reason.CLOSED)
+            self._gone = True
         self._on_news()
-        if stuck or not all(stopped):
-            return False
         self._give_back()
         return True
 
     def _give_back(self) -> None:
         """Close what no thread uses any more."""
         for path in self._equipment.paths:
-            path.lane.engine.close(0)
+            path.lane.engine.close(_IDLE_THREADS_S)
             path.tier.close()
         for arena in self._arenas:
             arena.close()
@@ -342,7 +347,7 @@ class DataPlane:
         equipment.outbox.append(
             DiskState(
                 self.rank, equipment.incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed,
-                events.reason,
+                events.reason, directory,
             )
         )  # fmt: skip
         lane = path.lane

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Protocol
 
-from kvtier.core.plan import Priority
+from kvtier.core.plan import DIRECTORY_SHIFT, Priority
 from kvtier.runtime.seam import IODone, IOEngine, IORequest
 
 _RATE_WEIGHT: Final = 0.4
-_SEGMENT_BITS: Final = 20
 
 
 class Move(Protocol):
@@ -103,9 +102,9 @@ class Lane:
 
 def global_segment(lane: int, segment: int) -> int:
     """One number for ``segment`` of directory ``lane``: what plans and the index know."""
-    return lane << _SEGMENT_BITS | segment
+    return lane << DIRECTORY_SHIFT | segment
 
 
 def lane_of(segment: int) -> tuple[int, int]:
     """(directory, segment within it) of a global segment number."""
-    return segment >> _SEGMENT_BITS, segment & ((1 << _SEGMENT_BITS) - 1)
+    return segment >> DIRECTORY_SHIFT, segment & ((1 << DIRECTORY_SHIFT) - 1)

@@ -34,11 +34,11 @@ class Run:
         """Nobody waits any more: rows that have not begun end now, those in flight are quarantined till they return."""
         self.abandoned = True
 
-    def refuse(self, reason: Reason) -> None:
-        """End a plan that was never begun."""
-        for row in range(len(self.plan.rows)):
+    def end(self, reason: Reason) -> None:
+        """Fail what has not ended: nobody works on it, or ever will."""
+        for row in np.flatnonzero(~self.answered).tolist():
             self.failed(row, reason)
-        if not len(self.plan.rows):
+        if not len(self.plan.rows) and not self.final:
             self.failed_as_a_whole(reason)
         self.settle()
 

@@ -229,20 +229,23 @@ class WriteMove:
 class SyncRun(Run):
     """Runs one SYNC plan: what every directory has written so far becomes durable."""
 
-    def begin(self) -> None:
-        """Sync every file that has something unsynced."""
+    def __init__(self, plan: Plan, equipment: Equipment) -> None:
+        """Nothing is under way yet."""
+        super().__init__(plan, equipment)
         self._left = 0
         self._error = False
+
+    def begin(self) -> None:
+        """Sync every file that has something unsynced."""
         for path in self.equipment.paths:
-            if not path.tier.usable:
-                self._error = True
             for target in path.tier.unsynced():
-                if target.fd < 0:  # a sync of it failed before: what it holds can never be called durable
+                # What a directory that is gone holds, or a file that failed a sync, can never be called durable.
+                if target.fd < 0 or not path.tier.usable:
                     self._error = True
                     continue
                 self._left += 1
                 path.lane.put(SyncMove(self, target, path))
-        self._error = self._error or not self.equipment.paths
+        self._error = self._error or not any(path.tier.usable for path in self.equipment.paths)
         self._end_if_done()
 
     def synced(self, error: OSError | None) -> None:
