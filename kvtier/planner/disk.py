@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
 from kvtier.core.plan import DIRECTORY_SHIFT, DiskState, Hello
+
+_NOT_QUEUED: Final = 0
+_WAITING: Final = 1
+_UNDER_WAY: Final = 2
 
 
 @dataclass(slots=True)
@@ -48,8 +53,9 @@ class DiskBook:
         self.ranks: dict[int, RankDisk] = {}
         self.write_budget_bytes = write_budget_bytes
         self._queue: deque[int] = deque()
+        self._awaited: deque[int] = deque()
         # Flags in columns: a set of millions of entries stands still for 90 ms when it grows.
-        self._queued = np.zeros(capacity, np.bool_)
+        self._queued = np.zeros(capacity, np.uint8)
         self._refused = np.zeros(capacity, np.bool_)
         self._backlog = 0
 
@@ -74,22 +80,27 @@ class DiskBook:
         return bool(self.ranks) and all(disk.usable for disk in self.ranks.values())
 
     def enqueue(self, entry: int, *, first: bool = False) -> None:
-        """``entry`` must reach the disk; ``first`` when somebody waits for it. It is queued only once."""
-        if self._queued[entry]:
+        """``entry`` must reach the disk; ``first``: before those for which nobody waits."""
+        if not self._queued[entry]:
+            self._queued[entry] = _WAITING
+            self._backlog += 1
+        elif not first or self._queued[entry] == _UNDER_WAY:
             return
-        self._queued[entry] = True
-        self._backlog += 1
-        if first:
-            self._queue.appendleft(entry)
-        else:
-            self._queue.append(entry)
+        (self._awaited if first else self._queue).append(entry)
 
     def next_writes(self, nbytes: int, in_flight_bytes: int) -> list[int]:
         """Take entries for one plan of writes: as many as the budget allows, at ``nbytes`` each."""
         room = max(0, self.write_budget_bytes - in_flight_bytes) // max(1, nbytes)
         if not in_flight_bytes:
             room = max(1, room)  # one block larger than the budget must still get through
-        return [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+        taken: list[int] = []
+        while len(taken) < room and (queue := self._awaited or self._queue):
+            entry = queue.popleft()
+            # It may stand in both queues, if somebody came to wait for it.
+            if self._queued[entry] == _WAITING:
+                self._queued[entry] = _UNDER_WAY
+                taken.append(entry)
+        return taken
 
     def awaits_write(self, entry: int) -> bool:
         """Whether ``entry`` is queued for the disk or on its way."""
@@ -97,8 +108,8 @@ class DiskBook:
 
     def take_back(self, entry: int) -> None:
         """Nothing of ``entry`` is there to be written, or nowhere to write it. Its number may be another's by now."""
-        self._backlog -= int(self._queued[entry])
-        self._queued[entry] = False
+        self._backlog -= bool(self._queued[entry])
+        self._queued[entry] = _NOT_QUEUED
 
     def write_ended(self, entry: int, *, written: bool) -> None:
         """The write of ``entry`` ended; one that failed is not tried again while the entry lives."""

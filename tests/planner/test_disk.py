@@ -390,6 +390,26 @@ def test_what_waited_for_a_disk_that_is_gone_ends() -> None:
     bench.check_at_rest()
 
 
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("part", range(3))
+def test_a_loss_counts_only_for_the_copy_that_it_speaks_of(tier: Tier, part: int) -> None:
+    """The reader saw an older copy; one that came to another place since is as good as it was."""
+    bench = Bench(segments=4)
+    keys = bench.keys(1)
+    bench.stored(keys)
+    place = list(bench.place(keys, 0)[tier])
+    place[part] += 1
+    if tier == Tier.HOST and part != 1:
+        return
+    bench.planes[0].lose(keys.digests[0], 0, tier, (place[0], place[1], place[2]))
+    bench.planes[0].lose(bench.keys(1, 9).digests[0], 0, tier, (0, 0, 1))
+    bench.hear()
+    assert set(bench.place(keys, 0)) == {Tier.HOST, Tier.DISK}
+    bench.lose(keys, 0, tier)
+    assert set(bench.place(keys, 0)) == {Tier.HOST, Tier.DISK} - {tier}
+    bench.check_at_rest()
+
+
 # --- numbers that are used again --------------------------------------------------------------------------------------
 
 
@@ -440,6 +460,49 @@ def test_a_block_never_counts_as_refused_for_a_write_of_the_one_before_it() -> N
     assert bench.match(other) == 5
     bench.run()
     bench.check_at_rest()
+
+
+def test_a_refusal_goes_with_its_block() -> None:
+    bench = Bench(segments=4, host_blocks=4, **BACK)
+    bench.stored(bench.keys(4))
+    bench.flush()
+    bench.run(lambda plan, row: Reason.NO_SPACE if plan.kind == PlanKind.SPILL else Status.OK)
+    new = bench.keys(4, 1)
+    assert bench.stored(new).count(Outcome.DONE) == 4, "refused blocks may go"
+    assert bench.store(bench.keys(4, 2)).count(Outcome.FAILED) == 4, "the new ones, with their numbers, are only dirty"
+    assert bench.match(new) == 4
+
+
+def test_blocks_that_are_tried_again_are_not_evicted_meanwhile() -> None:
+    bench = Bench(
+        segments=8, host_blocks=140, segment_blocks=100, host={"capacity": "8MiB"}, disk={"capacity": "64MiB"}, **BACK
+    )
+    keys = bench.keys(140)
+    bench.stored(keys)
+    for attempt in (Reason.NO_SPACE, Status.OK):
+        flush = bench.flush()
+        if attempt is Status.OK:
+            assert bench.store(bench.keys(4, 1)).count(Outcome.FAILED) == 4
+        bench.run(lambda plan, row, outcome=attempt: outcome if plan.kind == PlanKind.SPILL else Status.OK)
+    assert finished_well(flush)
+    assert bench.planner.stats()["disk_entries"] == 140
+
+
+def test_what_somebody_waits_for_is_written_before_what_nobody_does() -> None:
+    bench = Bench(
+        segments=8, host_blocks=200, segment_blocks=100, host={"capacity": "8MiB"}, disk={"capacity": "64MiB"}
+    )
+    bench.store(bench.keys(140))
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    waiting = bench.keys(3, 1)
+    bench.store(waiting, durability=Durability.PROCESS)
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    bench.run()
+    order = written(bench)
+    assert len(order) == 143
+    assert set(order[128:131]) == set(waiting.digests), "128 were on their way already"
 
 
 def test_whoever_waits_for_a_block_that_was_lost_before_it_was_written_hears_of_it() -> None:

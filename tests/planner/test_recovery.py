@@ -12,7 +12,7 @@ import pytest
 
 from kvtier.core.plan import Lineage, PlanKind, Tier
 from kvtier.planner import Durability, Outcome
-from tests.planner.bench import Bench
+from tests.planner.bench import BLOCK, Bench
 from tests.planner.fake_plane import Content, FakePlane, Place
 
 EXACT, APPROXIMATE = Lineage.EXACT, Lineage.APPROXIMATE
@@ -228,6 +228,24 @@ def test_what_is_found_while_the_same_is_being_stored_does_not_spoil_it() -> Non
     bench.check_at_rest()
 
 
+def test_what_this_life_wrote_is_newer_than_anything_that_is_found() -> None:
+    bench = Bench(attach=False, segments=8)
+    keys, plane = bench.keys(1), bench.planes[0]
+    first, second = copies(bench, plane, keys, (EXACT, 5), (EXACT, 9))
+    plane.hello()
+    plane.recovered([first])
+    bench.hear()
+    bench.prefetch(keys)
+    bench.run()
+    bench.lose(keys, 0, Tier.DISK)
+    bench.stored(keys, durability=Durability.PROCESS)
+    own = bench.place(keys, 0)[Tier.DISK]
+    plane.recovered([second])
+    bench.hear()
+    assert bench.place(keys, 0)[Tier.DISK] == own
+    bench.check_at_rest()
+
+
 def test_a_ghost_takes_the_lineage_of_what_is_found_for_it() -> None:
     bench = Bench(segments=8)
     keys = bench.keys(2)
@@ -275,9 +293,9 @@ def test_a_number_that_went_to_another_block_is_not_linked_for_the_one_before() 
     bench.hear()
     number = bench.entry(keys, 1)
     bench.lose(keys, 1, Tier.DISK)
-    other = bench.keys(1, 7)
-    bench.stored(other)
-    assert bench.entry(other, 0) == number
+    other = bench.keys(2, 7)
+    bench.stored(other, start=BLOCK)
+    assert bench.entry(other, 1) == number
     plane.recovered([Place(0, 1, 0)])
     plane.recover(order=list.clear)
     bench.hear()

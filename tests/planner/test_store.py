@@ -134,6 +134,16 @@ def test_the_least_recently_used_leaves_make_room() -> None:
     bench.check_at_rest()
 
 
+def test_a_parent_that_is_older_than_its_children_goes_right_after_the_last_of_them() -> None:
+    """An engine that holds the prefix itself uses only what comes behind it."""
+    bench = Bench(host_blocks=3)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    bench.planner.release(bench.lookup(keys, start=BLOCK))
+    assert bench.stored(bench.keys(3, 1)).count(Outcome.DONE) == 3
+    bench.check_at_rest()
+
+
 def test_what_is_pinned_stays_and_the_store_is_refused() -> None:
     bench = Bench(host_blocks=4)
     keys = bench.keys(4)
@@ -211,6 +221,14 @@ def test_a_block_that_could_not_be_gathered_is_no_hit_and_takes_no_room() -> Non
     bench.check_at_rest()
     assert bench.stored(keys).outcome.tolist() == [Outcome.EXISTING] * 2 + [Outcome.DONE, Outcome.EXISTING]
     assert bench.match(keys) == 4
+
+
+def test_of_several_reasons_the_first_stands() -> None:
+    bench = Bench(ranks=2, groups=2)
+    ticket = bench.store(bench.keys(2))
+    reasons = iter([Reason.GONE, Reason.IO_ERROR, Reason.DAMAGED, Reason.NO_SPACE])
+    bench.run(lambda plan, row: next(reasons) if plan.rows["block"][row] == 1 else Status.OK)
+    assert ticket.reason.tolist() == [Reason.NONE, Reason.GONE]
 
 
 def test_a_quarantined_extent_is_not_used_again_until_it_is_released() -> None:
