@@ -27,7 +27,7 @@ test: $(STAMP) ## the tests that need neither a GPU nor the network
 	$(BIN)/python -m pytest -q -m "not gpu and not stress"
 
 stress: $(STAMP) ## the long tests
-	$(BIN)/python -m pytest -q -m "stress and not gpu" --timeout 1800
+	$(BIN)/python -m pytest -q -m "stress and not gpu" --timeout 7200
 
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def test_one_of_two_directories_may_go(tmp_path: Path) -> None:
                     ok_tokens = cache.submit_load(hit, engine.pages).result(30).ok_tokens
                     assert engine.wrong_blocks(keys, range(ok_tokens // SIZE)) == []
                     found += ok_tokens
-        assert 0 < found
+        assert found > 0
         again = cache.keys([99] * (4 * SIZE + 1))
         engine.write(again, range(4))
         results = [cache.submit_store(again, engine.pages, durability="process").result(30) for _ in range(3)]
