@@ -53,6 +53,7 @@ class Bench:
         segments: int = 0,
         segment_blocks: int = 4,
         clean_target: int = 1,
+        directories: int = 1,
         attach: bool = True,
         **sections: dict[str, Any],
     ) -> None:
@@ -62,7 +63,7 @@ class Bench:
         self.planes = [
             FakePlane(
                 rank, host_pages=host_blocks * pages, segments=segments, segment_pages=segment_blocks * pages,
-                clean_target=clean_target,
+                clean_target=clean_target, directories=directories,
             )
             for rank in range(ranks)
         ]  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 
 from kvtier.core.plan import (
     COMPLETED,
+    DIRECTORY_SHIFT,
     LOST,
     NOWHERE,
     PAGE_BYTES,
@@ -92,21 +93,39 @@ class FakePlane:
     """One rank. ``outbox`` is what it has to say; ``loaded`` what loads brought, as (plan, block, content)."""
 
     def __init__(
-        self, rank: int, *, host_pages: int, segments: int = 0, segment_pages: int = 0, clean_target: int = 1
+        self,
+        rank: int,
+        *,
+        host_pages: int,
+        segments: int = 0,
+        segment_pages: int = 0,
+        clean_target: int = 1,
+        directories: int = 1,
     ) -> None:
         self.rank = rank
         self.incarnation = 1
         self.host_pages = host_pages
         self.segment_pages = segment_pages
         self.clean_target = clean_target
-        self.segments = [Segment() for _ in range(segments)]
+        self.directories = range(directories)
+        self.off: set[int] = set()
+        numbers = [(at % directories << DIRECTORY_SHIFT) + at // directories for at in range(segments)]
+        self.segments = {number: Segment() for number in sorted(numbers)}
         self.disk: dict[Place, tuple[Content, int, int]] = {}
-        self.usable = segments > 0
         self.compress = False
         self.loaded: list[tuple[int, int, Content]] = []
         self.misplaced = 0
         self._sequence = 0
         self._begin_life()
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a directory that takes records."""
+        return bool(self.segments) and len(self.off) < len(self.directories)
+
+    @usable.setter
+    def usable(self, usable: bool) -> None:
+        self.off = set() if usable else set(self.directories)
 
     def _begin_life(self) -> None:
         self.host: dict[int, tuple[Content, int]] = {}
@@ -127,7 +146,7 @@ class FakePlane:
         """A new process in the same directory: host memory, plans and unsent messages are gone, the disk is not."""
         self._begin_life()
         self.incarnation += 1
-        for segment in self.segments:
+        for segment in self.segments.values():
             segment.state = {"reclaiming": "sealed"}.get(segment.state, segment.state)
         self.hello()
 
@@ -154,13 +173,19 @@ class FakePlane:
         self.outbox.append(Recovered(self.rank, self.incarnation, rows))
 
     def disk_state(self, *, sealed_anew: bool = False, newly: tuple[int, ...] = ()) -> None:
-        """Say how the directory is."""
-        clean = sum(segment.state == "clean" for segment in self.segments)
-        told = range(len(self.segments)) if sealed_anew else newly
-        sealed = [(at, self.segments[at].generation) for at in told if self.segments[at].state == "sealed"]
-        wanted = max(0, self.clean_target - clean) if self.usable else 0
-        table = np.array(sorted(sealed, key=lambda life: life[1]), np.int64).reshape(-1, 2)
-        self.outbox.append(DiskState(self.rank, self.incarnation, self.usable, clean, wanted, table))
+        """Say how every directory is."""
+        for directory in self.directories:
+            mine = {at: one for at, one in self.segments.items() if at >> DIRECTORY_SHIFT == directory}
+            clean = sum(segment.state == "clean" for segment in mine.values())
+            told = [at for at in mine if sealed_anew or at in newly]
+            sealed = [(at, mine[at].generation) for at in told if mine[at].state == "sealed"]
+            usable = directory not in self.off
+            self.outbox.append(
+                DiskState(
+                    self.rank, self.incarnation, usable, clean, max(0, self.clean_target - clean) if usable else 0,
+                    np.array(sorted(sealed, key=lambda life: life[1]), np.int64).reshape(-1, 2), directory=directory,
+                )
+            )  # fmt: skip
 
     # --- plans ------------------------------------------------------------------------------------------------------
 
@@ -303,12 +328,13 @@ class FakePlane:
         return (row, Status.OK, 0, Tier.DISK, 0, place.segment, place.page, pages, place.generation, pages * PAGE_BYTES)
 
     def _place(self, pages: int) -> Place | None:
-        for at, segment in enumerate(self.segments):
+        usable = {at: one for at, one in self.segments.items() if at >> DIRECTORY_SHIFT not in self.off}
+        for at, segment in usable.items():
             if segment.state == "open" and segment.used + pages > self.segment_pages:
                 segment.state = "sealed"
                 self.disk_state(newly=(at,))
         for wanted in ("open", "clean"):
-            for at, segment in enumerate(self.segments):
+            for at, segment in usable.items():
                 if segment.state == wanted:
                     segment.state = "open"
                     segment.used += pages

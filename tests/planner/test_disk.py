@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier.core.plan import PAGE_BYTES, Plan, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import DIRECTORY_SHIFT, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
 from tests.planner.bench import BLOCK, Bench
 
@@ -378,6 +378,40 @@ def test_a_disk_that_is_gone_takes_its_copies_along() -> None:
     assert len(written(bench)) == 4, "nothing is sent to a disk that cannot be used"
 
 
+def test_a_directory_that_is_gone_takes_only_its_own_copies_along() -> None:
+    bench = Bench(segments=6, segment_blocks=2, directories=2, host_blocks=20, clean_target=0)
+    keys = bench.keys(10)
+    bench.stored(keys)
+    places = [bench.place(keys, block)[Tier.DISK][0] >> DIRECTORY_SHIFT for block in range(10)]
+    assert set(places) == {0, 1}
+    bench.planes[0].off = {0}
+    bench.planes[0].disk_state()
+    bench.hear()
+    bench.check()
+    left = [Tier.DISK in bench.place(keys, block) for block in range(10)]
+    assert left == [place == 1 for place in places]
+    more = bench.keys(2, 1)
+    bench.stored(more)
+    assert {bench.place(more, block)[Tier.DISK][0] >> DIRECTORY_SHIFT for block in range(2)} == {1}, "one is left"
+    bench.planes[0].off = {0, 1}
+    bench.planes[0].disk_state()
+    bench.run()
+    assert bench.planner.stats()["disk_entries"] == 0
+    bench.check_at_rest()
+
+
+def test_every_directory_gets_its_own_reclaims() -> None:
+    bench = Bench(segments=6, segment_blocks=2, directories=2, host_blocks=20, clean_target=0)
+    bench.stored(bench.keys(9))
+    plane = bench.planes[0]
+    plane.clean_target = 1
+    plane.disk_state()
+    bench.hear()
+    assert [plan.segment >> DIRECTORY_SHIFT for plan in bench.plans(PlanKind.RECLAIM)] == [0]
+    bench.run()
+    bench.check_at_rest()
+
+
 def test_what_waited_for_a_disk_that_is_gone_ends() -> None:
     bench = Bench(segments=4)
     keys = bench.keys(3)
@@ -644,7 +678,7 @@ def test_no_more_segments_are_reclaimed_than_are_wanted() -> None:
     bench.hear()
     assert len(bench.plans(PlanKind.RECLAIM)) == 2, "one is clean"
     bench.run()
-    assert sum(segment.state == "clean" for segment in plane.segments) == 3
+    assert sum(segment.state == "clean" for segment in plane.segments.values()) == 3
 
 
 # --- up again ---------------------------------------------------------------------------------------------------------

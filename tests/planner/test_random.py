@@ -168,7 +168,7 @@ class Storm:
     def disk_off_and_on(self) -> None:
         plane = self.random.choice(self.bench.planes)
         if plane.segments:
-            plane.usable = not plane.usable
+            plane.off ^= {self.random.choice(plane.directories)}
             plane.disk_state()
 
     def change_version(self) -> None:
@@ -245,6 +245,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "two groups in memory": {"groups": 2, "host_blocks": 12},
     "small disk": {"segments": 5},
     "two ranks": {"ranks": 2, "segments": 5},
+    "two directories": {"segments": 8, "directories": 2},
     "two ranks in memory": {"ranks": 2, "host_blocks": 10},
     "two ranks, two groups": {"ranks": 2, "groups": 2, "segments": 6, "host_blocks": 12},
     "watermarks": {"segments": 6, "host": {"high_watermark": 0.7, "low_watermark": 0.4}},
