@@ -30,7 +30,8 @@ from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
 
-Sequence_: TypeAlias = TokenIds | Keys
+Prompt: TypeAlias = TokenIds | Keys
+"""What every verb takes: token ids, or the keys that were made of them."""
 log = logging.getLogger(__name__)
 _SEND_ROUNDS: Final = 1_000_000
 
@@ -134,9 +135,7 @@ class TieredCache:
 
     # --- looking up -------------------------------------------------------------------------------------------------
 
-    def match(
-        self, tokens: Sequence_, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False
-    ) -> int:
+    def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
         _check_range(keys, start, keys.num_tokens)
@@ -146,7 +145,7 @@ class TieredCache:
 
     def lookup(
         self,
-        tokens: Sequence_,
+        tokens: Prompt,
         *,
         tenant: str = "",
         adapter: str = "",
@@ -212,7 +211,7 @@ class TieredCache:
 
     def submit_store(
         self,
-        tokens: Sequence_,
+        tokens: Prompt,
         pages: KVPages | PageTable,
         *,
         tenant: str = "",
@@ -252,7 +251,7 @@ class TieredCache:
 
     def submit_prefetch(
         self,
-        tokens: Sequence_,
+        tokens: Prompt,
         *,
         to: str = "host",
         tenant: str = "",
@@ -441,7 +440,7 @@ class TieredCache:
                 raise ConfigError(f"{name} = {value!r}: must be a string of printable characters")
         return Root(self.model_id, self._planner.weights_version, adapter, tenant)
 
-    def _keys(self, tokens: Sequence_, tenant: str, adapter: str) -> Keys:
+    def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
         if isinstance(tokens, Keys):
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)

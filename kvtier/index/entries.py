@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.plan import DIRECTORY_SHIFT, NOWHERE, Lineage
+from kvtier.core.plan import DIRECTORY_SHIFT, Lineage
 from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable
 
 Mask = npt.NDArray[np.bool_]
@@ -241,4 +241,4 @@ class Index:
             np.add.at(column, known, step)
 
 
-__all__ = ["MAX_RANKS", "MISSING", "NOWHERE", "EntryRows", "Index", "KeyRows"]
+__all__ = ["MAX_RANKS", "MISSING", "EntryRows", "Index", "KeyRows", "Mask"]

@@ -30,7 +30,7 @@ from kvtier.core.plan import (
 )
 from kvtier.errors import ConfigError
 from kvtier.index import Index
-from kvtier.index.entries import MAX_RANKS, MISSING, EntryRows
+from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
@@ -301,6 +301,3 @@ def max_entries(config: Config, layout: KVLayout) -> int:
     nbytes = config.host.capacity + config.disk.capacity * bool(config.disk.directories)
     smallest = min(layout.record_pages) * PAGE_BYTES
     return min(_MAX_ENTRIES, 2 * (nbytes // smallest) * len(layout.groups) + 4096)
-
-
-__all__ = ["MISSING", "Planner", "max_entries"]

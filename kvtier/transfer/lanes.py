@@ -8,6 +8,9 @@ from typing import Final, Protocol
 from kvtier.core.plan import DIRECTORY_SHIFT, Priority
 from kvtier.runtime.seam import IODone, IOEngine, IORequest
 
+MAX_ROWS_A_MOVE: Final = 64
+"""Records that one system call may carry; each takes up to two of its buffers."""
+
 _RATE_WEIGHT: Final = 0.4
 
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
-from typing import Final
 
 import numpy as np
 
 from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
-from kvtier.transfer.lanes import lane_of
+from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.records import deliver_record
 from kvtier.transfer.run import Run
 from kvtier.transfer.work import PIECE_BYTES, Piece, Rank
-
-_MAX_ROWS_A_MOVE: Final = 64
 
 
 class _State(IntEnum):
@@ -94,7 +91,7 @@ class LoadRun(Run):
                 self.lost(run, Tier.DISK, Reason.GONE)
 
     def _adjacent(self, rows: list[int]) -> list[list[int]]:
-        limit = min(_MAX_ROWS_A_MOVE, max(1, self.equipment.staging.count // 4))
+        limit = min(MAX_ROWS_A_MOVE, max(1, self.equipment.staging.count // 4))
         runs: list[list[int]] = []
         for row in rows:
             last = runs[-1] if runs else None

@@ -13,13 +13,11 @@ from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place, SyncTarget
-from kvtier.transfer.lanes import global_segment, lane_of
+from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.records import encode_record, stamp
 from kvtier.transfer.run import Run
 from kvtier.transfer.work import Piece, Rank
-
-_MAX_ROWS_A_MOVE: Final = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -56,8 +54,8 @@ class SpillRun(Run):
             self.encode_more()
         else:
             for piece in self.pieces(rows, max(self._pages) * PAGE_BYTES):
-                for at in range(0, len(piece), _MAX_ROWS_A_MOVE):
-                    self._write([Outgoing(row, self._host_record(row)) for row in piece[at : at + _MAX_ROWS_A_MOVE]])
+                for at in range(0, len(piece), MAX_ROWS_A_MOVE):
+                    self._write([Outgoing(row, self._host_record(row)) for row in piece[at : at + MAX_ROWS_A_MOVE]])
         self.settle()
 
     def abandon(self, reason: Reason) -> None:
