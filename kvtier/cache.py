@@ -61,8 +61,6 @@ class TieredCache:
         self.config = config if isinstance(config, Config) else load_config(config)
         self.layout = layout
         self.model_id = _checked_model_id(model_id)
-        if self.config.device.capacity:
-            raise ConfigError("device.capacity: this version has no device tier; set it to 0")
         self._machine = machine or system_machine(self.config.disk.io_engine)
         runtime = self._machine.runtime
         self._clock = runtime.clock

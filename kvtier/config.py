@@ -238,6 +238,10 @@ def _validated(table: dict[str, Any], *, where: str) -> Config:
         problems = [_problem(detail) for detail in error.errors(include_url=False)]
         lines = list(dict.fromkeys(problems))
         raise ConfigError(where + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))) from None
+    if config.device.capacity:
+        raise ConfigError(
+            f"{where}device.capacity = {config.device.capacity}: this version has no device tier; set it to 0"
+        )
     if config.remote:
         raise ConfigError(
             f"{where}remote[0].kind = {config.remote[0].kind!r}: no remote store is installed in this version; "

@@ -222,3 +222,8 @@ class TestConfigFiles:
     @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
     def test_every_shipped_configuration_loads(self, path: Path) -> None:
         assert load_config(path).host.capacity > 0
+
+
+def test_a_device_tier_is_refused_as_long_as_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"device\.capacity = 1073741824: this version has no device tier"):
+        load_config({"device": {"capacity": "1GiB"}})
