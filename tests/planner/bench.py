@@ -21,6 +21,7 @@ from tests.planner.fake_plane import FakePlane, Place
 
 BLOCK = 4
 ROOT = Root("model")
+BACK: dict[str, Any] = {"policy": {"write": "write_back"}}
 PAGES = PageTable(0, (GroupPages(0, np.arange(64, dtype=np.int32)),))
 
 
@@ -187,6 +188,10 @@ class Bench:
         """What was sent of this kind."""
         return [plan for plan in self.sent if plan.kind == kind]
 
+    def written(self) -> list[bytes]:
+        """Keys of all rows that were ever sent to disk, in order."""
+        return [row.tobytes() for plan in self.plans(PlanKind.SPILL) for row in plan.rows["key"]]
+
     def in_flight(self, kind: PlanKind, rank: int = 0) -> int:
         """The number of the oldest plan of this kind under way on ``rank``."""
         return next(n for n, flight in self.planes[rank].flights.items() if flight.plan.kind == kind)
@@ -339,4 +344,4 @@ def _reserved(hop: Any, rank: int) -> list[tuple[int, int]]:
     return held
 
 
-__all__ = ["BLOCK", "PAGES", "PAGE_BYTES", "ROOT", "Bench", "Durability", "Lineage", "Priority"]
+__all__ = ["BACK", "BLOCK", "PAGES", "PAGE_BYTES", "ROOT", "Bench", "Durability", "Lineage", "Priority"]

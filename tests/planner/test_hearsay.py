@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kvtier.core.plan import PAGE_BYTES, Lineage, Reason, Status, Tier
@@ -146,6 +147,21 @@ def test_statistics_count_evictions_and_losses() -> None:
     assert stats["evicted_entries"] == 1
     assert stats["lost_copies"] == 1
     assert stats["removed_host_blocks"] == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_an_entry_takes_at_most_200_bytes_and_16_more_a_tier_for_every_further_rank(ranks: int) -> None:
+    """All arrays of the planner that have a place for every entry, also while a restart is being recovered."""
+    bench = Bench(ranks=ranks, segments=4, attach=False)
+    for plane in bench.planes:
+        plane.hello()
+    bench.hear()
+    planner, state = bench.planner, bench.planner._state
+    owners = [state.index, state.index.table, state.host._policy, state.disk]
+    arrays = [value for owner in owners for value in vars(owner).values()]
+    arrays += list(planner._commits.recovery._sequences.values())
+    nbytes = sum(a.nbytes for a in arrays if isinstance(a, np.ndarray) and a.base is None)
+    assert nbytes / state.index.table.capacity <= 200 + (ranks - 1) * 2 * 16
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------

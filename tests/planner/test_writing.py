@@ -1,0 +1,291 @@
+"""When blocks are written to disk, what an acknowledgement means, what a flush promises."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtier.core.plan import PAGE_BYTES, Plan, PlanKind, Priority, Reason, Status, Tier
+from kvtier.planner import Durability, Outcome, Ticket
+from tests.planner.bench import BACK, BLOCK, Bench
+
+LEVELS = [Durability.PROCESS, Durability.DURABLE]
+
+
+# --- when blocks are written ------------------------------------------------------------------------------------------
+
+
+def test_write_through_writes_every_block_when_it_is_stored_once() -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    bench.stored(keys)
+    bench.loaded(keys)
+    assert bench.written() == keys.digests
+    assert bench.planner.stats()["disk_entries"] == 3
+    bench.check_at_rest()
+
+
+@pytest.mark.parametrize("write", ["write_back", "write_through_selective"])
+def test_the_other_policies_write_nothing_while_there_is_room(write: str) -> None:
+    bench = Bench(segments=4, policy={"write": write})
+    bench.stored(bench.keys(3))
+    assert not bench.written()
+
+
+def test_selective_writes_a_block_when_it_is_used_again() -> None:
+    bench = Bench(segments=4, policy={"write": "write_through_selective"})
+    keys = bench.keys(4)
+    bench.stored(keys)
+    bench.loaded(bench.keys(4), start=2 * BLOCK)
+    assert set(bench.written()) == set(keys.digests[2:])
+    bench.loaded(keys)
+    bench.loaded(keys)
+    assert sorted(bench.written()) == sorted(keys.digests)
+    bench.check_at_rest()
+
+
+def test_selective_does_not_ask_again_for_what_the_disk_refused() -> None:
+    bench = Bench(segments=4, policy={"write": "write_through_selective"})
+    keys = bench.keys(2)
+    bench.stored(keys)
+    for _ in range(3):
+        bench.planner.release(bench.lookup(keys))
+        bench.send()
+        bench.run(lambda plan, row: Reason.IO_ERROR)
+    assert len(bench.written()) == 2
+
+
+def test_selective_does_not_free_the_blocks_that_it_was_asked_for() -> None:
+    """Queueing writes may free blocks over the watermark: those just found must be pinned by then."""
+    watermarks = {"high_watermark": 0.8, "low_watermark": 0.1}
+    bench = Bench(segments=8, host_blocks=10, host=watermarks, policy={"write": "write_through_selective"})
+    keys = bench.keys(5)
+    bench.stored(keys, durability=Durability.PROCESS)
+    lease = bench.lookup(keys)
+    bench.store(bench.keys(5, 1))
+    bench.planner.release(lease)
+    lease = bench.lookup(keys)
+    bench.send()
+    bench.check()
+    assert bench.planner.stats()["host_entries"] == lease.blocks == 5
+
+
+def test_a_block_that_came_from_disk_is_not_written_again() -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    for block in range(3):
+        bench.lose(keys, block, Tier.HOST)
+    bench.loaded(keys)
+    bench.flush()
+    bench.run()
+    assert bench.written() == keys.digests
+
+
+def test_a_spill_says_where_it_lies_and_how_it_is_wanted() -> None:
+    bench = Bench(segments=4, groups=2, disk={"codec": "raw+lz4"})
+    keys = bench.keys(2)
+    bench.stored(keys)
+    (plan,) = bench.plans(PlanKind.SPILL)
+    assert plan.chains == ("raw+lz4", "raw")
+    assert plan.priority == Priority.SPILL
+    assert plan.pages is None
+    assert sorted(plan.rows["group"].tolist()) == [0, 0, 1, 1]
+    assert (plan.rows["host_page"] >= 0).all()
+    assert sorted(plan.rows["host_pages"].tolist()) == [2, 2, 3, 3]
+    assert sorted(plan.rows["depth"].tolist()) == [0, 0, 1, 1]
+
+
+def test_no_more_is_on_its_way_to_disk_than_staging_allows() -> None:
+    """The budget is one MiB: 128 blocks of 8 KiB."""
+    bench = Bench(
+        segments=4, host_blocks=400, segment_blocks=400, host={"capacity": "8MiB"}, disk={"capacity": "64MiB"}
+    )
+    bench.store(bench.keys(300))
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    assert sum(len(plan.rows) for plan in bench.plans(PlanKind.SPILL)) == (1 << 20) // (2 * PAGE_BYTES)
+    bench.run()
+    assert len(bench.written()) == 300
+    bench.check_at_rest()
+
+
+# --- durability -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["write_through", "write_back", "write_through_selective"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_acknowledgement_waits_for_what_it_promises(level: Durability, write: str) -> None:
+    bench = Bench(ranks=2, segments=4, policy={"write": write})
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=level)
+    kinds = [PlanKind.STORE, PlanKind.SPILL] + [PlanKind.SYNC] * (level == Durability.DURABLE)
+    for kind in kinds:
+        for rank in (1, 0):
+            assert not ticket.finished
+            bench.planes[rank].finish(bench.in_flight(kind, rank))
+            bench.hear()
+            bench.check()
+    assert ticket.count(Outcome.DONE) == 3
+    assert ticket.finished
+    bench.run()
+    bench.check_at_rest()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_blocks_that_are_there_already_are_written_for_whoever_asks(level: Durability) -> None:
+    bench = Bench(segments=4, **BACK)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    ticket = bench.store(keys, durability=level)
+    assert not ticket.finished
+    assert not bench.plans(PlanKind.SYNC)
+    bench.run()
+    assert ticket.count(Outcome.EXISTING) == 3
+    assert len(bench.plans(PlanKind.SYNC)) == (level == Durability.DURABLE)
+    assert bench.planner.stats()["disk_entries"] == 3
+    again = bench.store(keys, durability=Durability.PROCESS)
+    assert again.finished, "nothing is left to be written"
+
+
+def test_what_is_written_already_is_synced_for_whoever_asks() -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(2)
+    bench.stored(keys)
+    ticket = bench.store(keys, durability=Durability.DURABLE)
+    assert not ticket.finished
+    bench.run()
+    assert ticket.count(Outcome.EXISTING) == 2
+    assert len(bench.written()) == 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_block_that_the_disk_would_not_take_is_refused_but_still_hits(level: Durability) -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=level)
+    middle = keys.digests[1]
+    bench.run(lambda plan, row: _no_space(plan, row, middle))
+    assert ticket.outcome.tolist() == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
+    assert ticket.reason[1] == Reason.NO_SPACE
+    assert bench.match(keys) == 3
+    assert bench.planner.stats()["disk_entries"] == 2
+    bench.check_at_rest()
+
+
+def _no_space(plan: Plan, row: int, key: bytes) -> Status | Reason:
+    refused = plan.kind == PlanKind.SPILL and plan.rows["key"][row].tobytes() == key
+    return Reason.NO_SPACE if refused else Status.OK
+
+
+def test_a_sync_that_failed_acknowledges_nothing() -> None:
+    bench = Bench(ranks=2, segments=4)
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=Durability.DURABLE)
+    bench.run(lambda plan, row: Reason.IO_ERROR if plan.kind == PlanKind.SYNC and plan.rank == 1 else Status.OK)
+    assert ticket.count(Outcome.FAILED) == 3
+    assert (ticket.reason == Reason.IO_ERROR).all()
+    assert bench.match(keys) == 3
+    bench.check_at_rest()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_without_a_disk_nothing_more_than_memory_is_acknowledged(level: Durability) -> None:
+    bench = Bench()
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=level)
+    bench.run()
+    assert ticket.count(Outcome.FAILED) == 3
+    assert bench.match(keys) == 3
+    bench.check_at_rest()
+
+
+def test_what_waits_for_an_acknowledgement_is_not_evicted() -> None:
+    bench = Bench(segments=4, host_blocks=4)
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=Durability.DURABLE)
+    for kind in (PlanKind.STORE, PlanKind.SPILL):
+        bench.planes[0].finish(bench.in_flight(kind))
+        bench.hear()
+    bench.check()
+    assert bench.store(bench.keys(3, 1)).count(Outcome.FAILED) == 2
+    bench.run()
+    assert ticket.count(Outcome.DONE) == 3
+    bench.check_at_rest()
+
+
+def test_a_block_that_failed_in_memory_is_not_waited_for_on_disk() -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    ticket = bench.store(keys, durability=Durability.PROCESS)
+    bench.run(lambda plan, row: Reason.GONE if plan.kind == PlanKind.STORE and row == 1 else Status.OK)
+    assert ticket.outcome.tolist() == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
+    assert ticket.reason[1] == Reason.GONE
+    bench.check_at_rest()
+
+
+# --- flush ------------------------------------------------------------------------------------------------------------
+
+
+def finished_well(ticket: Ticket) -> bool:
+    return ticket.finished and not ticket.count(Outcome.FAILED)
+
+
+@pytest.mark.parametrize("level", list(Durability))
+def test_a_flush_waits_for_stores_under_way_and_then_for_its_level(level: Durability) -> None:
+    bench = Bench(segments=4, **BACK)
+    keys = bench.keys(3)
+    bench.store(keys)
+    flush = bench.flush(level)
+    assert not flush.finished
+    bench.run()
+    assert finished_well(flush)
+    assert len(bench.written()) == 3 * (level > Durability.MEMORY)
+    assert len(bench.plans(PlanKind.SYNC)) == (level == Durability.DURABLE)
+    bench.check_at_rest()
+
+
+def test_a_flush_of_nothing_is_over_at_once() -> None:
+    bench = Bench(segments=4)
+    assert finished_well(bench.flush(Durability.PROCESS))
+
+
+def test_a_flush_waits_for_writes_that_are_on_their_way_already() -> None:
+    bench = Bench(segments=4)
+    bench.store(bench.keys(3))
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    flush = bench.flush()
+    assert not flush.finished
+    bench.run()
+    assert finished_well(flush)
+    assert len(bench.written()) == 3
+
+
+def test_a_flush_that_could_not_write_everything_says_so() -> None:
+    bench = Bench(segments=4, **BACK)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    flush = bench.flush()
+    bench.run(lambda plan, row: Reason.IO_ERROR if plan.kind == PlanKind.SPILL and row == 0 else Status.OK)
+    assert flush.finished
+    assert flush.reason.tolist() == [Reason.IO_ERROR]
+
+
+def test_a_flush_is_not_well_while_blocks_that_the_disk_refused_before_are_not_on_it() -> None:
+    """Everything stored so far reaches the disk, or the flush says that it did not."""
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    bench.store(keys)
+    bench.run(lambda plan, row: Reason.IO_ERROR if plan.kind == PlanKind.SPILL else Status.OK)
+    flush = bench.flush(Durability.DURABLE)
+    bench.run()
+    assert finished_well(flush) == (bench.planner.stats()["disk_entries"] == 3)
+    bench.check_at_rest()
+
+
+def test_without_a_disk_a_flush_of_blocks_fails() -> None:
+    bench = Bench()
+    bench.stored(bench.keys(2))
+    assert not finished_well(bench.flush(Durability.PROCESS))
+    assert finished_well(bench.flush(Durability.MEMORY))
