@@ -58,7 +58,7 @@ def test_every_link_to_a_file_leads_to_one(document: str) -> None:
 
 
 def test_every_figure_says_what_it_was_compared_with_and_where_it_was_measured() -> None:
-    """The section is the output of ``python -m benchmarks report``: machine and commit first, then rows of six columns."""
+    """What ``python -m benchmarks report`` wrote: machine and commit first, then rows of six columns."""
     machine, *rows = (line for line in between("figures").splitlines() if line)
     assert re.search(r"cores.* at [0-9a-f]{12}:$", machine)
     assert len(rows) > 2
