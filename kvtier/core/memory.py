@@ -26,6 +26,9 @@ class PageTable:
 
 
 Bytes1D = npt.NDArray[np.uint8]
+Bytes2D = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[np.int64]
+"""Positions in a sequence."""
 
 
 @runtime_checkable
@@ -46,13 +49,16 @@ class KVMemory(Protocol):
             ConfigError: what is missing, and how many pages it would take.
         """
 
-    def gather(self, table: PageTable, group: int, first_token: int, parts: range, out: Bytes1D) -> None:
-        """Copy the block that begins at ``first_token`` of ``parts`` to ``out``, part after part, nothing between."""
+    def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy ``parts`` of the blocks that begin at ``first_tokens`` to ``out``, a block a row.
+
+        ``out`` is uint8 ``[blocks, bytes of the parts]``, C-contiguous: part after part, nothing between.
+        """
 
     def scatter(
-        self, table: PageTable, group: int, first_token: int, parts: range, source: Bytes1D, start: int, stop: int
+        self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
-        """Write ``source`` (as ``gather`` lays it out) to the tokens in [start, stop) of that block, and no others."""
+        """Write ``source`` (as ``gather`` lays it out) to the tokens in [start, stop) of these blocks, no others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,5 +1,5 @@
 """Copies between engine pages and contiguous bytes, and the arithmetic of codecs. Plain numpy is the reference."""
 
-from kvtier.kernels.copy import PageRows, gather_pages, page_rows, scatter_pages
+from kvtier.kernels.copy import Pages2D, Rows, RowSpace
 
-__all__ = ["PageRows", "gather_pages", "page_rows", "scatter_pages"]
+__all__ = ["Pages2D", "RowSpace", "Rows"]

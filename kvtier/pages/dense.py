@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.memory import Bytes1D, GroupPages, KVPages, PageTable
+from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
 from kvtier.pages.spans import check_count
@@ -82,30 +82,31 @@ class DenseKV:
                     f"{stop - start} along their token dimension from token {start}"
                 )
 
-    def gather(self, table: PageTable, group: int, first_token: int, parts: range, out: Bytes1D) -> None:
-        """Copy one block of ``parts`` to ``out``; see ``KVMemory``."""
-        pages = table.groups[group]
-        at = 0
-        for part in self._groups[group][parts.start : parts.stop]:
-            block = part.block(out[at : at + part.block_bytes])
-            at += part.block_bytes
-            for mine, theirs in part.pairs(block, int(pages.ids[0]), first_token - pages.first_token, 0, part.tokens):
-                np.copyto(theirs, mine)
+    def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
+        tokens = range(self.layout.block_tokens)
+        for first, row in zip(first_tokens.tolist(), out, strict=True):
+            for theirs, mine in self._pairs(table.groups[group], group, first, parts, row, tokens):
+                np.copyto(mine, theirs)
 
     def scatter(
-        self, table: PageTable, group: int, first_token: int, parts: range, source: Bytes1D, start: int, stop: int
+        self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
-        """Write tokens [start, stop) of one block of ``parts``; see ``KVMemory``."""
-        begin, end = max(start - first_token, 0), min(stop - first_token, self.layout.block_tokens)
-        if begin >= end:
-            return
-        pages = table.groups[group]
+        """Write tokens [start, stop) of blocks of ``parts``; see ``KVMemory``."""
+        for first, row in zip(first_tokens.tolist(), source, strict=True):
+            wanted = range(max(start - first, 0), min(stop - first, self.layout.block_tokens))
+            for theirs, mine in self._pairs(table.groups[group], group, first, parts, row, wanted):
+                np.copyto(theirs, mine)
+
+    def _pairs(
+        self, pages: GroupPages, group: int, first: int, parts: range, block: Bytes1D, tokens: range
+    ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Views of the tensors and of ``block``, which begins at token ``first``, for those of its ``tokens``."""
         at = 0
         for part in self._groups[group][parts.start : parts.stop]:
-            block = part.block(source[at : at + part.block_bytes])
+            own = part.block(block[at : at + part.block_bytes])
             at += part.block_bytes
-            for mine, theirs in part.pairs(block, int(pages.ids[0]), first_token - pages.first_token, begin, end):
-                np.copyto(mine, theirs)
+            yield from part.pairs(own, int(pages.ids[0]), first - pages.first_token, tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +116,6 @@ class _DensePart:
     data: npt.NDArray[np.uint8]  # [batch, heads, tokens, dim bytes], strided
     page_shape: tuple[int, ...]  # of one page in bytes, in the layout's order of axes
     to_heads_first: tuple[int, ...]  # axes of [page, *page_shape] in the order page, head, token, dim
-    tokens: int  # of one block
     page_tokens: int
     block_bytes: int
 
@@ -135,7 +135,6 @@ class _DensePart:
             data=data,
             page_shape=(*part.shape[:-1], dim * DTYPE_BYTES[part.dtype]),
             to_heads_first=(0, 1 + part.axes.index("head"), 1 + part.token_axis, 3),
-            tokens=layout.block_tokens,
             page_tokens=layout.page_tokens,
             block_bytes=layout.part_bytes(part),
         )
@@ -145,16 +144,16 @@ class _DensePart:
         return data.reshape(-1, *self.page_shape).transpose(self.to_heads_first)
 
     def pairs(
-        self, block: npt.NDArray[np.uint8], row: int, first: int, begin: int, end: int
-    ) -> list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
-        """Views of the tensor and of the block for tokens [begin, end) of a block that starts at position ``first``."""
+        self, block: npt.NDArray[np.uint8], row: int, first: int, tokens: range
+    ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Views of the tensor and of the block for ``tokens`` of a block that starts at position ``first``."""
         size = self.page_tokens
-        found = []
-        for page in range(begin // size, -(-end // size)):
-            low, high = max(begin, page * size), min(end, (page + 1) * size)
+        if not tokens:
+            return
+        for page in range(tokens.start // size, -(-tokens.stop // size)):
+            low, high = max(tokens.start, page * size), min(tokens.stop, (page + 1) * size)
             mine = self.data[row, :, first + low : first + high]
-            found.append((mine, block[page, :, low - page * size : high - page * size]))
-        return found
+            yield mine, block[page, :, low - page * size : high - page * size]
 
 
 def _side(sides: dict[str, Sequence[Tensor]], group: KVGroup, part: Part) -> Sequence[Tensor]:

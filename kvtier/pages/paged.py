@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.memory import Bytes1D, GroupPages, KVPages, PageTable
+from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
-from kvtier.kernels import gather_pages, page_rows, scatter_pages
+from kvtier.kernels import Rows, RowSpace
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
 from kvtier.pages.spans import check_count, cut, frozen_ids
 from kvtier.pages.tensors import Tensor, bytes_of, dtype_of
+
+Ids: TypeAlias = npt.NDArray[np.int32]
 
 
 class PagedTensors:
@@ -33,13 +36,14 @@ class PagedTensors:
             ConfigError: naming the part, what was given and what it wants.
         """
         self.layout = layout
-        self._block_pages = layout.block_tokens // layout.page_tokens
         given = iter(_in_order(layout, tensors))
         self._groups = tuple(
-            tuple(_PartPages.of(group, part, next(given), self._block_pages) for part in group.parts)
+            _GroupRows.of(layout, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))
             for group in layout.groups
         )
-        self.num_pages = tuple(_same_count(*pair) for pair in zip(layout.groups, self._groups, strict=True))
+        self.num_pages = tuple(
+            _same_count(group, rows.parts) for group, rows in zip(layout.groups, self._groups, strict=True)
+        )
 
     @property
     def placement(self) -> str:
@@ -73,37 +77,50 @@ class PagedTensors:
         for group, pages, num_pages in zip(self.layout.groups, table.groups, self.num_pages, strict=True):
             self._check_group(group, pages, num_pages, start, stop)
 
-    def gather(self, table: PageTable, group: int, first_token: int, parts: range, out: Bytes1D) -> None:
-        """Copy one block of ``parts`` to ``out``; see ``KVMemory``."""
-        pages = table.groups[group]
-        base = (first_token - pages.first_token) // self.layout.page_tokens
-        rows = page_rows(pages.ids[base : base + self._block_pages])
-        at = 0
-        for part in self._groups[group][parts.start : parts.stop]:
-            gather_pages(part.pages, rows, out[at : at + part.block_bytes])
-            at += part.block_bytes
+    def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
+        rows = self._groups[group]
+        rows.space.gather(rows.of_blocks(table.groups[group].ids, self._bases(table, group, first_tokens), parts), out)
 
     def scatter(
-        self, table: PageTable, group: int, first_token: int, parts: range, source: Bytes1D, start: int, stop: int
+        self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
-        """Write tokens [start, stop) of one block of ``parts``; see ``KVMemory``."""
-        begin, end = max(start - first_token, 0), min(stop - first_token, self.layout.block_tokens)
-        if begin >= end:
+        """Write tokens [start, stop) of blocks of ``parts``; see ``KVMemory``."""
+        rows, ids, bases = self._groups[group], table.groups[group].ids, self._bases(table, group, first_tokens)
+        whole = (first_tokens >= start) & (first_tokens + self.layout.block_tokens <= stop)
+        if whole.all():
+            rows.space.scatter(rows.of_blocks(ids, bases, parts), source)
             return
+        if whole.any():
+            rows.space.scatter(rows.of_blocks(ids, bases[whole], parts), source[whole])
+        for block in np.flatnonzero(~whole).tolist():
+            first = int(first_tokens[block])
+            begin, end = max(start - first, 0), min(stop - first, self.layout.block_tokens)
+            if begin < end:
+                self._scatter_tokens(rows, ids, int(bases[block]), parts, source[block], begin, end)
+
+    def _bases(self, table: PageTable, group: int, first_tokens: Tokens) -> Tokens:
+        bases: Tokens = (first_tokens - table.groups[group].first_token) // self.layout.page_tokens
+        return bases
+
+    def _scatter_tokens(
+        self, rows: _GroupRows, ids: Ids, base: int, parts: range, source: Bytes1D, begin: int, end: int
+    ) -> None:
+        """Tokens [begin, end) of one block, whose pages are ``ids[base:]``: whole pages, and cells at both ends."""
         whole, edges = cut(begin, end, self.layout.page_tokens)
-        pages = table.groups[group]
-        base = (first_token - pages.first_token) // self.layout.page_tokens
-        rows = page_rows(pages.ids[base + whole.start : base + whole.stop]) if whole else slice(0)
         at = 0
-        for part in self._groups[group][parts.start : parts.stop]:
-            block = source[at : at + part.block_bytes]
-            at += part.block_bytes
+        for number in parts:
+            part = rows.parts[number]
+            block = source[at : at + part.page_bytes * rows.block_pages]
+            at += block.nbytes
             if whole:
-                scatter_pages(part.pages, rows, block[whole.start * part.page_bytes : whole.stop * part.page_bytes])
+                pages = ids[base + whole.start : base + whole.stop]
+                between = block[whole.start * part.page_bytes : whole.stop * part.page_bytes]
+                rows.space.scatter(rows.space.rows_of(number, pages), between)
             for edge in edges:
                 span = np.s_[:, edge.start : edge.stop]
                 cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
-                part.cells[pages.ids[base + edge.page]][span] = cells[span]
+                part.cells[ids[base + edge.page]][span] = cells[span]
 
     def _check_group(self, group: KVGroup, pages: GroupPages, num_pages: int, start: int, stop: int) -> None:
         size = self.layout.page_tokens
@@ -133,10 +150,9 @@ class _PartPages:
     pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
     cells: npt.NDArray[np.uint8]  # [num_pages, outer, page_tokens, inner bytes]: the same, cut at the token axis
     page_bytes: int
-    block_bytes: int
 
     @classmethod
-    def of(cls, group: KVGroup, part: Part, tensor: Tensor, block_pages: int) -> _PartPages:
+    def of(cls, group: KVGroup, part: Part, tensor: Tensor) -> _PartPages:
         what = f"tensor of group {group.name!r}, {part.label}"
         data = bytes_of(tensor, what)
         if tuple(tensor.shape[1:]) != part.shape or dtype_of(tensor) != part.dtype:
@@ -153,8 +169,41 @@ class _PartPages:
             pages=data.reshape(count, part.page_bytes),
             cells=data.reshape(count, outer, part.shape[part.token_axis], inner),
             page_bytes=part.page_bytes,
-            block_bytes=part.page_bytes * block_pages,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _GroupRows:
+    """The parts of one group as rows of one space, and which of them a block takes, in the order of its record."""
+
+    parts: tuple[_PartPages, ...]
+    block_pages: int
+    space: RowSpace
+    first: Rows  # [rows of a block]: where the row would lie if its page were page 0
+    page: Rows  # the page of the block that it belongs to
+    step: Rows  # rows from one page to the next
+    begins: tuple[int, ...]  # [parts + 1]: a block's rows of part i are begins[i] to begins[i + 1]
+
+    @classmethod
+    def of(cls, layout: KVLayout, parts: tuple[_PartPages, ...]) -> _GroupRows:
+        space, block_pages = RowSpace([part.pages for part in parts]), layout.block_tokens // layout.page_tokens
+        counts = space.rows_a_page
+        zeros = np.zeros(block_pages, np.intp)
+        return cls(
+            parts=parts,
+            block_pages=block_pages,
+            space=space,
+            first=np.concatenate([space.rows_of(number, zeros).reshape(-1) for number in range(len(parts))]),
+            page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
+            step=np.repeat(counts, [block_pages * count for count in counts]),
+            begins=tuple(accumulate((block_pages * count for count in counts), initial=0)),
+        )
+
+    def of_blocks(self, ids: Ids, bases: Tokens, parts: range) -> Rows:
+        """Rows of ``parts`` of the blocks whose pages are ``ids[base:]``: ``[blocks, rows]``."""
+        own = slice(self.begins[parts.start], self.begins[parts.stop])
+        rows: Rows = ids[bases[:, None] + self.page[own]] * self.step[own] + self.first[own]
+        return rows
 
 
 def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
-from kvtier.codecs.base import pages_of
 from kvtier.codecs.chain import chain_of
 from kvtier.core.memory import KVMemory
-from kvtier.core.plan import PAGE_BYTES, Message
+from kvtier.core.plan import Message
 from kvtier.metrics import Metrics
-from kvtier.models.layout import KVLayout, SliceSpan
+from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Arena, Buffer, Clock
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.lanes import Lane
+from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.staging import Staging
 from kvtier.transfer.work import WorkQueue
 
@@ -63,8 +62,8 @@ class Equipment:
     headers: Staging
     metrics: Metrics
     paths: list[DiskPath]
-    raw_spans: tuple[tuple[tuple[SliceSpan, int], ...], ...] = field(init=False)
-    """Per group, every slice and where it begins in a raw record."""
+    shapes: tuple[RecordShape, ...] = field(init=False)
+    """Per group, what its raw records look like."""
     placement: bytes = field(init=False)
     content_sizes: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
     """Per chain and group, the bytes of every slice after the tensor codec: worked out when first needed."""
@@ -79,10 +78,7 @@ class Equipment:
     def __post_init__(self) -> None:
         """What every record needs is worked out once."""
         self.placement = bytes.fromhex(self.layout.placement)
-        self.raw_spans = tuple(
-            tuple(zip(spans, accumulate((_padded(span) for span in spans[:-1]), initial=PAGE_BYTES), strict=True))
-            for spans in self.layout.slices
-        )
+        self.shapes = tuple(RecordShape.of(self.layout, group) for group in range(len(self.layout.groups)))
 
     def sizes_of(self, chain: str, group: int) -> tuple[int, ...]:
         """What the slices of a record of that chain and group hold; ConfigError for a chain that is not known."""
@@ -102,7 +98,3 @@ class Equipment:
         """Let every lane submit what it may."""
         for path in self.paths:
             path.lane.submit()
-
-
-def _padded(span: SliceSpan) -> int:
-    return pages_of(span.nbytes) * PAGE_BYTES

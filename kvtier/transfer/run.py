@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, Priority, Reason, Status, Tier
+from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, Priority, Reason, Status, Table, Tier
 from kvtier.transfer.parts import Equipment
+from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES
+
+Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+_NO_ROWS: Final = np.empty(0, COMPLETED)
 
 
 class Run:
@@ -23,7 +29,7 @@ class Run:
         self.answered = np.zeros(len(plan.rows), np.bool_)
         self.quarantined: set[int] = set()
         self._open = len(plan.rows)
-        self._answers: list[tuple[int, ...]] = []
+        self._answers: list[Table] = []
         self._source_free = False
 
     def begin(self) -> None:
@@ -64,6 +70,23 @@ class Run:
         """Row ``row`` is where it has to be; ``tier`` and the place say where a new copy is."""
         self._answer(row, (row, Status.OK, Reason.NONE, tier, chain, segment, page, pages, generation, moved_bytes))
 
+    def all_ok(
+        self,
+        rows: list[int],
+        *,
+        moved_bytes: Ints | int,
+        tier: Ints | Tier = Tier.ENGINE,
+        page: Ints | int = NOWHERE,
+        pages: Ints | int = 0,
+    ) -> None:
+        """``rows``, none of which has ended before, are where they have to be."""
+        table = np.zeros(len(rows), COMPLETED)
+        table["row"], table["tier"], table["segment"] = rows, tier, NOWHERE
+        table["page"], table["pages"], table["moved_bytes"] = page, pages, moved_bytes
+        self._answers.append(table)
+        self.answered[rows] = True
+        self._open -= len(rows)
+
     def failed(self, row: int, reason: Reason) -> None:
         """Row ``row`` will not get there. One that was quarantined is released."""
         status = Status.FAILED
@@ -79,7 +102,8 @@ class Run:
 
     def failed_as_a_whole(self, reason: Reason) -> None:
         """A plan without rows failed."""
-        self._answers.append((0, Status.FAILED, reason, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0))
+        answer = (0, Status.FAILED, reason, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0)
+        self._answers.append(np.array([answer], COMPLETED))
 
     def free_source(self) -> None:
         """The engine may use its pages again."""
@@ -101,14 +125,25 @@ class Run:
         for at in range(0, len(rows), size):
             yield rows[at : at + size]
 
+    def by_group(self, rows: Iterable[int]) -> Iterator[tuple[RecordShape, list[int]]]:
+        """``rows`` of each group that has some, with what its records look like."""
+        shapes, groups = self.equipment.shapes, self.plan.rows["group"].tolist()
+        if len(shapes) == 1:
+            yield shapes[0], list(rows)
+            return
+        for shape in shapes:
+            own = [row for row in rows if groups[row] == shape.group]
+            if own:
+                yield shape, own
+
     def _answer(self, row: int, answer: tuple[int, ...]) -> None:
-        self._answers.append(answer)
+        self._answers.append(np.array([answer], COMPLETED))
         if not self.answered[row]:
             self.answered[row] = True
             self._open -= 1
 
     def _tell(self, *, source_free: bool) -> None:
-        rows = np.array(self._answers, COMPLETED) if self._answers else np.empty(0, COMPLETED)
+        rows = self._answers[0] if len(self._answers) == 1 else np.concatenate([_NO_ROWS, *self._answers])
         self._answers = []
         self.equipment.outbox.append(
             Completion(

@@ -12,11 +12,13 @@ from enum import IntEnum
 
 import numpy as np
 
+from kvtier.codecs.headers import Places
 from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
-from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, lane_of
+from kvtier.transfer.delivery import Delivery
+from kvtier.transfer.endpoint import Endpoint
+from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
-from kvtier.transfer.records import deliver_record
 from kvtier.transfer.run import Run
 from kvtier.transfer.work import PIECE_BYTES, Piece, Rank
 
@@ -131,33 +133,65 @@ class LoadRun(Run):
                 self.states[row] = _State.WORKING
 
         def work() -> list[Reason]:
-            return [self._deliver_one(row, record, origin) for row, record in zip(rows, records, strict=True)]
+            return self._deliver_now(rows, records, origin)
 
         def finish(result: list[Reason] | Exception) -> None:
             self._give_back(staged or [])
             reasons = [Reason.IO_ERROR] * len(rows) if isinstance(result, Exception) else result
-            for row, reason in zip(rows, reasons, strict=True):
-                self._delivered(row, reason, origin)
+            self._delivered_all(rows, reasons, origin)
             self.settle()
 
         self.equipment.work.put(Piece(self._work_rank, work, finish))
 
-    def _deliver_one(self, row: int, record: Buffer, origin: Tier) -> Reason:
-        if self.states[row] == _State.ENDED or (self.abandoned and self.plan.kind == PlanKind.LOAD):
-            return Reason.ABANDONED
-        equipment, plan = self.equipment, self.plan
-        memory = equipment.memories.get(plan.pages.memory_id) if plan.pages else None
-        if plan.pages is not None and memory is None:
-            return Reason.GONE
-        verify = equipment.verify_memory if origin == Tier.HOST else True
-        place = None if origin == Tier.HOST else self._place(row)
-        return deliver_record(equipment, plan, row, record, memory, place=place, verify=verify)
+    def _deliver_now(self, rows: list[int], records: list[Buffer], origin: Tier) -> list[Reason]:
+        """On a copy thread: what came of each row."""
+        target = Endpoint.of(self.equipment, self.plan)
+        if target is None and self.plan.pages is not None:
+            return [Reason.GONE] * len(rows)
+        reasons = dict.fromkeys(rows, Reason.ABANDONED)
+        record_of = dict(zip(rows, records, strict=True))
+        for shape, own in self.by_group(rows):
+            for batch in shape.batches(own):
+                wanted = [row for row in batch if self._is_wanted(row)]
+                if wanted:
+                    delivery = Delivery(
+                        self.equipment, self.plan, shape, wanted, [record_of[row] for row in wanted],
+                        places=None if origin == Tier.HOST else self._places(wanted),
+                        target=target,
+                        verify=self.equipment.verify_memory or origin == Tier.DISK,
+                    )  # fmt: skip
+                    reasons.update(zip(wanted, delivery.deliver(), strict=True))
+        return [reasons[row] for row in rows]
 
-    def _place(self, row: int) -> dict[str, int | bytes]:
-        """What the header of a record from disk has to say of where it lies."""
-        directory, segment = lane_of(self.segment[row])
+    def _is_wanted(self, row: int) -> bool:
+        return self.states[row] != _State.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)
+
+    def _places(self, rows: list[int]) -> Places:
+        """What the headers of records from disk, all of one directory, have to say of where they lie."""
+        table = self.plan.rows[rows]
+        directory, _ = lane_of(self.segment[rows[0]])
+        segments = table["disk_segment"] - global_segment(directory, 0)
         nonce = self.equipment.paths[directory].tier.nonce
-        return {"nonce": nonce, "segment": segment, "generation": self.generation[row], "page": self.disk_page[row]}
+        return Places(nonce, segments, table["disk_page"], table["disk_generation"])
+
+    def _delivered_all(self, rows: list[int], reasons: list[Reason], origin: Tier) -> None:
+        """Note how ``rows`` ended: at once if all went well, which is nearly always."""
+        if any(reasons) or any(self.states[row] == _State.ENDED for row in rows):
+            for row, reason in zip(rows, reasons, strict=True):
+                self._delivered(row, reason, origin)
+            return
+        for row in rows:
+            self.states[row] = _State.ENDED
+        table = self.plan.rows[rows]
+        if origin == Tier.HOST:
+            self.all_ok(rows, moved_bytes=table["host_pages"].astype(np.int64) * PAGE_BYTES)
+            return
+        pages, targets = table["disk_pages"], table["target_page"]
+        kept = targets != NOWHERE
+        self.all_ok(
+            rows, moved_bytes=pages.astype(np.int64) * PAGE_BYTES, tier=np.where(kept, Tier.HOST, Tier.ENGINE),
+            page=targets, pages=np.where(kept, pages, 0),
+        )  # fmt: skip
 
     def _delivered(self, row: int, reason: Reason, origin: Tier) -> None:
         if self.states[row] == _State.ENDED:

@@ -30,7 +30,7 @@ def test_torch_moves_the_same_bytes_in_the_same_order_as_a_record(engine: Engine
     table = engine.pages(ids).table
     for block, plain in enumerate(rows):
         record = np.empty(engine.layout.block_bytes[0], np.uint8)
-        engine.memory.gather(table, 0, block * 32, range(64), record)
+        engine.memory.gather(table, 0, np.array([block * 32]), range(64), record[None])
         assert np.array_equal(record, plain)
 
 

@@ -3,60 +3,82 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.kernels import gather_pages, page_rows, scatter_pages
+from kvtier.kernels import RowSpace
 
-IDS = st.lists(st.integers(0, 19), unique=True, max_size=20)
-
-
-def _pages(count=20, page_bytes=48):
-    return np.random.default_rng(0).integers(0, 256, (count, page_bytes), np.uint8)
+SHAPES = st.lists(st.tuples(st.integers(1, 12), st.sampled_from([16, 48, 64, 160])), min_size=1, max_size=5)
 
 
-@given(IDS)
-def test_gather_copies_the_named_pages_in_their_order(ids):
-    source = _pages()
-    out = np.zeros(len(ids) * 48, np.uint8)
-    gather_pages(source, page_rows(np.array(ids, np.int32)), out)
-    assert out.tobytes() == b"".join(source[page].tobytes() for page in ids)
+def _arrays(shapes, shared):
+    """Arrays of pages, each in an allocation of its own, or all cut from one with gaps between them."""
+    random = np.random.default_rng(0)
+    if not shared:
+        return [random.integers(0, 256, shape, np.uint8) for shape in shapes]
+    pool = random.integers(0, 256, sum(pages * size + 16 for pages, size in shapes), np.uint8)
+    arrays, at = [], 0
+    for pages, size in shapes:
+        arrays.append(pool[at : at + pages * size].reshape(pages, size))
+        at += pages * size + 16
+    return arrays
 
 
-@given(IDS)
-def test_scatter_writes_the_named_pages_and_no_others(ids):
-    target = _pages()
-    before = target.copy()
-    source = np.arange(len(ids) * 48).astype(np.uint8)
-    scatter_pages(target, page_rows(np.array(ids, np.int32)), source)
-    for page in range(20):
-        at = ids.index(page) * 48 if page in ids else None
-        want = before[page] if at is None else source[at : at + 48]
-        assert np.array_equal(target[page], want)
+def _draw_pages(data, arrays):
+    """Some pages of each array, in any order, none twice."""
+    return [
+        np.array(data.draw(st.lists(st.integers(0, len(array) - 1), unique=True)), np.int32).reshape(-1)
+        for array in arrays
+    ]
 
 
-@pytest.mark.parametrize(
-    ("ids", "run"),
-    [
-        ([], slice(0, 0)),
-        ([7], slice(7, 8)),
-        ([3, 4, 5, 6], slice(3, 7)),
-        ([4, 3], None),
-        ([3, 5, 4, 6], None),
-        ([3, 5], None),
-        ([5, 5], None),
-    ],
-)
-def test_only_neighbours_in_ascending_order_are_one_run(ids, run):
-    rows = page_rows(np.array(ids, np.int32))
-    if run is None:
-        assert isinstance(rows, np.ndarray)
-        assert rows.tolist() == ids
-    else:
-        assert rows == run
+def _rows(space, wanted):
+    return np.concatenate([space.rows_of(number, pages).reshape(-1) for number, pages in enumerate(wanted)])
 
 
-def test_bytes_that_are_not_as_long_as_the_pages_are_refused():
-    source = _pages()
-    for rows in (page_rows(np.array([1, 2])), page_rows(np.array([2, 1]))):
-        with pytest.raises(ValueError):
-            gather_pages(source, rows, np.zeros(3 * 48, np.uint8))
-        with pytest.raises(ValueError):
-            scatter_pages(source, rows, np.zeros(3 * 48, np.uint8))
+@given(SHAPES, st.booleans(), st.data())
+def test_gather_copies_the_named_pages_of_every_array_in_their_order(shapes, shared, data):
+    arrays = _arrays(shapes, shared)
+    wanted = _draw_pages(data, arrays)
+    expected = b"".join(array[page].tobytes() for array, pages in zip(arrays, wanted, strict=True) for page in pages)
+    space = RowSpace(arrays)
+    out = np.zeros(len(expected), np.uint8)
+    space.gather(_rows(space, wanted), out)
+    assert out.tobytes() == expected
+
+
+@given(SHAPES, st.booleans(), st.data())
+def test_scatter_writes_the_named_pages_and_no_others(shapes, shared, data):
+    arrays = _arrays(shapes, shared)
+    wanted = _draw_pages(data, arrays)
+    expected = [array.copy() for array in arrays]
+    nbytes = sum(pages.size * array.shape[1] for pages, array in zip(wanted, arrays, strict=True))
+    source = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+    at = 0
+    for array, pages in zip(expected, wanted, strict=True):
+        for page in pages:
+            array[page] = source[at : at + array.shape[1]]
+            at += array.shape[1]
+    space = RowSpace(arrays)
+    space.scatter(_rows(space, wanted), source)
+    for array, want in zip(arrays, expected, strict=True):
+        assert np.array_equal(array, want)
+
+
+def test_arrays_of_one_allocation_have_rows_of_a_whole_page():
+    pool = np.zeros((4, 10, 4096), np.uint8)
+    space = RowSpace(list(pool))
+    assert space.row_bytes == 4096
+    assert space.rows_of(2, np.array([[1, 3]])).tolist() == [[[21], [23]]]
+
+
+def test_pages_of_different_sizes_share_the_largest_row_that_fits_both():
+    pool = np.zeros(10 * (4096 + 1024), np.uint8)
+    space = RowSpace([pool[: 10 * 4096].reshape(10, 4096), pool[10 * 4096 :].reshape(10, 1024)])
+    assert space.row_bytes == 1024
+    assert space.rows_a_page == [4, 1]
+
+
+def test_bytes_that_are_not_as_long_as_the_rows_are_refused():
+    space = RowSpace([np.zeros((8, 48), np.uint8)])
+    with pytest.raises(ValueError):
+        space.gather(np.array([1, 2]), np.zeros(3 * 48, np.uint8))
+    with pytest.raises(ValueError):
+        space.scatter(np.array([1, 2]), np.zeros(3 * 48, np.uint8))

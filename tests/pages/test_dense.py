@@ -69,7 +69,7 @@ def test_gather_gives_a_block_in_the_order_of_the_layout(case, outside, row, blo
     pages = DenseKV(layout, keys, values).row(row, first_token=block * layout.block_tokens)
     out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
     first_token = (block + 1) * layout.block_tokens
-    pages.memory.gather(pages.table, 0, first_token, parts, out)
+    pages.memory.gather(pages.table, 0, np.array([first_token]), parts, out[None])
     assert out.tobytes() == _block(layout, _in_order(keys, values), row, layout.block_tokens, parts)
 
 
@@ -88,7 +88,7 @@ def test_scatter_writes_the_tokens_in_range_and_nothing_else(case, outside, row,
     pages = DenseKV(layout, keys, values).row(row, first_token=lowest)
     for at in (0, layout.block_tokens):
         source = np.frombuffer(_block(layout, other, 0, at, parts), np.uint8)
-        pages.memory.scatter(pages.table, 0, at, parts, source, start, stop)
+        pages.memory.scatter(pages.table, 0, np.array([at]), parts, source[None], start, stop)
     for number in parts:
         wanted[number][row, :, start - lowest : stop - lowest] = other[number][0, :, start:stop]
     for tensor, want in zip(tensors, wanted, strict=True):

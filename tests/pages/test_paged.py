@@ -35,6 +35,15 @@ def _block(layout, tensors, ids, parts):
     return b"".join(tensors[part][torch.tensor(ids)].contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
 
 
+def _gather(pages, group, first_tokens, parts, out):
+    pages.memory.gather(pages.table, group, np.array(first_tokens), parts, out.reshape(len(first_tokens), -1))
+
+
+def _scatter(pages, first_tokens, parts, source, start, stop):
+    rows = source.reshape(len(first_tokens), -1)
+    pages.memory.scatter(pages.table, 0, np.array(first_tokens), parts, rows, start, stop)
+
+
 cases = st.fixed_dictionaries(
     {
         "block_pages": st.integers(1, 4),
@@ -61,7 +70,7 @@ def test_gather_gives_the_pages_of_each_part_in_token_order(case, data):
     parts = _draw_parts(data)
     pages = PagedTensors(layout, tensors).pages(ids, first_token=before)
     out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
-    pages.memory.gather(pages.table, 0, before + block * layout.block_tokens, parts, out)
+    _gather(pages, 0, [before + block * layout.block_tokens], parts, out)
     assert out.tobytes() == _block(layout, tensors, ids[block * size : (block + 1) * size], parts)
 
 
@@ -82,9 +91,15 @@ def test_scatter_writes_the_tokens_in_range_and_nothing_else(case, data):
     parts = _draw_parts(data)
     source_ids = list(range(2 * size))
     pages = PagedTensors(layout, tensors).pages(ids)
-    for block in range(2):
-        source = np.frombuffer(_block(layout, other, source_ids[block * size : (block + 1) * size], parts), np.uint8)
-        pages.memory.scatter(pages.table, 0, block * layout.block_tokens, parts, source, start, stop)
+    sources = [
+        np.frombuffer(_block(layout, other, source_ids[block * size : (block + 1) * size], parts), np.uint8)
+        for block in range(2)
+    ]
+    if data.draw(st.booleans(), label="one call"):
+        _scatter(pages, [0, layout.block_tokens], parts, np.concatenate(sources), start, stop)
+    else:
+        for block, source in enumerate(sources):
+            _scatter(pages, [block * layout.block_tokens], parts, source, start, stop)
     for number in parts:
         axis = group.parts[number].token_axis
         for token in range(start, stop):
@@ -102,7 +117,7 @@ def test_a_table_may_begin_inside_a_block():
     pages = PagedTensors(layout, tensors).pages([9, 5], first_token=8)
     source = np.frombuffer(_block(layout, other, [0, 1, 2, 3], range(4)), np.uint8)
     pages.memory.check(pages.table, 8, 16)
-    pages.memory.scatter(pages.table, 0, 0, range(4), source, 8, 16)
+    _scatter(pages, [0], range(4), source, 8, 16)
     assert torch.equal(tensors[3][9], other[3][2])
     assert torch.equal(tensors[3][5], other[3][3])
     assert torch.equal(tensors[3][8], _tensors(layout, 1)[3][8])
@@ -116,7 +131,7 @@ def test_groups_have_their_own_pages():
     memory = PagedTensors(layout, tensors)
     pages = memory.pages([[0, 1, 2, 3], [7, 6, 5, 4]])
     out = np.zeros(layout.block_bytes[1], np.uint8)
-    memory.gather(pages.table, 1, 0, range(4), out)
+    _gather(pages, 1, [0], range(4), out)
     assert out.tobytes() == _block(layout, tensors, [7, 6, 5, 4], range(4, 8))
 
 
@@ -126,7 +141,7 @@ def test_a_mapping_names_tensors_by_layer_and_kind():
     named = {(layer, kind): tensors[2 * layer + (kind == "v")] for layer in (1, 0) for kind in ("v", "k")}
     out = np.zeros(layout.block_bytes[0], np.uint8)
     pages = PagedTensors(layout, named).pages([3, 2, 1, 0])
-    pages.memory.gather(pages.table, 0, 0, range(4), out)
+    _gather(pages, 0, [0], range(4), out)
     assert out.tobytes() == _block(layout, tensors, [3, 2, 1, 0], range(4))
 
 
@@ -135,7 +150,7 @@ def test_numpy_arrays_will_do():
     arrays = [tensor.numpy() for tensor in _tensors(layout)]
     out = np.zeros(layout.block_bytes[0], np.uint8)
     pages = PagedTensors(layout, arrays).pages([1, 2, 3, 4])
-    pages.memory.gather(pages.table, 0, 0, range(4), out)
+    _gather(pages, 0, [0], range(4), out)
     assert out.tobytes() == b"".join(array[1:5].tobytes() for array in arrays)
 
 
@@ -151,7 +166,7 @@ def test_tensors_that_require_gradients_are_read_without_them():
     layout = _layout(dtype="float32")
     memory = PagedTensors(layout, [tensor.requires_grad_() for tensor in _tensors(layout)])
     pages = memory.pages([0, 1, 2, 3])
-    memory.gather(pages.table, 0, 0, range(4), np.zeros(layout.block_bytes[0], np.uint8))
+    _gather(pages, 0, [0], range(4), np.zeros(layout.block_bytes[0], np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,143 @@
+"""Records on their way out of host memory: known again, verified, and written to engine pages.
+
+What is raw and as it should be, which is nearly everything, goes many blocks or many slices a call. Anything else goes
+record by record through ``RecordHeader``, which finds out what it is or what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtier.codecs.chain import chain_of
+from kvtier.codecs.checksums import content_sum
+from kvtier.codecs.headers import Places
+from kvtier.codecs.record import RecordHeader, check_content, check_stored
+from kvtier.core.memory import Tokens
+from kvtier.core.plan import PAGE_BYTES, Plan, Reason
+from kvtier.errors import ConfigError, CorruptBlockError
+from kvtier.runtime.seam import Buffer
+from kvtier.transfer.endpoint import Endpoint, first_tokens
+from kvtier.transfer.parts import Equipment
+from kvtier.transfer.shapes import RecordShape
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """Rows of one plan and one group, with a record for each. Runs on a copy thread, without a lock."""
+
+    equipment: Equipment
+    plan: Plan
+    shape: RecordShape
+    rows: list[int]
+    records: Sequence[Buffer]
+    places: Places | None
+    """Where on disk the records were read from; None for records of host memory."""
+    target: Endpoint | None
+    """Engine memory; without it the records are only checked."""
+    verify: bool
+    """Whether the checksums of the slices are compared as well."""
+
+    def deliver(self) -> list[Reason]:
+        """How it went, row by row: NONE or DAMAGED."""
+        tokens = first_tokens(self.equipment, self.plan, self.rows)
+        raw_bytes = self.shape.pages * PAGE_BYTES
+        if any(record.nbytes != raw_bytes for record in self.records):
+            done = np.zeros(len(self.rows), np.bool_)
+        else:
+            done = self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)
+        return [Reason.NONE if done[at] else self._one(at, tokens[at : at + 1]) for at in range(len(self.rows))]
+
+    # --- what is raw ------------------------------------------------------------------------------------------------
+
+    def _batch(self, tokens: Tokens) -> Mask:
+        """Small blocks, all at once."""
+        shape = self.shape
+        images = np.concatenate(self.records).reshape(len(self.rows), -1)
+        headers, content = images[:, :PAGE_BYTES], images[:, PAGE_BYTES : PAGE_BYTES + shape.nbytes]
+        known = shape.headers.known(headers, self._keys(), self.places)
+        if self.verify:
+            sums = map(shape.headers.sums, headers)
+            known &= [[content_sum(own)] == wanted for own, wanted in zip(content, sums, strict=True)]
+        if self.target is not None and known.any():
+            self.target.scatter(shape.group, tokens[known], shape.parts, content[known])
+        return known
+
+    def _large(self, tokens: Tokens) -> Mask:
+        """Large blocks, each in runs of slices: what was just read for its checksum is still in the cache."""
+        shape = self.shape
+        headers = np.stack([record[:PAGE_BYTES] for record in self.records])
+        known = shape.headers.known(headers, self._keys(), self.places)
+        for at in np.flatnonzero(known).tolist():
+            record, sums = self.records[at], shape.headers.sums(headers[at])
+            for run in shape.runs:
+                if self.verify and not self._sound(record, run.slices, sums):
+                    known[at] = False
+                    break
+                if self.target is not None:
+                    source = record[run.at : run.at + run.nbytes]
+                    self.target.scatter(shape.group, tokens[at : at + 1], run.parts, source[None])
+        return known
+
+    def _sound(self, record: Buffer, slices: range, sums: list[bytes]) -> bool:
+        places = self.shape.slices
+        return all(content_sum(record[places[n][0] : sum(places[n])]) == sums[n] for n in slices)
+
+    def _keys(self) -> npt.NDArray[np.uint8]:
+        keys: npt.NDArray[np.uint8] = self.plan.rows["key"][self.rows]
+        return keys
+
+    # --- anything else ----------------------------------------------------------------------------------------------
+
+    def _one(self, at: int, tokens: Tokens) -> Reason:
+        record = self.records[at]
+        try:
+            header = RecordHeader.unpack(record[:PAGE_BYTES])
+            if not self._is_wanted(header, at):
+                return Reason.DAMAGED
+            header.check_sizes(self.equipment.sizes_of(header.chain, header.group))
+            if header.pages * PAGE_BYTES > record.nbytes:
+                raise CorruptBlockError(f"a record of {header.pages} pages in {record.nbytes} bytes")
+            self._deliver_slices(header, record, tokens)
+        except (CorruptBlockError, ConfigError):
+            return Reason.DAMAGED
+        return Reason.NONE
+
+    def _is_wanted(self, header: RecordHeader, at: int) -> bool:
+        key, group, placement = self._keys()[at].tobytes(), self.shape.group, self.equipment.placement
+        if self.places is None:
+            return (header.key, header.group, header.placement) == (key, group, placement)
+        nonce, segment, page, generation = self.places
+        return header.matches(
+            key=key, group=group, placement=placement, nonce=nonce, segment=int(segment[at]), page=int(page[at]),
+            generation=int(generation[at]),
+        )  # fmt: skip
+
+    def _deliver_slices(self, header: RecordHeader, record: Buffer, tokens: Tokens) -> None:
+        spans = self.equipment.layout.slices[header.group]
+        for span, item, at in zip(spans, header.slices, header.slice_offsets(), strict=True):
+            stored = record[at : at + item.stored_bytes]
+            if self.verify:
+                check_stored(item, stored)
+            if not item.coded:
+                self._scatter(tokens, span.parts, stored)
+                continue
+            codec = chain_of(header.chain).byte
+            if codec is None:
+                raise CorruptBlockError(f"a slice of chain {header.chain!r} is stored shorter than its content")
+            content = self.equipment.take_scratch()
+            try:
+                codec.decode(stored, content[: item.content_bytes])
+                check_content(item, content[: item.content_bytes])
+                self._scatter(tokens, span.parts, content[: item.content_bytes])
+            finally:
+                self.equipment.scratch.append(content)
+
+    def _scatter(self, tokens: Tokens, parts: range, raw: Buffer) -> None:
+        if self.target is not None:
+            self.target.scatter(self.shape.group, tokens, parts, raw[None])

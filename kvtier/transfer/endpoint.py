@@ -1,0 +1,41 @@
+"""The engine memory of one plan: where blocks come from, or go to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
+from kvtier.core.plan import Plan
+from kvtier.transfer.parts import Equipment
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Endpoint:
+    """A registered memory, the request's pages in it, and the tokens that the plan is about."""
+
+    memory: KVMemory
+    table: PageTable
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, equipment: Equipment, plan: Plan) -> Endpoint | None:
+        """None when the plan names no memory, or one that is not registered any more."""
+        memory = equipment.memories.get(plan.pages.memory_id) if plan.pages else None
+        return None if memory is None or plan.pages is None else cls(memory, plan.pages, plan.start, plan.stop)
+
+    def gather(self, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy blocks of ``parts`` from the engine's pages; see ``KVMemory.gather``."""
+        self.memory.gather(self.table, group, first_tokens, parts, out)
+
+    def scatter(self, group: int, first_tokens: Tokens, parts: range, source: Bytes2D) -> None:
+        """Write the tokens that the plan is about to the engine's pages; see ``KVMemory.scatter``."""
+        self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
+
+
+def first_tokens(equipment: Equipment, plan: Plan, rows: list[int]) -> Tokens:
+    """Where in the sequence the blocks of ``rows`` begin."""
+    tokens: Tokens = plan.rows["block"][rows].astype(np.int64) * equipment.layout.block_tokens
+    return tokens

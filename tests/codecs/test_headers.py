@@ -1,0 +1,115 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtier.codecs.headers import Places, RawHeaders
+from kvtier.codecs.record import RecordHeader, raw_slice, restamp
+from kvtier.core.plan import PAGE_BYTES, ROW
+from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.models.layout import KVLayout as Layout
+
+NONCE = bytes(range(16))
+
+
+def _layout(layers: int = 3, heads: int = 64) -> Layout:
+    """Two groups; slices of at least 256 KiB, so that large layers give several of them."""
+    axes = ("token", "head", "dim")
+    parts = tuple(Part(layer, kind, "float32", axes, (16, heads, 64)) for layer in range(layers) for kind in ("k", "v"))
+    tail = tuple(replace(part, layer=part.layer + layers, shape=(16, 1, 4)) for part in parts)
+    return KVLayout(16, 16, (KVGroup("large", parts), KVGroup("small", tail)))
+
+
+LAYOUT = _layout()
+
+
+def _rows(count: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    rows = np.zeros(count, ROW)
+    for name in ("key", "parent"):
+        rows[name] = random.integers(0, 256, (count, 32))
+    rows["depth"] = random.integers(0, 1 << 20, count)
+    rows["tokens"] = random.integers(1, 1 << 20, count)
+    rows["lineage"] = random.integers(0, 2, count)
+    return rows
+
+
+def _contents(group: int, count: int, seed: int = 0) -> list[list[np.ndarray]]:
+    random = np.random.default_rng(seed)
+    return [[random.integers(0, 256, span.nbytes, np.uint8) for span in LAYOUT.slices[group]] for _ in range(count)]
+
+
+def _made(group: int, rows: np.ndarray, seed: int = 0) -> np.ndarray:
+    contents = _contents(group, len(rows), seed)
+    sums = [b"".join(raw_slice(slice_).content_sum for slice_ in block) for block in contents]
+    return RawHeaders(LAYOUT, group).make(rows, np.array([list(one) for one in sums], np.uint8))
+
+
+def _places(rows: np.ndarray) -> Places:
+    count = np.arange(len(rows))
+    return Places(NONCE, 5 + count, 100 + 7 * count, (3 << 40) + count)
+
+
+def _stamped(pages: np.ndarray, places: Places) -> np.ndarray:
+    for at, page in enumerate(pages):
+        restamp(
+            page, nonce=NONCE, segment=int(places.segment[at]), generation=int(places.generation[at]),
+            page_number=int(places.page[at]), sequence=at,
+        )  # fmt: skip
+    return pages
+
+
+@given(st.integers(0, 1), st.integers(1, 5), st.integers(0, 99))
+def test_a_page_is_the_one_that_a_record_header_packs(group, count, seed):
+    rows = _rows(count, seed)
+    for row, block, page in zip(rows, _contents(group, count, seed), _made(group, rows, seed), strict=True):
+        want = np.full(PAGE_BYTES, 0xAA, np.uint8)
+        RecordHeader(
+            key=row["key"].tobytes(), parent=row["parent"].tobytes(), placement=bytes.fromhex(LAYOUT.placement),
+            group=group, depth=int(row["depth"]), tokens=int(row["tokens"]), lineage=int(row["lineage"]), error=0.0,
+            chain="raw", slices=tuple(raw_slice(slice_) for slice_ in block),
+        ).pack_into(want)  # fmt: skip
+        assert page.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_what_was_made_is_known_again_in_memory_and_on_disk(group):
+    rows = _rows(4)
+    headers, pages, places = RawHeaders(LAYOUT, group), _made(group, rows), _places(rows)
+    assert headers.known(pages, rows["key"], None).all()
+    assert not headers.known(pages, rows["key"], places).any()
+    assert headers.known(_stamped(pages, places), rows["key"], places).all()
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_the_sums_of_the_slices_come_back(group):
+    pages, contents = _made(group, _rows(2)), _contents(group, 2)
+    for page, block in zip(pages, contents, strict=True):
+        assert RawHeaders(LAYOUT, group).sums(page) == [raw_slice(slice_).content_sum for slice_ in block]
+
+
+@given(st.integers(0, PAGE_BYTES - 1), st.integers(1, 255), st.integers(0, 2))
+def test_a_flipped_bit_anywhere_makes_a_page_unknown_and_leaves_its_neighbours(at, flip, victim):
+    rows = _rows(3)
+    pages, places = _made(0, rows), _places(rows)
+    _stamped(pages, places)[victim, at] ^= flip
+    known = RawHeaders(LAYOUT, 0).known(pages, rows["key"], places)
+    assert known.tolist() == [number != victim for number in range(3)]
+
+
+def test_a_whole_page_of_another_key_group_layout_or_place_is_unknown():
+    rows, other = _rows(2), _rows(2, seed=1)
+    headers, places = RawHeaders(LAYOUT, 0), _places(rows)
+    pages = _stamped(_made(0, rows), places)
+    assert not headers.known(pages, other["key"], places).any()
+    assert not RawHeaders(LAYOUT, 1).known(pages, rows["key"], places).any()
+    assert not RawHeaders(_layout(heads=32), 0).known(pages, rows["key"], places).any()
+    for changed in (
+        places._replace(nonce=bytes(16)),
+        places._replace(segment=places.segment + 1),
+        places._replace(page=places.page + 1),
+        places._replace(generation=places.generation + 1),
+    ):
+        assert not headers.known(pages, rows["key"], changed).any()
