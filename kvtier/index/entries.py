@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.columns import column
 from kvtier.core.plan import DIRECTORY_SHIFT, Lineage
 from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable
 
@@ -40,21 +41,21 @@ class Index:
         self.table = KeyTable(capacity)
         self.ranks = ranks
         self.all_ranks = np.uint32((1 << ranks) - 1)
-        self.parent = np.zeros(capacity, np.int32)
-        self.children = np.zeros(capacity, np.int32)
-        self.host_children = np.zeros(capacity, np.int32)
-        self.depth = np.zeros(capacity, np.int32)
-        self.tokens = np.zeros(capacity, np.int32)
-        self.pins = np.zeros(capacity, np.int32)
-        self.lineage = np.zeros(capacity, np.uint8)
-        self.linked = np.zeros(capacity, np.bool_)  # found by key; False once superseded or free
-        self.host_ranks = np.zeros(capacity, np.uint32)  # bit r: rank r has a copy there
-        self.disk_ranks = np.zeros(capacity, np.uint32)
-        self.host_page = np.zeros((ranks, capacity), np.int32)
-        self.host_pages = np.zeros((ranks, capacity), np.int32)
-        self.disk_segment = np.zeros((ranks, capacity), np.int32)
-        self.disk_page = np.zeros((ranks, capacity), np.int32)
-        self.disk_pages = np.zeros((ranks, capacity), np.int32)
+        self.parent = column(capacity, np.int32)
+        self.children = column(capacity, np.int32)
+        self.host_children = column(capacity, np.int32)
+        self.depth = column(capacity, np.int32)
+        self.tokens = column(capacity, np.int32)
+        self.pins = column(capacity, np.int32)
+        self.lineage = column(capacity, np.uint8)
+        self.linked = column(capacity, np.bool_)  # found by key; False once superseded or free
+        self.host_ranks = column(capacity, np.uint32)  # bit r: rank r has a copy there
+        self.disk_ranks = column(capacity, np.uint32)
+        self.host_page = column((ranks, capacity), np.int32)
+        self.host_pages = column((ranks, capacity), np.int32)
+        self.disk_segment = column((ranks, capacity), np.int32)
+        self.disk_page = column((ranks, capacity), np.int32)
+        self.disk_pages = column((ranks, capacity), np.int32)
         # A segment is reclaimed only after all its entries forgot it, so they share its generation.
         self.segment_generation: tuple[dict[int, int], ...] = tuple({} for _ in range(ranks))
         self.count = 0
@@ -109,8 +110,8 @@ class Index:
         self.depth[entries] = depths
         self.tokens[entries] = tokens
         self.lineage[entries] = lineage
-        for column in (self.children, self.host_children, self.pins, self.host_ranks, self.disk_ranks):
-            column[entries] = 0
+        for counts in (self.children, self.host_children, self.pins, self.host_ranks, self.disk_ranks):
+            counts[entries] = 0
         self.linked[entries] = True
         self.count += len(entries)
         return entries
@@ -233,12 +234,12 @@ class Index:
         return good
 
     @staticmethod
-    def _count_children(column: npt.NDArray[np.int32], parents: EntryRows, step: int) -> None:
+    def _count_children(counts: npt.NDArray[np.int32], parents: EntryRows, step: int) -> None:
         known = parents[parents >= 0]
         if len(known) == 1:
-            column[known[0]] += step
+            counts[known[0]] += step
         elif len(known):
-            np.add.at(column, known, step)
+            np.add.at(counts, known, step)
 
 
 __all__ = ["MAX_RANKS", "MISSING", "EntryRows", "Index", "KeyRows", "Mask"]

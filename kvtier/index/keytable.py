@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.columns import column
+
 KeyRows = npt.NDArray[np.uint8]
 """Keys as uint8 ``[n, 32]``, C-contiguous."""
 
@@ -25,18 +27,18 @@ class KeyTable:
     def __init__(self, capacity: int) -> None:
         """Memory is reserved for ``capacity`` entries and touched as they come."""
         self.capacity = capacity
-        self.keys = np.zeros((capacity, 32), np.uint8)
-        self.groups = np.zeros(capacity, np.uint16)
+        self.keys = column((capacity, 32), np.uint8)
+        self.groups = column(capacity, np.uint16)
         buckets = 1 << max(4, (capacity - 1).bit_length())
         self._mask = buckets - 1
-        self._heads = np.zeros(buckets, np.int32)  # entry + 1, so that untouched memory reads as empty
-        self._next = np.zeros(capacity, np.int32)
+        self._heads = column(buckets, np.int32)  # entry + 1, so that untouched memory reads as empty
+        self._next = column(capacity, np.int32)
         self._heads_at = self._heads.data
         self._next_at = self._next.data
         self._keys_at = self.keys.reshape(-1).data
         self._groups_at = self.groups.data
         self._words = self.keys.view(np.uint64)
-        self._released = np.zeros(capacity, np.int32)  # a stack of numbers to use again
+        self._released = column(capacity, np.int32)  # a stack of numbers to use again
         self._released_count = 0
         self._untouched = 0
 

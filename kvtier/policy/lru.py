@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kvtier.core.columns import column
 from kvtier.policy.base import Entries
 
 _NONE = -1
@@ -23,8 +24,8 @@ class LeafFirstLRU:
         """``capacity`` is one more than the largest entry number."""
         # The sentinel closes the ring: newer[sentinel] is the oldest entry, older[sentinel] the newest one.
         self._sentinel = capacity
-        self._older = np.empty(capacity + 1, np.int32)
-        self._newer = np.empty(capacity + 1, np.int32)
+        self._older = column(capacity + 1, np.int32)
+        self._newer = column(capacity + 1, np.int32)
         self._older_at = self._older.data  # scalar access at a third of the price of numpy's
         self._newer_at = self._newer.data
         self._older_at[capacity] = self._newer_at[capacity] = capacity
