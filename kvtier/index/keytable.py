@@ -2,6 +2,9 @@
 
 Keys are SHA-256 digests, so their first eight bytes are a hash already. Chains are int32 links beside the entries:
 removal leaves no tombstones, and no operation ever rebuilds the table.
+
+numpy takes int64 indices as they are and converts others at ten times the cost of a small gather, so every method
+widens its entry numbers once.
 """
 
 from __future__ import annotations
@@ -9,13 +12,20 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.columns import column
+
 KeyRows = npt.NDArray[np.uint8]
 """Keys as uint8 ``[n, 32]``, C-contiguous."""
 
 EntryRows = npt.NDArray[np.int32]
 
 MISSING = -1
-_SCALAR_LIMIT = 4
+Places = npt.NDArray[np.intp]
+"""Entry numbers, or buckets, wide enough to index with."""
+
+_SCALAR_LIMIT = 8
+"""So many keys are looked up one by one in less time than together."""
+
 _GROUP_MIX = 0x9E3779B97F4A7C15
 
 
@@ -25,18 +35,19 @@ class KeyTable:
     def __init__(self, capacity: int) -> None:
         """Memory is reserved for ``capacity`` entries and touched as they come."""
         self.capacity = capacity
-        self.keys = np.zeros((capacity, 32), np.uint8)
-        self.groups = np.zeros(capacity, np.uint16)
+        self.keys = column((capacity, 32), np.uint8)
+        self.groups = column(capacity, np.uint16)
         buckets = 1 << max(4, (capacity - 1).bit_length())
         self._mask = buckets - 1
-        self._heads = np.zeros(buckets, np.int32)  # entry + 1, so that untouched memory reads as empty
-        self._next = np.zeros(capacity, np.int32)
+        self._heads = column(buckets, np.int32)  # entry + 1, so that untouched memory reads as empty
+        self._next = column(capacity, np.int32)
         self._heads_at = self._heads.data
         self._next_at = self._next.data
         self._keys_at = self.keys.reshape(-1).data
         self._groups_at = self.groups.data
         self._words = self.keys.view(np.uint64)
-        self._released = np.zeros(capacity, np.int32)  # a stack of numbers to use again
+        self._words_at = self._words.reshape(-1).data
+        self._released = column(capacity, np.int32)  # a stack of numbers to use again
         self._released_count = 0
         self._untouched = 0
 
@@ -52,45 +63,40 @@ class KeyTable:
 
     def find_one(self, key: bytes, group: int) -> int:
         """The entry of ``key``, or MISSING."""
-        bucket = (int.from_bytes(key[:8], "little") ^ (group * _GROUP_MIX)) & self._mask
-        entry = self._heads_at[bucket] - 1
-        while entry >= 0:
-            if self._groups_at[entry] == group and self._keys_at[entry * 32 : entry * 32 + 32] == key:
-                return entry
-            entry = self._next_at[entry] - 1
-        return MISSING
+        word = int.from_bytes(key[:8], "little")
+        return self._walk(self._heads_at[(word ^ (group * _GROUP_MIX)) & self._mask] - 1, word, key, group)
 
     def find(self, keys: KeyRows, group: int) -> EntryRows:
         """The entries of ``keys``, MISSING where there is none; int32 ``[n]``."""
         if len(keys) <= _SCALAR_LIMIT:
-            return np.array([self.find_one(key.tobytes(), group) for key in keys], np.int32)
+            data = keys.tobytes()
+            return np.array([self.find_one(data[at : at + 32], group) for at in range(0, len(data), 32)], np.int32)
         words = keys.view(np.uint64)
-        found = np.full(len(keys), MISSING, np.int32)
-        open_rows = np.arange(len(keys))
-        entries = self._heads[self._buckets(words, group)] - 1
-        while True:
-            alive = np.flatnonzero(entries >= 0)
-            if not len(alive):
-                return found
-            open_rows, entries = open_rows[alive], entries[alive]
-            same = (self._words[entries] == words[open_rows]).all(axis=1) & (self.groups[entries] == group)
-            found[open_rows[same]] = entries[same]
-            others = ~same
-            open_rows, entries = open_rows[others], self._next[entries[others]] - 1
+        found = self._heads[self._buckets(words, group)].astype(np.intp) - 1
+        rows = self._others(found, words, group).nonzero()[0]
+        while len(rows) > _SCALAR_LIMIT:
+            following = self._next[found[rows]].astype(np.intp) - 1
+            found[rows] = following
+            rows = rows[self._others(following, words[rows], group)]
+        for row in rows.tolist():
+            key = keys[row].tobytes()
+            following_one = self._next_at[found[row]] - 1
+            found[row] = self._walk(following_one, int.from_bytes(key[:8], "little"), key, group)
+        return found.astype(np.int32)
 
     def add(self, keys: KeyRows, group: int) -> EntryRows:
         """New entries for ``keys``, none of which is in the table; there must be room (``free``)."""
         entries = self._take(len(keys))
-        self.keys[entries] = keys
-        self.groups[entries] = group
-        buckets = self._buckets(keys.view(np.uint64), group)
-        pending = np.arange(len(entries))
-        while len(pending):
-            at, new = buckets[pending], entries[pending]
+        new, heads, words = entries.astype(np.intp), entries + 1, keys.view(np.uint64)
+        self._words[new] = words
+        self.groups[new] = group
+        at = self._buckets(words, group)
+        while len(at):
             self._next[new] = self._heads[at]
-            self._heads[at] = new + 1
+            self._heads[at] = heads
             # Of several new entries in one bucket only the last write stuck: link the others in the next round.
-            pending = pending[self._heads[at] != new + 1]
+            lost = (self._heads[at] != heads).nonzero()[0]
+            at, new, heads = at[lost], new[lost], heads[lost]
         return entries
 
     def remove(self, entry: int) -> None:
@@ -100,7 +106,7 @@ class KeyTable:
 
     def unlink(self, entry: int) -> None:
         """Take ``entry`` out of reach of ``find`` without giving its number away."""
-        word = int(self._words[entry, 0])
+        word = self._words_at[4 * entry]
         bucket = (word ^ (self._groups_at[entry] * _GROUP_MIX)) & self._mask
         at = self._heads_at[bucket] - 1
         if at == entry:
@@ -119,12 +125,33 @@ class KeyTable:
         if count > self.free:
             raise OverflowError(f"{count} entries wanted, {self.free} free")
         again = min(count, self._released_count)
+        if not again:
+            self._untouched += count
+            return np.arange(self._untouched - count, self._untouched, dtype=np.int32)
         self._released_count -= again
         used = self._released[self._released_count : self._released_count + again]
         fresh = np.arange(self._untouched, self._untouched + count - again, dtype=np.int32)
         self._untouched += count - again
         return np.concatenate((used, fresh))
 
-    def _buckets(self, words: npt.NDArray[np.uint64], group: int) -> npt.NDArray[np.int64]:
+    def _walk(self, entry: int, word: int, key: bytes, group: int) -> int:
+        """The first entry of ``key`` from ``entry`` on along its chain; ``word`` is its first eight bytes."""
+        words, following = self._words_at, self._next_at
+        while entry >= 0:
+            # The word differs nearly always where the key does, and costs a fraction of the whole key.
+            same = words[4 * entry] == word and self._groups_at[entry] == group
+            if same and self._keys_at[32 * entry : 32 * entry + 32] == key:
+                return entry
+            entry = following[entry] - 1
+        return MISSING
+
+    def _others(self, entries: Places, words: npt.NDArray[np.uint64], group: int) -> npt.NDArray[np.bool_]:
+        """Where the entry is that of another key, so that the wanted one may stand behind it."""
+        others: npt.NDArray[np.bool_] = (self._words[entries] != words).any(axis=1)
+        others |= self.groups[entries] != group
+        others &= entries >= 0  # MISSING indexes the last entry, whatever that holds
+        return others
+
+    def _buckets(self, words: npt.NDArray[np.uint64], group: int) -> Places:
         mixed = words[:, 0] ^ np.uint64((group * _GROUP_MIX) & 0xFFFFFFFFFFFFFFFF)
-        return (mixed & np.uint64(self._mask)).astype(np.int64)
+        return (mixed & np.uint64(self._mask)).view(np.intp)

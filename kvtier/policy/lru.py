@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
+from kvtier.core.columns import column
 from kvtier.policy.base import Entries
 
 _NONE = -1
@@ -23,8 +25,8 @@ class LeafFirstLRU:
         """``capacity`` is one more than the largest entry number."""
         # The sentinel closes the ring: newer[sentinel] is the oldest entry, older[sentinel] the newest one.
         self._sentinel = capacity
-        self._older = np.empty(capacity + 1, np.int32)
-        self._newer = np.empty(capacity + 1, np.int32)
+        self._older = column(capacity + 1, np.int32)
+        self._newer = column(capacity + 1, np.int32)
         self._older_at = self._older.data  # scalar access at a third of the price of numpy's
         self._newer_at = self._newer.data
         self._older_at[capacity] = self._newer_at[capacity] = capacity
@@ -33,14 +35,14 @@ class LeafFirstLRU:
     def insert(self, entries: Entries) -> None:
         """Entries that came into the tier, in prefix order."""
         if len(entries):
-            self._append(entries[::-1])
+            self._append(entries[::-1].astype(np.intp))
             self._count += len(entries)
 
     def touch(self, entries: Entries) -> None:
         """Entries that were used together, in prefix order."""
         if not len(entries):
             return
-        ordered = entries[::-1]
+        ordered = entries[::-1].astype(np.intp)
         self._unlink_runs(ordered)
         self._append(ordered)
 
@@ -63,21 +65,22 @@ class LeafFirstLRU:
         """Number of entries in the tier."""
         return self._count
 
-    def _append(self, ordered: Entries) -> None:
+    def _append(self, ordered: npt.NDArray[np.intp]) -> None:
         older, newer, sentinel = self._older, self._newer, self._sentinel
         first, last = int(ordered[0]), int(ordered[-1])
         newest = self._older_at[sentinel]
-        newer[ordered[:-1]] = ordered[1:]
-        older[ordered[1:]] = ordered[:-1]
+        if len(ordered) > 1:
+            newer[ordered[:-1]] = ordered[1:]
+            older[ordered[1:]] = ordered[:-1]
         self._newer_at[newest] = first
         self._older_at[first] = newest
         self._newer_at[last] = sentinel
         self._older_at[sentinel] = last
 
-    def _unlink_runs(self, ordered: Entries) -> None:
-        breaks = np.flatnonzero(self._newer[ordered[:-1]] != ordered[1:])
+    def _unlink_runs(self, ordered: npt.NDArray[np.intp]) -> None:
+        breaks = (self._newer[ordered[:-1]] != ordered[1:]).nonzero()[0].tolist() if len(ordered) > 1 else ()
         start = 0
-        for stop in breaks.tolist():
+        for stop in breaks:
             self._unlink(int(ordered[start]), int(ordered[stop]))
             start = stop + 1
         self._unlink(int(ordered[start]), int(ordered[-1]))
