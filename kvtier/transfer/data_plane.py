@@ -36,10 +36,12 @@ from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.gathering import StoreRun
 from kvtier.transfer.lanes import Lane, global_segment
 from kvtier.transfer.parts import DiskPath, Equipment
+from kvtier.transfer.reclaiming import ReclaimRun
 from kvtier.transfer.run import Run
 from kvtier.transfer.scattering import LoadRun
-from kvtier.transfer.spilling import ReclaimRun, SpillRun, SyncRun
+from kvtier.transfer.spilling import SpillRun
 from kvtier.transfer.staging import Staging
+from kvtier.transfer.syncing import SyncRun
 
 _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.STORE: StoreRun,

@@ -1,4 +1,4 @@
-"""Spills, syncs and reclaims: host extents -> disk, and what keeps the disk going."""
+"""Spills: host extents -> disk, straight from the arena, or through staging where a byte codec is added."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from kvtier.codecs.chain import chain_of
 from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
-from kvtier.tiers.disk import Place, SyncTarget
-from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
+from kvtier.tiers.disk import Place
+from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment
 from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.records import encode_record, stamp
 from kvtier.transfer.run import Run
 from kvtier.transfer.work import Piece, Rank
+
+_WRITE_PATIENCE_S: Final = 10.0
+"""How long a write waits for a clean segment before it is refused."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,10 +34,10 @@ class Outgoing:
 
 
 class SpillRun(Run):
-    """Runs one SPILL plan: straight from the arena, or through staging where a byte codec is added."""
+    """Runs one SPILL plan."""
 
     def __init__(self, plan: Plan, equipment: Equipment) -> None:
-        """The rows' columns become lists once: scalar access to them is many times faster."""
+        """Nothing is written yet."""
         super().__init__(plan, equipment)
         self._page = plan.rows["host_page"].tolist()
         self._pages = plan.rows["host_pages"].tolist()
@@ -93,7 +96,7 @@ class SpillRun(Run):
 
     def _write(self, records: list[Outgoing]) -> None:
         path = min(self.equipment.paths, key=DiskPath.reluctance)
-        move = WriteMove(self, records, path)
+        move = WriteMove(self, records, path, self.equipment.clock.monotonic())
         path.assigned_bytes += move.nbytes
         path.lane.put(move)
 
@@ -130,15 +133,26 @@ class WriteMove:
 
     priority = Priority.SPILL
 
-    def __init__(self, run: SpillRun, records: list[Outgoing], path: DiskPath) -> None:
-        """Places are taken when the lane has room, so that segments fill in the order of writing."""
+    def __init__(
+        self,
+        run: SpillRun,
+        records: list[Outgoing],
+        path: DiskPath,
+        since_s: float,
+        places: list[Place] | None = None,
+        headers: list[int] | None = None,
+    ) -> None:
+        """Places are taken when the lane has room, so that segments fill in the order of writing.
+
+        ``since_s`` is when the waiting for them began; ``places`` and ``headers`` are what is taken already.
+        """
         self.nbytes = sum(record.record.nbytes for record in records)
         self._run = run
         self._path = path
         self._records = records
-        self._places: list[Place] = []
-        self._headers: list[int] = []
-        self._since_s = run.equipment.clock.monotonic()
+        self._places = places or []
+        self._headers = headers or []
+        self._since_s = since_s
 
     @property
     def wanted(self) -> bool:
@@ -217,97 +231,12 @@ class WriteMove:
         """Leave the records from ``at`` on, with what is taken for them, to a move of their own right behind."""
         if at == len(self._records):
             return
-        rest = WriteMove(self._run, self._records[at:], self._path)
-        rest._places, rest._headers, rest._since_s = self._places[at:], self._headers[at:], self._since_s
+        rest = WriteMove(
+            self._run, self._records[at:], self._path, self._since_s, self._places[at:], self._headers[at:]
+        )
         self._records, self._places, self._headers = self._records[:at], self._places[:at], self._headers[:at]
         self.nbytes -= rest.nbytes
         self._path.lane.insert_second(rest)
-
-
-class SyncRun(Run):
-    """Runs one SYNC plan: what every directory has written so far becomes durable."""
-
-    def __init__(self, plan: Plan, equipment: Equipment) -> None:
-        """Nothing is under way yet."""
-        super().__init__(plan, equipment)
-        self._left = 0
-        self._error = False
-
-    def begin(self) -> None:
-        """Sync every file that has something unsynced."""
-        for path in self.equipment.paths:
-            for target in path.tier.unsynced():
-                # What a directory that is gone holds, or a file that failed a sync, can never be called durable.
-                if target.fd < 0 or not path.tier.usable:
-                    self._error = True
-                    continue
-                self._left += 1
-                path.lane.put(SyncMove(self, target, path))
-        self._error = self._error or not any(path.tier.usable for path in self.equipment.paths)
-        self._end_if_done()
-
-    def synced(self, error: OSError | None) -> None:
-        """One file is synced, or never will be."""
-        self._left -= 1
-        self._error = self._error or error is not None
-        self._end_if_done()
-
-    def _end_if_done(self) -> None:
-        if not self._left:
-            if self._error:
-                self.failed_as_a_whole(Reason.IO_ERROR)
-            self.settle()
-
-
-class SyncMove:
-    """One fdatasync."""
-
-    priority = Priority.SPILL
-    nbytes = 0
-    wanted = True
-
-    def __init__(self, run: SyncRun, target: SyncTarget, path: DiskPath) -> None:
-        """``target`` is a file of ``path``."""
-        self._run = run
-        self._target = target
-        self._path = path
-
-    def prepare(self) -> IORequest | None:
-        """The request; None while another sync of the same file is under way."""
-        if not self._path.tier.begin_sync(self._target):
-            return None
-        return IORequest(Op.SYNC, self._target.fd, 0, (), self)
-
-    def finish(self, done: IODone) -> None:
-        """Tell the tier what is durable now, or that the segment cannot be trusted any more."""
-        self._path.tier.synced(self._target, done.error)
-        self._run.synced(done.error)
-
-
-class ReclaimRun(Run):
-    """Runs one RECLAIM plan; housekeeping makes the segment clean."""
-
-    def begin(self) -> None:
-        """Ask the directory."""
-        directory, segment = lane_of(self.plan.segment)
-        if directory < len(self.equipment.paths):
-            self.equipment.reclaims[self.plan.segment] = self
-            self.equipment.paths[directory].tier.reclaim(segment, self.plan.generation)
-        else:
-            self.settle()
-
-    def abandon(self, reason: Reason) -> None:
-        """At closing nobody waits for the segment: the next life finds it as it is."""
-        super().abandon(reason)
-        self.settle()
-
-    def ended(self) -> None:
-        """The segment is clean again, or given up."""
-        self.settle()
-
-
-_WRITE_PATIENCE_S: Final = 10.0
-"""How long a write waits for a clean segment before it is refused."""
 
 
 def _adjacent(first: Place, second: Place) -> bool:
