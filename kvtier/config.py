@@ -52,6 +52,14 @@ def _segment(value: object) -> object:
     return nbytes
 
 
+def _clean_segments(value: object) -> object:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
+        raise ValueError('must be "auto" or an integer between 1 and 64')
+    return value
+
+
 def _directory(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError("not a directory; name one as a string")
@@ -63,6 +71,9 @@ Size: TypeAlias = Annotated[int, BeforeValidator(parse_size)]
 
 SegmentSize: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_segment)]
 """Bytes of a segment file, or ``"auto"``: chosen so that whole blocks fill it."""
+
+CleanSegments: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_clean_segments)]
+"""How many, or ``"auto"``: 512 MiB of them, at most an eighth of the capacity, and one at least."""
 
 Directory: TypeAlias = Annotated[str, AfterValidator(_directory)]
 """An absolute path; ``~`` and paths relative to the working directory are resolved when the configuration is read."""
@@ -119,7 +130,10 @@ class DiskConfig(_Section):
     )
     io_threads: int = Field(4, ge=1, le=256, description="operations in flight per directory")
     segment: SegmentSize = Field("auto", description="bytes of one segment file, a multiple of 4096")
-    clean_segments: int = Field(2, ge=1, le=64, description="segments kept ready for writing per directory")
+    clean_segments: CleanSegments = Field(
+        "auto",
+        description="segments kept ready for writing per directory; auto: 512MiB of them, at most 1/8 of the capacity",
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> DiskConfig:
