@@ -25,6 +25,10 @@ _FACTORS: Final = {unit.lower(): 1024**power for power, unit in enumerate(_UNITS
     unit: 1000**power for power, unit in enumerate(("kb", "mb", "gb", "tb", "pb"), 1)
 }
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+LEAST_SEGMENTS: Final = 4
+"""How many segment files every disk directory must have room for."""
+LEAST_SEGMENT_BYTES: Final = 20 * 4096
+"""A segment file with eight of the smallest records: no layout can do with less."""
 _SIZE_EXAMPLES: Final = 'write it as "8GiB", "512MiB", "1.5TiB", or a number of bytes'
 
 
@@ -139,7 +143,19 @@ class DiskConfig(_Section):
     def _usable(self) -> DiskConfig:
         if len(set(self.directories)) < len(self.directories):
             raise ValueError(f"directories = {list(self.directories)}: names one directory twice")
+        self._check_capacity()
         return self
+
+    def _check_capacity(self) -> None:
+        """What no layout at all would fit into; the rest needs the layout and is checked at opening."""
+        segment = LEAST_SEGMENT_BYTES if self.segment == "auto" else self.segment
+        least = len(self.directories) * LEAST_SEGMENTS * segment
+        if self.capacity < least:
+            lower = "" if self.segment == "auto" else ", or lower disk.segment"
+            raise ValueError(
+                f"capacity = {self.capacity}: too small for {LEAST_SEGMENTS} segments of {segment} bytes in each of "
+                f"{len(self.directories)} directories; set it to at least {least}{lower}"
+            )
 
 
 class RemoteConfig(_Section):
