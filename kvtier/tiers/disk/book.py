@@ -59,8 +59,12 @@ class SegmentBook:
     # --- opening and closing ----------------------------------------------------------------------------------------
 
     def begin_life(self, life: int) -> None:
-        """Every segment that was found is in: from now on records are placed."""
+        """Every segment that was found is in: from now on records are placed, and the oldest segment goes first."""
         with self._lock:
+            for queue in (self._started, self._clean, self._full):
+                ordered = sorted(queue, key=lambda segment: segment.generation)
+                queue.clear()
+                queue.extend(ordered)
             self._next_generation = self._next_sequence = life << _OF_A_LIFE
             self._placing = True
         self._wake()

@@ -107,6 +107,10 @@ class Workbench:
         """Write block ``number``; a clean segment must be there."""
         place = self.tier.place(self.layout.record_pages[0])
         assert place is not None, "no clean segment"
+        return self.write(number, place, lineage)
+
+    def write(self, number: int, place: Place, lineage: int = 0) -> Place:
+        """Write block ``number`` to ``place``."""
         image = self.image_for(number, place, lineage)
         self.files.write_at(place.fd, place.page * PAGE_BYTES, image)
         self.tier.written(place, image[:PAGE_BYTES])
