@@ -192,7 +192,6 @@ class SegmentBook:
                 self._news.reclaim_ended(number)
             elif segment.stage in (Stage.SEALED, Stage.POISONED):
                 segment.stage = Stage.RECLAIMING
-                self._news.given_back(segment)
                 self._reclaiming.append(segment)
         self._wake()
 
@@ -220,14 +219,11 @@ class SegmentBook:
     def must_seal(self) -> bool:
         """Whether a full segment has to be sealed even though somebody uses the directory.
 
-        As many may wait for it as there are kept clean. And control gives back sealed ones only: it must always have
-        as many as it is asked for, and more when it gives none, because those are being read.
+        As many may wait for it as there are kept clean. But control gives back sealed ones only, and none that is being
+        read: once no clean segment is left, it gets all to choose from.
         """
         with self._lock:
-            if len(self._full) > self.pool.target:
-                return True
-            wanted = self._reclaims_wanted() if self._is_short() else 0
-            return wanted > 0 and (self._news.reclaimable < wanted or not self._clean)
+            return len(self._full) > self.pool.target or (not self._clean and self._reclaims_wanted() > 0)
 
     def new_generation(self) -> int:
         """One that no segment of this store has ever had."""

@@ -11,8 +11,6 @@ class News:
 
     def __init__(self) -> None:
         """Nothing has happened."""
-        self.reclaimable = 0
-        """How many segments control knows of that it may give back."""
         self._sealed: list[tuple[int, int]] = []
         self._reclaimed: list[int] = []
         self._told: tuple[bool, str, int, int] | None = None
@@ -21,12 +19,7 @@ class News:
         """``segment`` takes no more records in this life; told once."""
         if not segment.announced:
             segment.announced = True
-            self.reclaimable += 1
             self._sealed.append((segment.number, segment.generation))
-
-    def given_back(self, segment: Segment) -> None:
-        """Control has let go of ``segment``."""
-        self.reclaimable -= segment.announced
 
     def reclaim_ended(self, number: int) -> None:
         """Segment ``number`` is clean, or gone, or was not in the life that control meant."""

@@ -261,3 +261,19 @@ def test_the_newest_blocks_survive_kill_9_however_long_seals_were_put_off(seed: 
             if rng.random() < 0.5:
                 control.hear()
         simulation.kill()
+
+
+def test_when_every_sealed_segment_is_read_those_that_wait_are_sealed(workbench: Make) -> None:
+    """Control can give none of them back, however many there are: without more the stream would stand still."""
+    bench = workbench(segments=8, clean_segments=2).open()
+    places = []
+    for number in range(7 * RECORDS + 1):
+        places.append(bench.put(number))
+        bench.tier.housekeep()
+    control = Control(bench)
+    control.pinned = {place.segment for place in places[: 5 * RECORDS]}  # the others: two wait, one is written
+    for number in range(100, 100 + 4 * RECORDS):
+        bench.put(number)
+        for _ in range(2):
+            bench.tier.housekeep()
+            control.hear()
