@@ -25,6 +25,10 @@ _FACTORS: Final = {unit.lower(): 1024**power for power, unit in enumerate(_UNITS
     unit: 1000**power for power, unit in enumerate(("kb", "mb", "gb", "tb", "pb"), 1)
 }
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+LEAST_SEGMENTS: Final = 4
+"""How many segment files every disk directory must have room for."""
+LEAST_SEGMENT_BYTES: Final = 20 * 4096
+"""A segment file with eight of the smallest records: no layout can do with less."""
 _SIZE_EXAMPLES: Final = 'write it as "8GiB", "512MiB", "1.5TiB", or a number of bytes'
 
 
@@ -52,6 +56,14 @@ def _segment(value: object) -> object:
     return nbytes
 
 
+def _clean_segments(value: object) -> object:
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 64:
+        raise ValueError('must be "auto" or an integer between 1 and 64')
+    return value
+
+
 def _directory(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError("not a directory; name one as a string")
@@ -63,6 +75,9 @@ Size: TypeAlias = Annotated[int, BeforeValidator(parse_size)]
 
 SegmentSize: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_segment)]
 """Bytes of a segment file, or ``"auto"``: chosen so that whole blocks fill it."""
+
+CleanSegments: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_clean_segments)]
+"""How many, or ``"auto"``: 512 MiB of them, at most an eighth of the capacity, and one at least."""
 
 Directory: TypeAlias = Annotated[str, AfterValidator(_directory)]
 """An absolute path; ``~`` and paths relative to the working directory are resolved when the configuration is read."""
@@ -119,13 +134,28 @@ class DiskConfig(_Section):
     )
     io_threads: int = Field(4, ge=1, le=256, description="operations in flight per directory")
     segment: SegmentSize = Field("auto", description="bytes of one segment file, a multiple of 4096")
-    clean_segments: int = Field(2, ge=1, le=64, description="segments kept ready for writing per directory")
+    clean_segments: CleanSegments = Field(
+        "auto",
+        description="segments kept ready for writing per directory; auto: 512MiB of them, at most 1/8 of the capacity",
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> DiskConfig:
         if len(set(self.directories)) < len(self.directories):
             raise ValueError(f"directories = {list(self.directories)}: names one directory twice")
+        self._check_capacity()
         return self
+
+    def _check_capacity(self) -> None:
+        """What no layout at all would fit into; the rest needs the layout and is checked at opening."""
+        segment = LEAST_SEGMENT_BYTES if self.segment == "auto" else self.segment
+        least = len(self.directories) * LEAST_SEGMENTS * segment
+        if self.capacity < least:
+            lower = "" if self.segment == "auto" else ", or lower disk.segment"
+            raise ValueError(
+                f"capacity = {self.capacity}: too small for {LEAST_SEGMENTS} segments of {segment} bytes in each of "
+                f"{len(self.directories)} directories; set it to at least {least}{lower}"
+            )
 
 
 class RemoteConfig(_Section):

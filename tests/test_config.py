@@ -28,6 +28,7 @@ from kvtier.config import (
 )
 from kvtier.errors import ConfigError
 from kvtier.policy import EVICTION_POLICIES
+from kvtier.tiers.disk.geometry import segment_pages_for
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -127,6 +128,13 @@ class TestWhatIsRefused:
             ({"disk": {"directories": "/a"}}, "disk.directories = '/a': must be a list"),
             ({"disk": {"directories": [""]}}, "disk.directories[0] = '': not a directory; name one as a string"),
             ({"disk": {"directories": ["/a", "/a/"]}}, "disk.directories = ['/a', '/a']: names one directory twice"),
+            (
+                {"disk": {"directories": ["/a", "/b"], "capacity": "100MiB", "segment": "16MiB"}},
+                "disk.capacity = 104857600: too small for 4 segments of 16777216 bytes in each of 2 directories; set "
+                "it to at least 134217728, or lower disk.segment",
+            ),
+            ({"disk": {"clean_segments": 65}}, 'disk.clean_segments = 65: must be "auto" or an integer between 1 and'),
+            ({"disk": {"clean_segments": True}}, "disk.clean_segments = True: must be"),
             ({"disk": {"segment": 4097}}, 'disk.segment = 4097: must be "auto" or a multiple of 4096'),
             (
                 {"disk": {"codec": "raw+lz"}},
@@ -141,6 +149,24 @@ class TestWhatIsRefused:
     )
     def test_a_wrong_value_is_named_with_its_path_and_the_remedy(self, table: dict[str, object], message: str) -> None:
         assert refusal(table).startswith(message)
+
+    @pytest.mark.parametrize("segment", ["auto", 1 << 20])
+    @pytest.mark.parametrize("directories", [["/a"], ["/a", "/b", "/c"]])
+    def test_a_capacity_that_holds_no_store_of_any_layout_is_refused(
+        self, segment: str | int, directories: list[str]
+    ) -> None:
+        """What is refused here no opening could take, and the remedy that is named is one for the smallest layout."""
+        disk = {"directories": directories, "segment": segment}
+        least = int(refusal({"disk": disk | {"capacity": 1}}).split("at least ")[1].split(",")[0])
+        assert load_config({"disk": disk | {"capacity": least}}).disk.capacity == least
+        assert f"disk.capacity = {least - 1}: too small" in refusal({"disk": disk | {"capacity": least - 1}})
+        smallest_record, segment_bytes = 2, None if segment == "auto" else int(segment)
+        assert segment_pages_for(smallest_record, least // len(directories), segment_bytes)
+        with pytest.raises(ConfigError):
+            segment_pages_for(smallest_record, (least - 1) // len(directories), segment_bytes)
+
+    def test_without_a_directory_no_capacity_is_too_small(self) -> None:
+        assert load_config({"disk": {"capacity": 1}}).disk.capacity == 1
 
     def test_all_problems_are_named_at_once(self) -> None:
         message = refusal({"block_tokens": 0, "disk": {"io_threads": 0}, "hsot": {}})

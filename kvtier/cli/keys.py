@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from kvtier.config import Config, SegmentSize, Size, key_paths, section_of
 
@@ -122,6 +122,8 @@ def _type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
         return "size" if annotation is int else '"auto" or size'
     if origin is Literal:
         return " or ".join(f'"{choice}"' for choice in args)
+    if origin is Union:
+        return " or ".join(_type_text(arg) for arg in args)
     if origin is tuple:
         return f"list of {_type_text(args[0])}s"
     return _TYPE_NAMES[annotation]

@@ -314,7 +314,7 @@ class DataPlane:
                 self._machine.files, self._machine.runtime, directory=directory, layout=layout,
                 capacity_bytes=config.disk.capacity // len(directories),
                 segment_bytes=None if config.disk.segment == "auto" else config.disk.segment,
-                clean_target=config.disk.clean_segments,
+                clean_segments=None if config.disk.clean_segments == "auto" else config.disk.clean_segments,
                 owner=self._machine.owner,
             )  # fmt: skip
             tier.wake = self._chores

@@ -16,10 +16,12 @@ from kvtier.core.memory import Bytes1D
 from kvtier.core.plan import PAGE_BYTES
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Clock, Lock
-from kvtier.tiers.disk.geometry import largest_record_pages
+from kvtier.tiers.disk.geometry import CleanPool, largest_record_pages
 from kvtier.tiers.disk.health import Health
+from kvtier.tiers.disk.news import News
 from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
 from kvtier.tiers.disk.segment import Segment, Stage
+from kvtier.tiers.disk.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +34,18 @@ class SegmentBook:
 
     def __init__(
         self, lock: Lock, clock: Clock, wake: Callable[[], None], *, segment_pages: int, capacity_pages: int,
-        clean_target: int,
+        pool: CleanPool,
     ) -> None:  # fmt: skip
         """``wake`` is called whenever housekeeping has something new to do. Nothing is placed before ``begin_life``."""
         self.segment_pages = segment_pages
         self.capacity_pages = capacity_pages
-        self.clean_target = max(1, min(clean_target, capacity_pages // segment_pages // 4))
+        self.pool = pool
         self.largest_record_pages = largest_record_pages(segment_pages)
         self.segments: dict[int, Segment] = {}
         self.health = Health(clock)
         self._lock = lock
         self._wake = wake
+        self._traffic = Traffic(clock)
         self._placing = False
         self._next_generation = 0
         self._next_sequence = 0
@@ -51,15 +54,17 @@ class SegmentBook:
         self._clean: deque[Segment] = deque()
         self._full: deque[Segment] = deque()
         self._reclaiming: deque[Segment] = deque()
-        self._sealed: list[tuple[int, int]] = []
-        self._reclaimed: list[int] = []
-        self._told: tuple[bool, str, int, int] | None = None
+        self._news = News()
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
     def begin_life(self, life: int) -> None:
-        """Every segment that was found is in: from now on records are placed."""
+        """Every segment that was found is in: from now on records are placed, and the oldest segment goes first."""
         with self._lock:
+            for queue in (self._started, self._clean, self._full):
+                ordered = sorted(queue, key=lambda segment: segment.generation)
+                queue.clear()
+                queue.extend(ordered)
             self._next_generation = self._next_sequence = life << _OF_A_LIFE
             self._placing = True
         self._wake()
@@ -77,7 +82,7 @@ class SegmentBook:
             elif segment.stage is Stage.RECLAIMING:
                 self._reclaiming.append(segment)
             elif segment.stage in (Stage.SEALED, Stage.POISONED):
-                self._announce(segment)
+                self._news.may_be_reclaimed(segment)
 
     def stop_placing(self) -> None:
         """No record is placed any more."""
@@ -110,6 +115,7 @@ class SegmentBook:
             if segment is None:
                 return None
             self._next_sequence += 1
+            self._traffic.began()
             return segment.take(pages, self._next_sequence)
 
     def written(self, place: Place, header: Bytes1D) -> None:
@@ -139,6 +145,7 @@ class SegmentBook:
         segment = self.segments.get(number)
         if segment is None or segment.generation != generation or not self.health.usable or segment.fd < 0:
             return None
+        self._traffic.seen()
         return segment.fd
 
     def unsynced(self) -> list[SyncTarget]:
@@ -158,6 +165,7 @@ class SegmentBook:
             if segment.syncing:
                 return False
             segment.syncing = True
+            self._traffic.began()
             return True
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
@@ -167,6 +175,7 @@ class SegmentBook:
             if segment is None:
                 return
             segment.syncing = False
+            self._traffic.ended()
             poisoned = error is not None and self._sync_failed(segment)
             if error is None:
                 segment.synced_writes = max(segment.synced_writes, target.writes)
@@ -180,7 +189,7 @@ class SegmentBook:
         with self._lock:
             segment = self.segments.get(number)
             if segment is None or segment.generation != generation:
-                self._reclaimed.append(number)
+                self._news.reclaim_ended(number)
             elif segment.stage in (Stage.SEALED, Stage.POISONED):
                 segment.stage = Stage.RECLAIMING
                 self._reclaiming.append(segment)
@@ -190,15 +199,31 @@ class SegmentBook:
         """What changed since the last call; None when nothing did."""
         with self._lock:
             state = (self.health.usable, self.health.reason, len(self._clean), self._reclaims_wanted())
-            if not self._sealed and not self._reclaimed and state == self._told:
-                return None
-            self._told = state
-            events = DiskEvents(tuple(sorted(self._sealed, key=_generation)), tuple(self._reclaimed), *state)
-            self._sealed.clear()
-            self._reclaimed.clear()
-            return events
+            return self._news.take(state)
 
     # --- what housekeeping asks for, and how it went ----------------------------------------------------------------
+
+    @property
+    def may_disturb(self) -> bool:
+        """Whether clean segments should be made now: nobody is in the way, or there will soon be too few."""
+        with self._lock:
+            return self._traffic.quiet or self._is_short()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody uses the directory."""
+        with self._lock:
+            return self._traffic.quiet
+
+    @property
+    def must_seal(self) -> bool:
+        """Whether a full segment has to be sealed even though somebody uses the directory.
+
+        As many may wait for it as there are kept clean. But control gives back sealed ones only, and none that is being
+        read: once no clean segment is left, it gets all to choose from.
+        """
+        with self._lock:
+            return len(self._full) > self.pool.target or (not self._clean and self._reclaims_wanted() > 0)
 
     def new_generation(self) -> int:
         """One that no segment of this store has ever had."""
@@ -209,23 +234,40 @@ class SegmentBook:
     def next_to_reclaim(self) -> Segment | None:
         """A segment to make clean; the caller ends with ``cleaned`` or ``dropped``."""
         with self._lock:
-            return _take_idle(self._reclaiming)
-
-    def next_to_seal(self) -> Segment | None:
-        """A full segment whose records can be made durable and footed; ends with ``sealed`` or ``could_not_seal``."""
-        with self._lock:
-            segment = _take_idle(self._full)
+            segment = _first_idle(self._reclaiming)
             if segment is not None:
-                segment.syncing = True  # until it is sealed, nobody else syncs this file
+                self._reclaiming.remove(segment)
             return segment
 
-    def sealed(self, segment: Segment, slot: int) -> None:
-        """Its footer and its header are durable."""
+    def next_to_seal(self) -> Segment | None:
+        """A full segment that nothing is under way to: the oldest. Ends with what became of the step.
+
+        That is ``records_durable``, ``footer_durable``, ``sealed``, or ``could_not_seal``.
+        """
         with self._lock:
+            segment = _first_idle(self._full)
+            if segment is not None:
+                segment.syncing = True  # until the step is over, nobody else syncs this file
+            return segment
+
+    def records_durable(self, segment: Segment) -> None:
+        """All that was written to it is durable."""
+        with self._lock:
+            segment.synced_writes, segment.syncing = segment.writes, False
+
+    def footer_durable(self, segment: Segment) -> None:
+        """Its footer is durable."""
+        with self._lock:
+            segment.footed, segment.syncing = True, False
+
+    def sealed(self, segment: Segment, slot: int) -> None:
+        """Its header is durable, and says so."""
+        with self._lock:
+            self._full.remove(segment)
             segment.slot, segment.stage, segment.syncing = slot, Stage.SEALED, False
             segment.entries = bytearray()
             self.health.went_well()
-            self._announce(segment)
+            self._news.may_be_reclaimed(segment)
 
     def could_not_seal(self, segment: Segment, error: OSError) -> None:
         """A sync or a write of the seal failed."""
@@ -238,20 +280,20 @@ class SegmentBook:
     def cleaned(self, segment: Segment, generation: int, slot: int) -> None:
         """Its header of a new generation is durable."""
         with self._lock:
-            self._reclaimed.append(segment.number)
+            self._news.reclaim_ended(segment.number)
             segment.renew(generation, slot)
             self._clean.append(segment)
 
     def dropped(self, segment: Segment) -> None:
         """Its file is gone: too much for the capacity, of another size, or not writable."""
         with self._lock:
-            self._reclaimed.append(segment.number)
+            self._news.reclaim_ended(segment.number)
             del self.segments[segment.number]
 
     def wants_segment(self) -> bool:
         """Whether a segment more should be made now."""
         with self._lock:
-            return len(self._clean) < self.clean_target and self._may_grow()
+            return len(self._clean) < self.pool.target and self._may_grow()
 
     def could_not_grow(self, reason: str) -> None:
         """Making a segment failed: go on with those that there are, and try again later."""
@@ -295,20 +337,16 @@ class SegmentBook:
 
     def _ended(self, segment: Segment) -> None:
         segment.in_flight -= 1
+        self._traffic.ended()
         self._settle(segment)
 
     def _settle(self, segment: Segment) -> None:
         if not segment.idle:
             return
         if segment.stage is Stage.POISONED:
-            self._announce(segment)
+            self._news.may_be_reclaimed(segment)
         elif segment.stage in (Stage.FULL, Stage.RECLAIMING):
             self._wake()
-
-    def _announce(self, segment: Segment) -> None:
-        if not segment.announced:
-            segment.announced = True
-            self._sealed.append((segment.number, segment.generation))
 
     def _sync_failed(self, segment: Segment) -> bool:
         segment.sync_failed = True
@@ -346,19 +384,14 @@ class SegmentBook:
         room = self._used_pages() + self.segment_pages <= self.capacity_pages
         return room and self._placing and self.health.may_grow
 
+    def _is_short(self) -> bool:
+        return len(self._clean) < self.pool.low
+
     def _reclaims_wanted(self) -> int:
         if not self._placing or self._may_grow():
             return 0
-        return max(0, self.clean_target - len(self._clean)) + max(0, self._excess())
+        return max(0, self.pool.target - len(self._clean)) + max(0, self._excess())
 
 
-def _generation(life: tuple[int, int]) -> int:
-    return life[1]
-
-
-def _take_idle(queue: deque[Segment]) -> Segment | None:
-    for segment in queue:
-        if segment.idle:
-            queue.remove(segment)
-            return segment
-    return None
+def _first_idle(queue: deque[Segment]) -> Segment | None:
+    return next((segment for segment in queue if segment.idle), None)

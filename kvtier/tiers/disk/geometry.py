@@ -1,7 +1,8 @@
-"""How large a segment is."""
+"""How large a segment is, and how many are kept clean."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from kvtier.core.plan import PAGE_BYTES
@@ -16,6 +17,20 @@ FULL_SEGMENTS: Final = 64
 """How many segments a capacity is cut into before they become larger than the smallest good size."""
 SMALLEST_GOOD_PAGES: Final = (64 << 20) // PAGE_BYTES
 LARGEST_GOOD_PAGES: Final = (256 << 20) // PAGE_BYTES
+CLEAN_PAGES: Final = (512 << 20) // PAGE_BYTES
+"""How large a burst of writes is taken without any housekeeping, where the capacity allows it."""
+CLEAN_SHARE: Final = 8
+"""Clean segments hold no blocks: they take no more than this part of a capacity, one eighth."""
+SLOW_SYNC_PAGES: Final = (128 << 20) // PAGE_BYTES
+"""What a fast device writes while a sync is slow, 20 ms under load."""
+
+
+@dataclass(frozen=True, slots=True)
+class CleanPool:
+    """How many segments are kept ready: ``target`` in the long run, and with less than ``low`` it is urgent."""
+
+    target: int
+    low: int
 
 
 def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int | None) -> int:
@@ -44,6 +59,19 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
             f'it to between {least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
         )
     return pages
+
+
+def clean_pool_for(segment_pages: int, capacity_pages: int, clean_segments: int | None) -> CleanPool:
+    """``clean_segments`` where it is given, at most a quarter of the capacity; else 512 MiB, at most an eighth of it.
+
+    In both cases one segment at least.
+    """
+    if clean_segments is None:
+        wanted, most = -(-CLEAN_PAGES // segment_pages), capacity_pages // segment_pages // CLEAN_SHARE
+    else:
+        wanted, most = clean_segments, capacity_pages // segment_pages // MIN_SEGMENTS
+    target = max(1, min(wanted, most))
+    return CleanPool(target, min(target, max(target // 2, -(-SLOW_SYNC_PAGES // segment_pages))))
 
 
 def pages_with(records: int, record_pages: int) -> int:

@@ -3,6 +3,9 @@
 One bounded step at a time, all in one thread. The order of writes and syncs in here is what recovery relies on:
 
     new header durable -> records -> records durable -> footer durable -> header says sealed, durable
+
+A sync holds up whatever else the device has to do. So all of it waits until nobody uses the directory, except that
+clean segments are made when there are few, and full ones sealed when many wait or when control has none to give back.
 """
 
 from __future__ import annotations
@@ -51,26 +54,33 @@ class Housekeeper:
         self._next_look_s = 0.0
 
     def step(self) -> bool:
-        """One piece of work, at most 8 MiB of writing; True when there may be more to do now."""
+        """One piece of work, at most one sync or 8 MiB of writing; True when there may be more to do now."""
         if self._directory.read_only or not self._book.health.usable or not self._is_there():
             return False
-        return self._reclaim() or self.seal() or self._grow()
+        return (
+            (self._book.may_disturb and self._reclaim())
+            or (self._book.must_seal and self.seal())
+            or (self._book.may_disturb and self._grow())
+            or (self._book.quiet and self.seal())
+        )
 
     def seal(self) -> bool:
-        """Seal one full segment, if there is one that nothing is under way to."""
+        """One of the three steps of sealing a full segment that nothing is under way to; False when there is none."""
         segment = self._book.next_to_seal()
         if segment is None:
             return False
         try:
             if segment.synced_writes < segment.writes:
                 self._files.sync(segment.fd)
-                segment.synced_writes = segment.writes
-            self._write_footer(segment)
-            slot = self._write_header(segment, SegmentState.SEALED, segment.generation)
+                self._book.records_durable(segment)
+            elif not segment.footed:
+                self._write_footer(segment)
+                self._book.footer_durable(segment)
+            else:
+                slot = self._write_header(segment, SegmentState.SEALED, segment.generation)
+                self._book.sealed(segment, slot)
         except OSError as error:
             self._book.could_not_seal(segment, error)
-        else:
-            self._book.sealed(segment, slot)
         return True
 
     def close(self) -> None:

@@ -52,6 +52,8 @@ class Segment:
     synced_writes: int = 0
     """How many of these a sync has covered."""
     syncing: bool = False
+    footed: bool = False
+    """Its records and its footer are durable: only the header does not say so yet."""
     sync_failed: bool = False
     """What was written since the last good sync may be gone, whatever a later sync says."""
     announced: bool = False
@@ -86,7 +88,7 @@ class Segment:
         """Begin another life, with nothing in it."""
         self.generation, self.slot, self.stage, self.cursor = generation, slot, Stage.CLEAN, HEADER_SLOTS
         self.placed = self.writes = self.synced_writes = 0
-        self.sync_failed = self.announced = False
+        self.footed = self.sync_failed = self.announced = False
         self.entries = bytearray()
 
     def sync_target(self) -> SyncTarget:

@@ -21,7 +21,7 @@ from kvtier.models import KVLayout
 from kvtier.runtime.seam import Event, Files, Runtime
 from kvtier.tiers.disk.book import SegmentBook
 from kvtier.tiers.disk.directory import PlacementDirectory, explained
-from kvtier.tiers.disk.geometry import segment_pages_for
+from kvtier.tiers.disk.geometry import clean_pool_for, segment_pages_for
 from kvtier.tiers.disk.housekeeping import Housekeeper
 from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
 from kvtier.tiers.disk.recovery import Found, SegmentReader
@@ -61,14 +61,14 @@ class DiskTier:
         layout: KVLayout,
         capacity_bytes: int,
         segment_bytes: int | None,
-        clean_target: int = 2,
+        clean_segments: int | None = None,
         owner: str = "",
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         """Nothing is touched before ``open``.
 
-        ``segment_bytes`` None chooses. ``clean_target`` segments are kept ready ahead, fewer where the capacity is
-        small. ``owner`` says in the lock file, for people, who uses the directory.
+        ``segment_bytes`` None chooses. ``clean_segments`` are kept ready ahead, fewer where the capacity is small;
+        None chooses. ``owner`` says in the lock file, for people, who uses the directory.
 
         Raises:
             ConfigError: the capacity or the segment is too small for the layout's records.
@@ -85,7 +85,8 @@ class DiskTier:
         self._directory = PlacementDirectory(files, directory, layout, owner=owner, random_bytes=random_bytes)
         self._book = SegmentBook(
             runtime.lock(), runtime.clock, self._wake_up, segment_pages=pages,
-            capacity_pages=capacity_bytes // PAGE_BYTES, clean_target=clean_target,
+            capacity_pages=capacity_bytes // PAGE_BYTES,
+            pool=clean_pool_for(pages, capacity_bytes // PAGE_BYTES, clean_segments),
         )  # fmt: skip
         self._housekeeper = Housekeeper(files, runtime.clock, self._directory, self._book)
 

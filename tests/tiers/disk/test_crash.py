@@ -17,6 +17,7 @@ from kvtier.core.plan import PAGE_BYTES
 from kvtier.runtime.seam import IODone, IOEngine, IORequest, Op
 from kvtier.testing.simulation import Simulation
 from kvtier.tiers.disk import Place, SyncTarget
+from kvtier.tiers.disk.traffic import QUIET_S
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, Workbench
 
 SEEDS = int(os.environ.get("KVTIER_CRASH_SEEDS", "60"))
@@ -96,7 +97,7 @@ class Life:
                 self.engine.submit(IORequest(Op.SYNC, target.fd, 0, (), (target, covered)))
 
     def let_time_pass(self) -> None:
-        self.simulation.run_for(self.rng.choice((10e-6, 100e-6, 1e-3)))
+        self.simulation.run_for(self.rng.choice((10e-6, 100e-6, 1e-3, 2 * QUIET_S)))
         for done in self.engine.reap():
             self.reaped(done)
 

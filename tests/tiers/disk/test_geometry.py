@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvtier.errors import ConfigError
 from kvtier.tiers.disk.format import HEADER_SLOTS, footer_pages
-from kvtier.tiers.disk.geometry import largest_record_pages, pages_with, segment_pages_for
+from kvtier.tiers.disk.geometry import CleanPool, clean_pool_for, largest_record_pages, pages_with, segment_pages_for
 
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 
@@ -65,6 +65,24 @@ def test_segments_grow_with_the_capacity(capacity: int, megabytes: int) -> None:
     """Of 1 MiB records: never more than the size wanted, and less by no more than one record."""
     pages = segment_pages_for(257, capacity, None)
     assert 0 <= megabytes * MIB - pages * 4096 <= 258 * 4096
+
+
+@pytest.mark.parametrize(
+    ("segment", "segments", "target", "low"),
+    [(64, 128, 8, 4), (64, 32, 4, 2), (64, 16, 2, 2), (64, 15, 1, 1), (64, 4, 1, 1), (128, 64, 4, 2), (256, 64, 2, 1),
+     (1024, 64, 1, 1), (16, 1000, 32, 16), (1, 8, 1, 1)],
+)  # fmt: skip
+def test_512_mib_are_kept_clean_or_an_eighth_of_it_all(segment: int, segments: int, target: int, low: int) -> None:
+    """And it is urgent with less than half of them, or than the 128 MiB that are written during a slow sync."""
+    pages = segment * MIB // 4096
+    assert clean_pool_for(pages, segments * pages, None) == CleanPool(target, low)
+
+
+@given(segment=st.integers(20, 1 << 20), segments=st.integers(4, 5000), wanted=st.none() | st.integers(1, 64))
+def test_clean_segments_never_take_much_of_the_capacity(segment: int, segments: int, wanted: int | None) -> None:
+    pool = clean_pool_for(segment, segments * segment, wanted)
+    assert 1 <= pool.low <= pool.target <= max(1, segments // (8 if wanted is None else 4))
+    assert wanted is None or pool.target <= wanted
 
 
 def test_the_largest_record_fills_a_segment_alone() -> None:

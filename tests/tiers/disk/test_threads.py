@@ -98,7 +98,7 @@ class Crew:
 
 
 def test_many_threads_lose_nothing_and_never_share_a_place(workbench: Callable[..., Workbench]) -> None:
-    bench = workbench(segments=8, clean_target=2).open()
+    bench = workbench(segments=8, clean_segments=2).open()
     crew = Crew(bench)
     crew.work()
     spans: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -111,7 +111,7 @@ def test_many_threads_lose_nothing_and_never_share_a_place(workbench: Callable[.
         assert ordered[-1][1] <= SEGMENT_PAGES - 2
     assert len({place.sequence for place in crew.placed.values()}) == len(crew.placed)
     bench.tier.close()
-    again = workbench(segments=8, clean_target=2).open()
+    again = workbench(segments=8, clean_segments=2).open()
     alive = {
         number for number in crew.kept
         if (crew.placed[number].segment, crew.placed[number].generation) not in crew.given_back

@@ -26,7 +26,7 @@ def events_of(bench: Workbench) -> DiskEvents:
 
 
 def test_a_new_directory_holds_nothing_and_gets_clean_segments_ahead(workbench: Make) -> None:
-    bench = workbench(segments=12, clean_target=2).open()
+    bench = workbench(segments=12, clean_segments=2).open()
     assert bench.rows == []
     assert events_of(bench) == DiskEvents((), (), True, "", clean_segments=2, reclaims_wanted=0)
     assert bench.tier.take_events() is None

@@ -17,6 +17,7 @@ from kvtier.runtime.seam import Buffer, Files, Runtime
 from kvtier.tiers.disk import DiskTier, Place
 from kvtier.tiers.disk.format import new_pages
 from kvtier.tiers.disk.geometry import pages_with
+from kvtier.tiers.disk.traffic import QUIET_S
 
 RECORDS = 8
 SEGMENTS = 4
@@ -63,7 +64,7 @@ class Workbench:
 
     def __init__(
         self, files: Files, runtime: Runtime, directory: str, *, of: KVLayout = LAYOUT, segments: int = SEGMENTS,
-        segment_bytes: int | None = SEGMENT_BYTES, clean_target: int = 1, owner: str = "tester",
+        segment_bytes: int | None = SEGMENT_BYTES, clean_segments: int | None = 1, owner: str = "tester",
     ) -> None:  # fmt: skip
         self.files = files
         self.runtime = runtime
@@ -71,7 +72,7 @@ class Workbench:
         self.layout = of
         self.tier = DiskTier(
             files, runtime, directory=directory, layout=of, capacity_bytes=segments * (segment_bytes or SEGMENT_BYTES),
-            segment_bytes=segment_bytes, clean_target=clean_target, owner=owner,
+            segment_bytes=segment_bytes, clean_segments=clean_segments, owner=owner,
         )  # fmt: skip
         self.rows: list[np.void] = []
 
@@ -82,11 +83,16 @@ class Workbench:
         return self
 
     def keep_house(self, steps: int = 10_000) -> int:
-        """Run housekeeping until there is nothing to do; how many steps it took."""
+        """Let nobody use the tier for a while, and run housekeeping until there is nothing to do; how many steps."""
+        self.pause(2 * QUIET_S)
         for step in range(steps):
             if not self.tier.housekeep():
                 return step
         raise AssertionError("housekeeping does not come to an end")
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass: every clock that tests use can be moved."""
+        self.runtime.clock.now_s += seconds  # type: ignore[attr-defined]
 
     def image_for(self, number: int, place: Place, lineage: int = 0) -> Buffer:
         """Block ``number`` as it belongs at ``place``."""
@@ -101,6 +107,10 @@ class Workbench:
         """Write block ``number``; a clean segment must be there."""
         place = self.tier.place(self.layout.record_pages[0])
         assert place is not None, "no clean segment"
+        return self.write(number, place, lineage)
+
+    def write(self, number: int, place: Place, lineage: int = 0) -> Place:
+        """Write block ``number`` to ``place``."""
         image = self.image_for(number, place, lineage)
         self.files.write_at(place.fd, place.page * PAGE_BYTES, image)
         self.tier.written(place, image[:PAGE_BYTES])
