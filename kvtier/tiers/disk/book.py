@@ -242,7 +242,7 @@ class SegmentBook:
     def next_to_seal(self) -> Segment | None:
         """A full segment that nothing is under way to: the oldest. Ends with what became of the step.
 
-        That is ``records_durable``, ``footer_durable``, ``sealed``, or ``could_not_seal``.
+        That is ``footed``, ``sealed``, or ``could_not_seal``.
         """
         with self._lock:
             segment = _first_idle(self._full)
@@ -250,15 +250,10 @@ class SegmentBook:
                 segment.syncing = True  # until the step is over, nobody else syncs this file
             return segment
 
-    def records_durable(self, segment: Segment) -> None:
-        """All that was written to it is durable."""
+    def footed(self, segment: Segment) -> None:
+        """Its records and its footer are durable."""
         with self._lock:
-            segment.synced_writes, segment.syncing = segment.writes, False
-
-    def footer_durable(self, segment: Segment) -> None:
-        """Its footer is durable."""
-        with self._lock:
-            segment.footed, segment.syncing = True, False
+            segment.synced_writes, segment.footed, segment.syncing = segment.writes, True, False
 
     def sealed(self, segment: Segment, slot: int) -> None:
         """Its header is durable, and says so."""

@@ -2,7 +2,9 @@
 
 One bounded step at a time, all in one thread. The order of writes and syncs in here is what recovery relies on:
 
-    new header durable -> records -> records durable -> footer durable -> header says sealed, durable
+    new header durable -> records -> footer -> records and footer durable -> header says sealed, durable
+
+Nobody trusts a footer before the header says so.
 
 A sync holds up whatever else the device has to do. So all of it waits until nobody uses the directory, except that
 clean segments are made when there are few, and full ones sealed when many wait or when control has none to give back.
@@ -65,17 +67,14 @@ class Housekeeper:
         )
 
     def seal(self) -> bool:
-        """One of the three steps of sealing a full segment that nothing is under way to; False when there is none."""
+        """One of the two steps of sealing a full segment that nothing is under way to; False when there is none."""
         segment = self._book.next_to_seal()
         if segment is None:
             return False
         try:
-            if segment.synced_writes < segment.writes:
-                self._files.sync(segment.fd)
-                self._book.records_durable(segment)
-            elif not segment.footed:
+            if not segment.footed:
                 self._write_footer(segment)
-                self._book.footer_durable(segment)
+                self._book.footed(segment)
             else:
                 slot = self._write_header(segment, SegmentState.SEALED, segment.generation)
                 self._book.sealed(segment, slot)
@@ -108,7 +107,7 @@ class Housekeeper:
             entries, segment=segment.number, generation=segment.generation, nonce=self._directory.superblock.nonce
         )
         self._files.write_at(segment.fd, (segment.pages - footer_pages(len(entries))) * PAGE_BYTES, footer)
-        self._files.sync(segment.fd)
+        self._files.sync(segment.fd)  # the records before it, too: nothing is under way to them
 
     def _write_header(self, segment: Segment, state: SegmentState, generation: int) -> int:
         """Write the copy of the header that is not in force and make it so, durably; returns where it lies."""

@@ -46,7 +46,7 @@ class Found:
     slot: int = 0
     entries: Table = field(default_factory=lambda: np.empty(0, ENTRY))
     footed: bool = False
-    """Its footer is whole."""
+    """It is sealed and its footer is whole."""
     scanned: bool = False
     damaged: int = 0
     """Records that begin well and do not end so: torn by a crash, or rotten."""
@@ -85,9 +85,10 @@ class SegmentReader:
         if found.header is None:
             return found
         pages = min(found.header.pages, self._files.size(fd) // PAGE_BYTES)
-        with suppress(CorruptBlockError):
-            found.entries = self._read_footer(fd, found.header, pages)
-            found.footed = True
+        if found.sealed:  # before that a footer may be there and its records not: both become durable with one sync
+            with suppress(CorruptBlockError):
+                found.entries = self._read_footer(fd, found.header, pages)
+                found.footed = True
         if not found.footed:
             self._scan(fd, found, pages)
         return found

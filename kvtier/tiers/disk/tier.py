@@ -263,14 +263,14 @@ def _segment_of(found: Found, number: int, fd: int, file_pages: int) -> Segment:
     if header is None:
         return Segment(number, fd, file_pages, 0, 0, Stage.RECLAIMING)
     segment = Segment(number, fd, header.pages, header.generation, found.slot, Stage.SEALED)
-    if found.footed and found.sealed:
+    if found.footed:
         return segment
     segment.entries += np.ascontiguousarray(found.entries).tobytes()
     segment.placed = segment.writes = len(found.entries)
     segment.cursor = found.end
     if file_pages < header.pages:
         segment.stage = Stage.POISONED
-    elif found.footed or found.sealed:
+    elif found.sealed:
         segment.stage = Stage.FULL
     else:
         segment.stage = Stage.OPEN if segment.writes else Stage.CLEAN

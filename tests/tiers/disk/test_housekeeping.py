@@ -156,7 +156,7 @@ def test_a_seal_stops_between_its_syncs_when_somebody_comes(workbench: Make, fau
 def test_a_seal_that_was_stopped_leaves_the_file_to_whoever_makes_it_durable(
     workbench: Make, faulty: FaultyFiles
 ) -> None:
-    """Its records are durable after the first of three syncs; a sync that was asked for before is let through."""
+    """Its records are durable after the first of two syncs; a sync that was asked for before is let through."""
     busy = Busy(workbench, faulty)
     first, *_ = busy.store(1)
     tier = busy.bench.tier
