@@ -14,6 +14,8 @@ from kvtier.models.families import groups_of
 from kvtier.models.parts import DTYPE_BYTES, Axis, KVGroup, Part, dtype_name
 
 MIN_SLICE_BYTES: Final = 256 * 1024
+GROWN_SLICE_BYTES: Final = 2 * 1024 * 1024
+"""Slices grow to this: the first layers are soon there, and the rest takes few calls (ADR 0004)."""
 MAX_SLICES: Final = 64
 
 
@@ -144,12 +146,17 @@ class KVLayout:
         first = nbytes = 0
         for number, part in enumerate(group.parts, 1):
             nbytes += self.part_bytes(part)
-            if nbytes >= MIN_SLICE_BYTES and number - first >= fair:
+            if nbytes >= _slice_bytes(len(spans)) and number - first >= fair:
                 spans.append(SliceSpan(range(first, number), nbytes))
                 first, nbytes = number, 0
-        if nbytes and spans:
+        if spans and nbytes < MIN_SLICE_BYTES:
             last = spans.pop()
             first, nbytes = last.parts.start, nbytes + last.nbytes
         if nbytes:
             spans.append(SliceSpan(range(first, len(group.parts)), nbytes))
         return tuple(spans)
+
+
+def _slice_bytes(number: int) -> int:
+    """Least size of slice ``number``: 256 KiB, 256 KiB, 512 KiB, 1 MiB, and 2 MiB from then on."""
+    return min(MIN_SLICE_BYTES << max(0, number - 1), GROWN_SLICE_BYTES)

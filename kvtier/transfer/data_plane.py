@@ -52,7 +52,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.RECLAIM: ReclaimRun,
 }
 _HEADER_PAGES: Final = 512
-_HOUSEKEEPING_S: Final = 0.05
+_HOUSEKEEPING_S: Final = 0.02
 _IDLE_THREADS_S: Final = 5.0
 _QUEUED_A_THREAD: Final = 2  # an I/O thread has its next request while the copy threads are busy
 
