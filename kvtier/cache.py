@@ -20,7 +20,19 @@ from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage, Plan, Priority
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
-from kvtier.jobs import AnyJob, Client, FlushResult, Job, JobControl, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.jobs import (
+    AnyJob,
+    Client,
+    FlushResult,
+    Job,
+    JobControl,
+    LoadResult,
+    PrefetchResult,
+    R,
+    StoreResult,
+    tell,
+)
+from kvtier.memories import Memories
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner import Durability, Lease, Planner, Ticket
@@ -33,7 +45,8 @@ from kvtier.transfer.streams import pin
 Prompt: TypeAlias = TokenIds | Keys
 """What every verb takes: token ids, or the keys that were made of them."""
 log = logging.getLogger(__name__)
-_SEND_ROUNDS: Final = 1_000_000
+_PRIORITIES: Final = {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}
+_DURABILITIES: Final = {level.name.lower(): level for level in Durability}
 
 
 class TieredCache:
@@ -67,23 +80,22 @@ class TieredCache:
         self._lock = runtime.lock()
         self._control = JobControl(runtime, self._cancel)
         self._jobs: dict[int, AnyJob] = {}
-        self._memories: dict[int, _Registered] = {}
         self._on_attach: list[Event] = []
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
         self._planner.set_weights_version(weights_version)
+        self._turn = runtime.lock()  # held for a look at the two flags behind it
+        self._pumping = self._asked_again = True  # this thread's turn: data planes have news before they are made
         self._channels = tuple(channels) or (self._local(),)
-        self.pump()
+        self._memories = Memories(self._channels)
+        self._pump_in_turn()
 
     def _local(self) -> Channel:
-        def make(on_news: Any) -> DataPlane:
-            pin_arena = partial(pin, mode=self.config.host.pin)
-            return DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena)
-
-        channel = LocalChannel(make, self.pump)
-        channel.listen()
-        self._channels = (channel,)
-        return channel
+        pin_arena = partial(pin, mode=self.config.host.pin)
+        return LocalChannel(
+            lambda on_news: DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena),
+            self.pump,
+        )
 
     def wait_attached(self, timeout_s: float) -> None:
         """Wait until every rank is there and has told what it found on disk; until then lookups miss.
@@ -286,12 +298,12 @@ class TieredCache:
         """
         with self._lock:
             self._check_open()
-            return self._register(memory).memory_id
+            return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
         """Forget ``memory`` once no job uses it."""
         with self._lock:
-            self._unregister(memory)
+            self._memories.let_go(memory)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -360,22 +372,47 @@ class TieredCache:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held."""
-        for _ in range(_SEND_ROUNDS):
-            with self._lock:
-                now_s = self._clock.monotonic()
-                for channel in self._channels:
-                    for message in channel.poll():
-                        self._planner.hear(message, now_s=now_s)
-                plans, jobs = self._planner.take_plans(), self._jobs_with_news()
-                waiting, self._on_attach = self._on_attach, []
-            self._send(plans)
-            for event in waiting:
-                event.set()
-            for job in jobs:
-                job.hear()
-            if not plans:
+        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held.
+
+        One thread at a time does it; whoever comes meanwhile asks it to look again, and goes on with its own work.
+        """
+        with self._turn:
+            self._asked_again = True
+            if self._pumping:
                 return
+            self._pumping = True
+        self._pump_in_turn()
+
+    def _pump_in_turn(self) -> None:
+        try:
+            while self._is_asked():
+                while self._take_in():
+                    pass
+        except BaseException:
+            self._pumping = False
+            raise
+
+    def _is_asked(self) -> bool:
+        """Whether somebody had news since the last look; if not, this thread's turn is over."""
+        with self._turn:
+            asked, self._asked_again = self._asked_again, False
+            self._pumping = asked
+            return asked
+
+    def _take_in(self) -> bool:
+        """What data planes have to say now; True when plans followed from it, which may have ended at once."""
+        messages = [message for channel in self._channels for message in channel.poll()]
+        if not messages:
+            return False
+        with self._lock:
+            self._planner.hear(messages)
+            plans, jobs = self._planner.take_plans(), self._jobs_with_news()
+            waiting, self._on_attach = self._on_attach, []
+        self._send(plans)
+        for event in waiting:
+            event.set()
+        tell(jobs)
+        return bool(plans)
 
     def _submit(
         self, plan: Callable[[], Ticket], span: range, memory: KVMemory | None, client: Client | None
@@ -393,8 +430,7 @@ class TieredCache:
                 self.unregister(memory)
             raise
         self._send(plans)
-        for other in jobs:
-            other.hear()
+        tell(jobs)
         if plans:
             self.pump()
         return job
@@ -419,7 +455,7 @@ class TieredCache:
             if ticket.finished:
                 del self._jobs[ticket.number]
                 if job.memory is not None:
-                    self._unregister(job.memory)
+                    self._memories.let_go(job.memory)
                     job.memory = None
         return jobs
 
@@ -453,28 +489,8 @@ class TieredCache:
         pages.memory.check(pages.table, start, stop)
         with self._lock:
             self._check_open()
-            registered = self._register(pages.memory)
-        return pages.memory, replace(pages.table, memory_id=registered.memory_id)
-
-    def _register(self, memory: KVMemory) -> _Registered:
-        known = self._memories.get(id(memory))
-        if known is None:
-            numbers = {channel.register(memory) for channel in self._channels}
-            if len(numbers) != 1:
-                raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
-            known = self._memories[id(memory)] = _Registered(memory, numbers.pop())
-        known.users += 1
-        return known
-
-    def _unregister(self, memory: KVMemory) -> None:
-        known = self._memories.get(id(memory))
-        if known is None:
-            return
-        known.users -= 1
-        if not known.users:
-            del self._memories[id(memory)]
-            for channel in self._channels:
-                channel.unregister(known.memory_id)
+            memory_id = self._memories.use(pages.memory)
+        return pages.memory, PageTable(memory_id, pages.table.groups)
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -494,17 +510,6 @@ class TieredCache:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the cache is closed; open a new one")
-
-
-class _Registered:
-    """Engine memory that jobs, or the caller, use."""
-
-    __slots__ = ("memory", "memory_id", "users")
-
-    def __init__(self, memory: KVMemory, memory_id: int) -> None:
-        self.memory = memory
-        self.memory_id = memory_id
-        self.users = 0
 
 
 def _checked_model_id(model_id: str) -> str:
@@ -536,13 +541,13 @@ def _check_range(keys: Keys, start: int, stop: int) -> None:
 
 def _priority(word: str) -> Priority:
     try:
-        return {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}[word]
+        return _PRIORITIES[word]
     except KeyError:
         raise ConfigError(f"priority = {word!r}: one of 'demand', 'prefetch'") from None
 
 
 def _durability(word: str) -> Durability:
     try:
-        return {"memory": Durability.MEMORY, "process": Durability.PROCESS, "durable": Durability.DURABLE}[word]
+        return _DURABILITIES[word]
     except KeyError:
         raise ConfigError(f"durability = {word!r}: one of 'memory', 'process', 'durable'") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -26,6 +27,16 @@ class _NewRows:
     starts: dict[int, list[int]]
     pages: int
 
+    def targets(self) -> dict[int, Targets]:
+        """The extents per rank."""
+        pages = np.array((self.pages,), np.int32).repeat(len(self.entries))
+        return {rank: Targets(np.array(starts, np.int32), pages) for rank, starts in self.starts.items()}
+
+
+_EXACT: Final = int(Lineage.EXACT)
+_WAITING: Final = bytes((Outcome.WAITING,))
+_EXISTING: Final = bytes((Outcome.EXISTING,))
+
 
 class Journeys:
     """Plans loads, stores, prefetches and flushes."""
@@ -48,10 +59,9 @@ class Journeys:
             return self.advance(ticket)
         cut = slice(first - lease.first_block, last - lease.first_block)
         groups = [entries[cut] for entries in lease.groups]
-        for entries in groups:
-            ticket.tiers = np.maximum(ticket.tiers, np.where(state.index.on_host(entries), Tier.HOST, Tier.DISK))
+        ticket.tiers = self._tiers(groups, last - first)
         hop = self._hop(PlanKind.LOAD, groups, first, ticket)
-        hop.nbytes = (last - first) * sum(state.layout.block_bytes)
+        hop.nbytes = (last - first) * state.block_bytes
         if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
             ticket.fail_from(first, Reason.REFUSED)
             return self.advance(ticket)
@@ -71,8 +81,9 @@ class Journeys:
         ticket = state.new_ticket(TicketKind.PREFETCH, 0, blocks)
         hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
         elsewhere = state.index.host_ranks[hop.entries] == 0
-        ticket.outcome[hop.blocks[~elsewhere]] = Outcome.EXISTING
-        ticket.outcome[hop.blocks[elsewhere]] = Outcome.WAITING
+        ticket.outcome[:] = bytes((Outcome.EXISTING,)) * blocks
+        for block in hop.blocks[elsewhere].tolist():
+            ticket.outcome[block] = Outcome.WAITING
         hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, ticket)
         placed = self._target(hop)
         for block in hop.blocks[~placed].tolist():
@@ -93,26 +104,52 @@ class Journeys:
             ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
             return self.advance(ticket)
         new: list[_NewRows] = []
-        held: list[tuple[EntryRows, Ints]] = []
         shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
-            entries = state.index.table.find(keys.rows()[first:], group)
-            # Neither what is kept nor an entry that is to be written again may go to make room for the rest.
-            state.index.pin(entries[entries >= 0])
-            self._supersede(entries, lineage)
-            shields.append(entries[entries >= 0])
-            kept = (entries >= 0) & state.index.readable(entries)
-            state.host.touch(entries[kept])
-            self._join(ticket, entries, first)
-            new.append(self._add(keys, group, first, entries, kept, lineage, ticket))
-            held.append((entries, np.arange(first, first + len(entries), dtype=np.int32)))
-        if durability > Durability.MEMORY:
-            self._hold(ticket, held)
+            entries = state.index.find_blocks(keys.rows()[first:], keys.digests[first:], group)
+            wanted = self._wanted(ticket, entries, first, lineage, shields)
+            new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
+            if durability > Durability.MEMORY:
+                self._hold(ticket, entries, first)
+        self._mark_existing(ticket, new)
         self._send_store(ticket, keys, new, pages, start)
         for shield in shields:
             state.unpinned(state.index.unpin(shield))
-        ticket.outcome[(ticket.outcome == Outcome.WAITING) & ~self._moving(ticket, new)] = Outcome.EXISTING
         return self.advance(ticket)
+
+    def _wanted(
+        self, ticket: Ticket, entries: EntryRows, first: int, lineage: Lineage, shields: list[EntryRows]
+    ) -> Ints:
+        """Which of ``entries`` are to be stored: all but those that are kept, or that somebody is storing.
+
+        What is there already is pinned (into ``shields``): neither what is kept nor an entry that is to be written
+        again may go to make room for the rest.
+        """
+        state = self._state
+        if state.index.all_missing(entries):
+            return np.arange(len(entries), dtype=np.int32)
+        state.index.pin(entries[entries >= 0])
+        self._supersede(entries, lineage)
+        shields.append(entries[entries >= 0])
+        kept = (entries >= 0) & state.index.readable(entries)
+        state.host.touch(entries[kept])
+        self._join(ticket, entries, first)
+        wanted = (~kept).nonzero()[0].astype(np.int32)
+        if state.storing and len(wanted):
+            wanted = wanted[[entry not in state.storing for entry in entries[wanted].tolist()]]
+        return wanted
+
+    def _mark_existing(self, ticket: Ticket, new: list[_NewRows]) -> None:
+        """What has not failed and is not stored now is there, or will be by somebody else."""
+        if all(len(part.blocks) == len(ticket.outcome) for part in new):
+            return
+        moving = {block for part in new for block in part.blocks.tolist()}
+        if not moving:
+            ticket.outcome = ticket.outcome.replace(_WAITING, _EXISTING)
+            return
+        for at, outcome in enumerate(ticket.outcome):
+            if outcome == Outcome.WAITING and ticket.first_block + at not in moving:
+                ticket.outcome[at] = Outcome.EXISTING
 
     def _supersede(self, entries: EntryRows, lineage: Lineage) -> None:
         """Exact content takes the place of approximate content: those of ``entries``, all pinned, become MISSING.
@@ -123,7 +160,9 @@ class Journeys:
         state, index = self._state, self._state.index
         if lineage != Lineage.EXACT or not len(entries):
             return
-        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT)
+        worse = (entries >= 0) & (index.lineage[entries] != _EXACT)
+        if not np.count_nonzero(worse):
+            return
         old = entries[worse]
         state.supersede(old)
         entries[worse] = MISSING
@@ -151,30 +190,49 @@ class Journeys:
         group: int,
         first: int,
         entries: EntryRows,
-        kept: np.ndarray[tuple[int], np.dtype[np.bool_]],
+        wanted: Ints,
         lineage: Lineage,
         ticket: Ticket,
     ) -> _NewRows:
-        """Reserve room for, and make entries of, the blocks that nobody keeps or is storing; fills ``entries`` in."""
+        """Reserve room for, and make entries of, the ``wanted`` blocks, as many as fit; fills ``entries`` in."""
         state, index = self._state, self._state.index
-        wanted = np.flatnonzero(~kept)
-        if state.storing:
-            wanted = wanted[[int(entry) not in state.storing for entry in entries[wanted]]]
+        if not len(wanted):
+            return _NewRows(entries[:0], wanted, {}, 0)
         wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
         fit, starts = state.host.reserve(group, wanted_now, state.may_go)
-        for at in wanted[fit:].tolist():
-            ticket.fail(first + at, Reason.REFUSED)
-        wanted = wanted[:fit]
+        if fit < len(wanted):
+            for at in wanted[fit:].tolist():
+                ticket.fail(first + at, Reason.REFUSED)
+            wanted = wanted[:fit]
+        if fit and fit == len(entries) and index.all_missing(entries):
+            entries[:] = self._add_chain(keys, group, first, fit, lineage)
+        elif fit:
+            self._add_some(keys, group, first, entries, wanted, lineage)
+        return _NewRows(entries[wanted], first + wanted, starts, state.layout.record_pages[group])
+
+    def _add_chain(self, keys: Keys, group: int, first: int, count: int, lineage: Lineage) -> EntryRows:
+        """New entries for ``count`` blocks from ``first`` on."""
+        index = self._state.index
+        depths = np.arange(first, first + count, dtype=np.int32)
+        rows = keys.rows()[first : first + count]
+        entries = index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage))
+        if keys.chained:
+            index.link_chain(entries, self._before(keys, group, first))
+        return entries
+
+    def _add_some(self, keys: Keys, group: int, first: int, entries: EntryRows, wanted: Ints, lineage: Lineage) -> None:
+        """Those of the ``wanted`` blocks that have no entry get one; the others have new content."""
+        index = self._state.index
         missing = wanted[entries[wanted] == MISSING]
         if len(missing):
-            depths = (first + missing).astype(np.int32)
+            depths = first + missing
             entries[missing] = index.add(
-                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=lineage
+                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)
             )
             if keys.chained:
-                index.link(entries[missing], self._parents(keys, group, first, entries)[missing])
-        index.lineage[entries[wanted]] = lineage
-        return _NewRows(entries[wanted], (first + wanted).astype(np.int32), starts, state.layout.record_pages[group])
+                before = np.array((self._before(keys, group, first),), np.int32)
+                index.link(entries[missing], np.concatenate((before, entries[:-1]))[missing])
+        index.lineage[entries[wanted]] = int(lineage)
 
     def _store_room(self, block_bytes: int) -> int:
         """How many more blocks may be under way to host memory; one always may where nothing is."""
@@ -182,57 +240,43 @@ class Journeys:
         room = (self._state.config.host.store_queue - under_way) // block_bytes
         return max(room, 0 if under_way else 1)
 
-    def _parents(self, keys: Keys, group: int, first: int, entries: EntryRows) -> EntryRows:
-        before = self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
-        return np.concatenate((np.array([before], np.int32), entries[:-1]))
+    def _before(self, keys: Keys, group: int, first: int) -> int:
+        """The entry that block ``first`` extends."""
+        return self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
 
     def _send_store(self, ticket: Ticket, keys: Keys, new: list[_NewRows], pages: PageTable, start: int) -> None:
         state = self._state
-        entries = np.concatenate([part.entries for part in new])
-        if not len(entries):
+        new = [part for part in new if len(part.entries)]
+        if not new:
             ticket.source_free = True
             if ticket.waits:  # else its end is news enough
                 state.news.append(ticket)
             return
-        blocks = np.concatenate([part.blocks for part in new])
-        targets = {
-            rank: Targets(
-                np.concatenate([np.array(part.starts[rank], np.int32) for part in new]),
-                np.concatenate([np.full(len(part.entries), part.pages, np.int32) for part in new]),
-            )
-            for rank in state.host.spaces
-        }
+        entries, blocks, targets = _together(new)
         # One hop for each stretch, so that the first blocks are on their way to disk while the last are gathered.
         for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES):
-            ranks, number = int(state.index.all_ranks), state.next_number()
+            ranks, number = state.index.every_rank, state.next_number()
             hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
-            hop.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in targets.items()}
+            hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
             self._send_stretch(hop, keys, pages, start)
 
     def _send_stretch(self, hop: Hop, keys: Keys, pages: PageTable, start: int) -> None:
-        state, groups = self._state, self._state.index.table.groups[hop.entries]
-        hop.nbytes = int(np.array(state.layout.block_bytes)[groups].sum())
+        state = self._state
+        hop.nbytes = state.nbytes_of(hop.entries)
         if hop.ticket is not None:
             hop.ticket.sources += 1
         state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
-        parents = np.frombuffer(b"".join(map(keys.parent, hop.blocks.tolist())), np.uint8).reshape(-1, 32)
         stop = len(keys) * keys.block_tokens
         state.send(
-            hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
+            hop, priority=Priority.SPILL, keys=keys, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop,
         )  # fmt: skip
 
-    def _hold(self, ticket: Ticket, held: list[tuple[EntryRows, Ints]]) -> None:
-        for entries, blocks in held:
-            there = entries >= 0
-            self._state.index.pin(entries[there])
-            ticket.held.append((entries[there], blocks[there]))
-
-    def _moving(self, ticket: Ticket, new: list[_NewRows]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        moving = np.zeros(len(ticket.outcome), np.bool_)
-        for part in new:
-            moving[part.blocks - ticket.first_block] = True
-        return moving
+    def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
+        """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""
+        there = (entries >= 0).nonzero()[0]
+        self._state.index.pin(entries[there])
+        ticket.held.append((entries[there], (first + there).astype(np.int32)))
 
     # --- flush ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +316,8 @@ class Journeys:
         for entries_of, blocks in held:
             dirty = ~state.index.on_disk(entries_of)
             if ticket.kind == TicketKind.STORE:
-                dirty &= ticket.outcome[blocks - ticket.first_block] != Outcome.FAILED
+                outcome = np.frombuffer(ticket.outcome, np.uint8)
+                dirty &= outcome[blocks - ticket.first_block] != int(Outcome.FAILED)
             for entry, block in zip(entries_of[dirty].tolist(), blocks[dirty].tolist(), strict=True):
                 if state.disk.usable:
                     state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
@@ -282,7 +327,7 @@ class Journeys:
                     ticket.fail(block, Reason.NO_SPACE)
 
     def _finish(self, ticket: Ticket) -> None:
-        ticket.outcome[ticket.outcome == Outcome.WAITING] = Outcome.DONE
+        ticket.succeed()
         ticket.finished = ticket.source_free = True
         for entries, _ in ticket.held:
             self._state.unpinned(self._state.index.unpin(entries))
@@ -294,16 +339,26 @@ class Journeys:
     def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket) -> Hop:
         state = self._state
         entries = groups[0] if len(groups) == 1 else np.concatenate(groups)
-        blocks = np.concatenate([np.arange(first, first + len(entries), dtype=np.int32) for entries in groups])
-        return Hop(state.next_number(), kind, entries, blocks, int(state.index.all_ranks), state.version, ticket)
+        blocks = np.arange(first, first + len(groups[0]), dtype=np.int32)
+        if len(groups) > 1:
+            blocks = np.tile(blocks, len(groups))
+        return Hop(state.next_number(), kind, entries, blocks, state.index.every_rank, state.version, ticket)
+
+    def _tiers(self, groups: list[EntryRows], blocks: int) -> bytearray:
+        """Per block, the slowest of its groups' tiers."""
+        tiers = np.full(blocks, Tier.HOST, np.uint8)
+        for entries in groups:
+            if not self._state.index.all_on_host(entries):
+                tiers[~self._state.index.on_host(entries)] = Tier.DISK
+        return bytearray(tiers)
 
     def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Reserve host extents for the rows that no rank has in host memory; returns which rows got one."""
         state, index = self._state, self._state.index
         placed = np.zeros(len(hop.entries), np.bool_)
-        elsewhere = index.host_ranks[hop.entries] == 0
-        if not elsewhere.any():
+        if index.all_on_host(hop.entries):
             return placed
+        elsewhere = index.host_ranks[hop.entries] == 0
         index.pin(hop.entries)
         for group, pages in enumerate(state.layout.record_pages):
             rows = np.flatnonzero(elsewhere & (index.table.groups[hop.entries] == group)).astype(np.int32)
@@ -317,5 +372,21 @@ class Journeys:
 
     def _only(self, hop: Hop, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Hop:
         less = Hop(hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket)
-        less.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in hop.targets.items()}
+        less.targets = {rank: target.of_rows(rows) for rank, target in hop.targets.items()}
         return less
+
+
+def _together(new: list[_NewRows]) -> tuple[EntryRows, Ints, dict[int, Targets]]:
+    """Entries, blocks and targets of all groups, one after the other."""
+    if len(new) == 1:
+        return new[0].entries, new[0].blocks, new[0].targets()
+    entries = np.concatenate([part.entries for part in new])
+    blocks = np.concatenate([part.blocks for part in new])
+    parts = [part.targets() for part in new]
+    targets = {
+        rank: Targets(
+            np.concatenate([part[rank].page for part in parts]), np.concatenate([part[rank].pages for part in parts])
+        )
+        for rank in parts[0]
+    }
+    return entries, blocks, targets
