@@ -21,6 +21,7 @@ from kvtier.core.plan import (
 )
 from kvtier.errors import ConfigError
 from kvtier.index.entries import EntryRows
+from kvtier.planner.cells import wide
 from kvtier.planner.disk import Directory
 from kvtier.planner.hops import Hop, stretches
 from kvtier.planner.journeys import Journeys
@@ -91,7 +92,7 @@ class Commits:
         for entry in hop.entries.tolist():
             state.storing.pop(entry, None)
         complete = self._land(hop)
-        if state.config.policy.write == "write_through" and state.disk.usable:
+        if state.writes_through and state.disk.usable:
             for entry in complete.tolist():
                 state.disk.enqueue(entry)
         self._pass_on(hop)
@@ -106,7 +107,7 @@ class Commits:
     def _settle_spill(self, hop: Hop) -> None:
         state = self._state
         self._fail_overtaken(hop)
-        rows = np.flatnonzero(hop.good())
+        rows = hop.good().nonzero()[0]
         written = hop.entries[rows]
         complete = written[:0]
         for rank in hop.answers:
@@ -159,7 +160,7 @@ class Commits:
         fresh = hop.good() & (state.index.host_ranks[hop.entries] == 0)
         for rank in hop.answers:
             fresh &= hop.landed(rank, Tier.HOST)
-        rows = np.flatnonzero(fresh).astype(np.int32)
+        rows = wide(fresh.nonzero()[0])
         complete = hop.entries[:0]
         for rank in hop.answers:
             stray = np.flatnonzero(hop.landed(rank, Tier.HOST) & ~fresh)
@@ -298,7 +299,7 @@ class Commits:
         state = self._state
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
         while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
-            wanted = np.array(entries, np.int32)
+            wanted = wide(np.array(entries, np.int32))
             wanted = (
                 wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
             )

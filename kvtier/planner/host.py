@@ -42,6 +42,10 @@ class HostBook:
         """Whether more than that share of the fullest arena is taken."""
         return any(space.used_pages > watermark * space.capacity_pages for space in self.spaces.values())
 
+    def take_one(self) -> int:
+        """First page of an extent for one record of group 0 on the only rank; NO_ROOM where that takes an eviction."""
+        return self.spaces[0].take(self._record_pages[0])
+
     def reserve(self, group: int, count: int, may_go: Callable[[int], bool]) -> tuple[int, dict[int, list[int]]]:
         """Room for ``count`` records of ``group`` on every rank, evicting what ``may_go`` where there is too little.
 

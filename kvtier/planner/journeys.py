@@ -11,6 +11,7 @@ from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Tier
 from kvtier.index.entries import MISSING, EntryRows
+from kvtier.planner.cells import wide
 from kvtier.planner.hops import Hop, Ints, Join, Targets, stretches
 from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease
@@ -76,7 +77,7 @@ class Journeys:
         state = self._state
         stale = keys.root.weights_version != state.version
         wanted = keys.rows()[: 0 if stale else len(keys)]
-        groups = [state.index.prefix(wanted, group, exact=False) for group in range(len(state.layout.groups))]
+        groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
         blocks = min(map(len, groups))
         ticket = state.new_ticket(TicketKind.PREFETCH, 0, blocks)
         hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
@@ -103,6 +104,12 @@ class Journeys:
         if keys.root.weights_version != state.version or not state.attached:
             ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
             return self.advance(ticket)
+        if (
+            len(ticket.outcome) == 1
+            and durability == Durability.MEMORY
+            and self._store_one(ticket, keys, pages, start, lineage)
+        ):
+            return ticket
         new: list[_NewRows] = []
         shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
@@ -117,6 +124,22 @@ class Journeys:
             state.unpinned(state.index.unpin(shield))
         return self.advance(ticket)
 
+    def _store_one(self, ticket: Ticket, keys: Keys, pages: PageTable, start: int, lineage: Lineage) -> bool:
+        """The commonest store: one block that nobody knows, and there is room for it. False for any other."""
+        state, index, block = self._state, self._state.index, ticket.first_block
+        key = keys.digests[block]
+        if not state.is_plain or index.table.find_one(key, 0) >= 0 or not index.table.free:
+            return False
+        if self._store_room(state.block_bytes) < 1 or (page := state.host.take_one()) < 0:
+            return False
+        before = self._before(keys, 0, block) if keys.chained else MISSING
+        entry = index.add_one(key, before, depth=block, tokens=keys.block_tokens, lineage=lineage)
+        one = np.array((entry, block, page, state.layout.record_pages[0]), np.int32)
+        hop = Hop(state.next_number(), PlanKind.STORE, one[:1], one[1:2], 1, state.version, ticket)
+        hop.targets = {0: Targets(one[2:3], one[3:])}
+        self._send_stretch(hop, keys, pages, start)
+        return True
+
     def _wanted(
         self, ticket: Ticket, entries: EntryRows, first: int, lineage: Lineage, shields: list[EntryRows]
     ) -> Ints:
@@ -127,14 +150,14 @@ class Journeys:
         """
         state = self._state
         if state.index.all_missing(entries):
-            return np.arange(len(entries), dtype=np.int32)
+            return wide(np.arange(len(entries)))
         state.index.pin(entries[entries >= 0])
         self._supersede(entries, lineage)
         shields.append(entries[entries >= 0])
         kept = (entries >= 0) & state.index.readable(entries)
         state.host.touch(entries[kept])
         self._join(ticket, entries, first)
-        wanted = (~kept).nonzero()[0].astype(np.int32)
+        wanted = wide((~kept).nonzero()[0])
         if state.storing and len(wanted):
             wanted = wanted[[entry not in state.storing for entry in entries[wanted].tolist()]]
         return wanted
@@ -215,9 +238,10 @@ class Journeys:
         index = self._state.index
         depths = np.arange(first, first + count, dtype=np.int32)
         rows = keys.rows()[first : first + count]
-        entries = index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage))
+        entries = wide(index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)))
         if keys.chained:
-            index.link_chain(entries, self._before(keys, group, first))
+            before = np.array((self._before(keys, group, first),), np.int32)
+            index.link(entries, np.concatenate((before, entries[:-1])))
         return entries
 
     def _add_some(self, keys: Keys, group: int, first: int, entries: EntryRows, wanted: Ints, lineage: Lineage) -> None:
@@ -265,7 +289,8 @@ class Journeys:
         hop.nbytes = state.nbytes_of(hop.entries)
         if hop.ticket is not None:
             hop.ticket.sources += 1
-        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
+        for entry in hop.entries.tolist():
+            state.storing[entry] = hop
         stop = len(keys) * keys.block_tokens
         state.send(
             hop, priority=Priority.SPILL, keys=keys, chain=state.config.host.codec, pages=pages, start=start,
@@ -274,9 +299,9 @@ class Journeys:
 
     def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
         """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""
-        there = (entries >= 0).nonzero()[0]
+        there = wide((entries >= 0).nonzero()[0])
         self._state.index.pin(entries[there])
-        ticket.held.append((entries[there], (first + there).astype(np.int32)))
+        ticket.held.append((entries[there], first + there))
 
     # --- flush ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +335,7 @@ class Journeys:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
             entries = list(state.host.candidates())
-            held = [(np.array(entries, np.int32), np.zeros(len(entries), np.int32))]
+            held = [(wide(np.array(entries, np.int32)), np.zeros(len(entries), np.int32))]
         else:
             held = ticket.held
         for entries_of, blocks in held:

@@ -30,7 +30,7 @@ from kvtier.core.plan import (
 from kvtier.errors import ConfigError
 from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
-from kvtier.planner.cells import Cells
+from kvtier.planner.cells import Cells, wide
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
 from kvtier.planner.journeys import Journeys
@@ -173,12 +173,12 @@ class Planner:
         self._commits.pump()
 
     def _hear(self, message: Message) -> None:
-        if isinstance(message, Hello):
+        if isinstance(message, Completion) and message.incarnation == self._state.incarnations.get(message.rank):
+            self._commits.complete(message)
+        elif isinstance(message, Hello):
             self._commits.attach(message)
         elif message.incarnation != self._state.incarnations.get(message.rank):
             self._state.counts["late_messages"] += 1
-        elif isinstance(message, Completion):
-            self._commits.complete(message)
         elif isinstance(message, Recovered):
             self._commits.recovery.take(message)
         elif isinstance(message, Lost):
@@ -265,7 +265,7 @@ class Planner:
         wanted = keys.rows()[blocks.start : blocks.stop]
         found: list[EntryRows] = []
         for group in range(len(self._state.layout.groups)):
-            found.append(self._state.index.prefix(wanted, group, exact=exact))
+            found.append(wide(self._state.index.prefix(wanted, group, exact=exact)))
             wanted = wanted[: len(found[-1])]
         return found
 

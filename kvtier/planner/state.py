@@ -49,6 +49,8 @@ class ControlState:
         self.news: list[Ticket] = []
         self.counts: Counter[str] = Counter()
         self.in_flight_bytes: Counter[PlanKind] = Counter()
+        self.is_plain = index.ranks == 1 and len(layout.groups) == 1
+        self.writes_through = config.policy.write == "write_through" and bool(config.disk.directories)
         self.block_bytes = sum(layout.block_bytes)
         self._next_number = 0
 
