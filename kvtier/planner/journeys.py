@@ -66,7 +66,7 @@ class Journeys:
         if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
             ticket.fail_from(first, Reason.REFUSED)
             return self.advance(ticket)
-        if state.config.read.promote:
+        if state.config.read.promote and Tier.DISK in ticket.tiers:
             self._target(hop)
         if len(hop.entries):
             state.send(hop, priority=priority, pages=pages, start=start, stop=stop, deadline_s=deadline_s)
@@ -371,11 +371,12 @@ class Journeys:
 
     def _tiers(self, groups: list[EntryRows], blocks: int) -> bytearray:
         """Per block, the slowest of its groups' tiers."""
-        tiers = np.full(blocks, Tier.HOST, np.uint8)
+        index = self._state.index
+        tiers = bytearray((Tier.HOST,)) * blocks
         for entries in groups:
-            if not self._state.index.all_on_host(entries):
-                tiers[~self._state.index.on_host(entries)] = Tier.DISK
-        return bytearray(tiers)
+            if not index.all_on_host(entries):
+                np.frombuffer(tiers, np.uint8)[~index.on_host(entries)] = Tier.DISK
+        return tiers
 
     def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Reserve host extents for the rows that no rank has in host memory; returns which rows got one."""
