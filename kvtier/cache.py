@@ -11,13 +11,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
+from kvtier.arguments import check_start, checked_deadline_s, checked_model_id, durability_of, priority_of
 from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
-from kvtier.core.plan import Lineage, Plan, Priority
+from kvtier.core.plan import Lineage, Plan
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
 from kvtier.jobs import (
@@ -35,18 +36,17 @@ from kvtier.jobs import (
 from kvtier.memories import Memories
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
-from kvtier.planner import Durability, Lease, Planner, Ticket
+from kvtier.planner import Lease, Planner, Ticket
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
+from kvtier.turn import Turn
 
 Prompt: TypeAlias = TokenIds | Keys
 """What every verb takes: token ids, or the keys that were made of them."""
 log = logging.getLogger(__name__)
-_PRIORITIES: Final = {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}
-_DURABILITIES: Final = {level.name.lower(): level for level in Durability}
 
 
 class TieredCache:
@@ -73,7 +73,7 @@ class TieredCache:
         """
         self.config = config if isinstance(config, Config) else load_config(config)
         self.layout = layout
-        self.model_id = _checked_model_id(model_id)
+        self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
         runtime = self._machine.runtime
         self._clock = runtime.clock
@@ -84,11 +84,10 @@ class TieredCache:
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
         self._planner.set_weights_version(weights_version)
-        self._turn = runtime.lock()  # held for a look at the two flags behind it
-        self._pumping = self._asked_again = True  # this thread's turn: data planes have news before they are made
+        self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
         self._channels = tuple(channels) or (self._local(),)
         self._memories = Memories(self._channels)
-        self._pump_in_turn()
+        self._take_turn()
 
     def _local(self) -> Channel:
         pin_arena = partial(pin, mode=self.config.host.pin)
@@ -148,7 +147,7 @@ class TieredCache:
     def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
+        check_start(keys, start)
         with self._lock:
             self._check_open()
             return self._planner.match(keys, start=start, exact=exact)
@@ -169,7 +168,7 @@ class TieredCache:
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
         """
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
+        check_start(keys, start)
         with self._lock:
             self._check_open()
             lease = self._planner.lookup(
@@ -209,12 +208,12 @@ class TieredCache:
         start = hit.start if start is None else start
         stop = max(hit.num_tokens, start) if stop is None else stop
         self._check_hit_range(hit, start, stop)
-        deadline = self._clock.monotonic() + _checked_deadline(deadline_s, self.config.read.deadline_s)
+        deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         memory, table = self._table(pages, start, stop)
 
         def plan() -> Ticket:
             return self._planner.load(
-                hit.lease, table, start=start, stop=stop, priority=_priority(priority), deadline_s=deadline
+                hit.lease, table, start=start, stop=stop, priority=priority_of(priority), deadline_s=deadline
             )
 
         return self._submit(plan, range(start, stop), memory, client)
@@ -243,8 +242,8 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
-        level = _durability(durability)
+        check_start(keys, start)
+        level = durability_of(durability)
         lineage = Lineage.EXACT
         if derived_from is not None:
             self._check_hit(derived_from)
@@ -276,13 +275,13 @@ class TieredCache:
         if to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
-        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else _checked_deadline(deadline_s, 0.0)
+        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
         return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
-        level = _durability(durability)
+        level = durability_of(durability)
         return self._submit(lambda: self._planner.flush(level), range(0), None, client)
 
     def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
@@ -376,28 +375,17 @@ class TieredCache:
 
         One thread at a time does it; whoever comes meanwhile asks it to look again, and goes on with its own work.
         """
-        with self._turn:
-            self._asked_again = True
-            if self._pumping:
-                return
-            self._pumping = True
-        self._pump_in_turn()
+        if self._turn.ask():
+            self._take_turn()
 
-    def _pump_in_turn(self) -> None:
+    def _take_turn(self) -> None:
         try:
-            while self._is_asked():
+            while self._turn.goes_on():
                 while self._take_in():
                     pass
         except BaseException:
-            self._pumping = False
+            self._turn.give_up()
             raise
-
-    def _is_asked(self) -> bool:
-        """Whether somebody had news since the last look; if not, this thread's turn is over."""
-        with self._turn:
-            asked, self._asked_again = self._asked_again, False
-            self._pumping = asked
-            return asked
 
     def _take_in(self) -> bool:
         """What data planes have to say now; True when plans followed from it, which may have ended at once."""
@@ -510,44 +498,3 @@ class TieredCache:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the cache is closed; open a new one")
-
-
-def _checked_model_id(model_id: str) -> str:
-    if not isinstance(model_id, str) or not model_id:
-        raise ConfigError(
-            f"model_id = {model_id!r}: must be a non-empty string that changes whenever the model's KV would;"
-            " kvtier.model_id(model) makes one"
-        )
-    return model_id
-
-
-def _checked_deadline(deadline_s: float | None, default_s: float) -> float:
-    """Seconds from now.
-
-    Raises:
-        ConfigError: not a number above zero.
-    """
-    if deadline_s is None:
-        return default_s
-    if not isinstance(deadline_s, (int, float)) or not deadline_s > 0:
-        raise ConfigError(f"deadline_s = {deadline_s!r}: must be a number of seconds above 0, or None")
-    return deadline_s
-
-
-def _check_range(keys: Keys, start: int, stop: int) -> None:
-    if not isinstance(start, int) or not 0 <= start <= stop:
-        raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
-
-
-def _priority(word: str) -> Priority:
-    try:
-        return _PRIORITIES[word]
-    except KeyError:
-        raise ConfigError(f"priority = {word!r}: one of 'demand', 'prefetch'") from None
-
-
-def _durability(word: str) -> Durability:
-    try:
-        return _DURABILITIES[word]
-    except KeyError:
-        raise ConfigError(f"durability = {word!r}: one of 'memory', 'process', 'durable'") from None

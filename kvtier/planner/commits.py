@@ -24,8 +24,8 @@ from kvtier.index.entries import EntryRows
 from kvtier.planner.cells import wide
 from kvtier.planner.disk import Directory
 from kvtier.planner.hops import Hop, stretches
-from kvtier.planner.journeys import Journeys
 from kvtier.planner.recovery import Recovery
+from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
@@ -35,10 +35,10 @@ _ENTRIES_LOOKED_AT: Final = 4096
 class Commits:
     """Takes completions and reports in."""
 
-    def __init__(self, state: ControlState, journeys: Journeys) -> None:
-        """Tickets go on through ``journeys``."""
+    def __init__(self, state: ControlState, stages: Stages) -> None:
+        """Tickets go on through ``stages``."""
         self._state = state
-        self._journeys = journeys
+        self._stages = stages
         self.recovery = Recovery(state)
         self._settle = {
             PlanKind.STORE: self._settle_store,
@@ -135,7 +135,7 @@ class Commits:
         if hop.failed:
             ticket.fail_from(ticket.first_block, hop.failed[0])
         ticket.waits -= 1
-        self._journeys.advance(ticket)
+        self._stages.advance(ticket)
 
     def _settle_reclaim(self, hop: Hop) -> None:
         for rank in hop.unanswered:
@@ -179,17 +179,17 @@ class Commits:
                 ticket.fail(int(hop.blocks[row]), reason)
             ticket.moved_bytes += hop.moved_bytes
             ticket.waits -= 1
-            self._journeys.advance(ticket)
+            self._stages.advance(ticket)
         for join in hop.joins:
             for row, block in zip(join.rows.tolist(), join.blocks.tolist(), strict=True):
                 if row in hop.failed:
                     join.ticket.fail(block, hop.failed[row])
             join.ticket.waits -= 1
-            self._journeys.advance(join.ticket)
+            self._stages.advance(join.ticket)
 
     def _advance(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
-            self._journeys.advance(ticket)
+            self._stages.advance(ticket)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 

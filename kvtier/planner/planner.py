@@ -36,7 +36,9 @@ from kvtier.planner.events import ControlEvents
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
 from kvtier.planner.sessions import Sessions
+from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
+from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability, Ticket
 
 _MAX_ENTRIES: Final = 1 << 24
@@ -60,8 +62,10 @@ class Planner:
                     " rule 'all', which keeps the KV of every block"
                 )
         self._state = ControlState(config, layout, Cells(max_entries(config, layout), ranks))
-        self._journeys = Journeys(self._state)
-        self._commits = Commits(self._state, self._journeys)
+        stages = Stages(self._state)
+        self._journeys = Journeys(self._state, stages)
+        self._stores = Stores(self._state, stages)
+        self._commits = Commits(self._state, stages)
         self.sessions = Sessions()
 
     # --- looking up -------------------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ class Planner:
             ConfigError: ``keys`` are of blocks of another size.
         """
         self._check(keys)
-        ticket = self._journeys.store(keys, pages, start, lineage, durability)
+        ticket = self._stores.store(keys, pages, start, lineage, durability)
         self._commits.pump()
         return ticket
 
