@@ -11,29 +11,42 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
+from kvtier.arguments import check_start, checked_deadline_s, checked_model_id, durability_of, priority_of
 from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
-from kvtier.core.plan import Lineage, Plan, Priority
+from kvtier.core.plan import Lineage, Plan
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
-from kvtier.jobs import AnyJob, Client, FlushResult, Job, JobControl, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.jobs import (
+    AnyJob,
+    Client,
+    FlushResult,
+    Job,
+    JobControl,
+    LoadResult,
+    PrefetchResult,
+    R,
+    StoreResult,
+    tell,
+)
+from kvtier.memories import Memories
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
-from kvtier.planner import Durability, Lease, Planner, Ticket
+from kvtier.planner import Lease, Planner, Ticket
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
+from kvtier.turn import Turn
 
 Prompt: TypeAlias = TokenIds | Keys
 """What every verb takes: token ids, or the keys that were made of them."""
 log = logging.getLogger(__name__)
-_SEND_ROUNDS: Final = 1_000_000
 
 
 class TieredCache:
@@ -60,30 +73,28 @@ class TieredCache:
         """
         self.config = config if isinstance(config, Config) else load_config(config)
         self.layout = layout
-        self.model_id = _checked_model_id(model_id)
+        self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
         runtime = self._machine.runtime
         self._clock = runtime.clock
         self._lock = runtime.lock()
         self._control = JobControl(runtime, self._cancel)
         self._jobs: dict[int, AnyJob] = {}
-        self._memories: dict[int, _Registered] = {}
         self._on_attach: list[Event] = []
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
         self._planner.set_weights_version(weights_version)
+        self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
         self._channels = tuple(channels) or (self._local(),)
-        self.pump()
+        self._memories = Memories(self._channels)
+        self._take_turn()
 
     def _local(self) -> Channel:
-        def make(on_news: Any) -> DataPlane:
-            pin_arena = partial(pin, mode=self.config.host.pin)
-            return DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena)
-
-        channel = LocalChannel(make, self.pump)
-        channel.listen()
-        self._channels = (channel,)
-        return channel
+        pin_arena = partial(pin, mode=self.config.host.pin)
+        return LocalChannel(
+            lambda on_news: DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena),
+            self.pump,
+        )
 
     def wait_attached(self, timeout_s: float) -> None:
         """Wait until every rank is there and has told what it found on disk; until then lookups miss.
@@ -136,7 +147,7 @@ class TieredCache:
     def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
+        check_start(keys, start)
         with self._lock:
             self._check_open()
             return self._planner.match(keys, start=start, exact=exact)
@@ -157,7 +168,7 @@ class TieredCache:
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
         """
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
+        check_start(keys, start)
         with self._lock:
             self._check_open()
             lease = self._planner.lookup(
@@ -197,12 +208,12 @@ class TieredCache:
         start = hit.start if start is None else start
         stop = max(hit.num_tokens, start) if stop is None else stop
         self._check_hit_range(hit, start, stop)
-        deadline = self._clock.monotonic() + _checked_deadline(deadline_s, self.config.read.deadline_s)
+        deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         memory, table = self._table(pages, start, stop)
 
         def plan() -> Ticket:
             return self._planner.load(
-                hit.lease, table, start=start, stop=stop, priority=_priority(priority), deadline_s=deadline
+                hit.lease, table, start=start, stop=stop, priority=priority_of(priority), deadline_s=deadline
             )
 
         return self._submit(plan, range(start, stop), memory, client)
@@ -231,8 +242,8 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         keys = self._keys(tokens, tenant, adapter)
-        _check_range(keys, start, keys.num_tokens)
-        level = _durability(durability)
+        check_start(keys, start)
+        level = durability_of(durability)
         lineage = Lineage.EXACT
         if derived_from is not None:
             self._check_hit(derived_from)
@@ -264,13 +275,13 @@ class TieredCache:
         if to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
-        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else _checked_deadline(deadline_s, 0.0)
+        patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
         return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
-        level = _durability(durability)
+        level = durability_of(durability)
         return self._submit(lambda: self._planner.flush(level), range(0), None, client)
 
     def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
@@ -286,12 +297,12 @@ class TieredCache:
         """
         with self._lock:
             self._check_open()
-            return self._register(memory).memory_id
+            return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
         """Forget ``memory`` once no job uses it."""
         with self._lock:
-            self._unregister(memory)
+            self._memories.let_go(memory)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
@@ -360,22 +371,36 @@ class TieredCache:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held."""
-        for _ in range(_SEND_ROUNDS):
-            with self._lock:
-                now_s = self._clock.monotonic()
-                for channel in self._channels:
-                    for message in channel.poll():
-                        self._planner.hear(message, now_s=now_s)
-                plans, jobs = self._planner.take_plans(), self._jobs_with_news()
-                waiting, self._on_attach = self._on_attach, []
-            self._send(plans)
-            for event in waiting:
-                event.set()
-            for job in jobs:
-                job.hear()
-            if not plans:
-                return
+        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held.
+
+        One thread at a time does it; whoever comes meanwhile asks it to look again, and goes on with its own work.
+        """
+        if self._turn.ask():
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        try:
+            while self._turn.goes_on():
+                while self._take_in():
+                    pass
+        except BaseException:
+            self._turn.give_up()
+            raise
+
+    def _take_in(self) -> bool:
+        """What data planes have to say now; True when plans followed from it, which may have ended at once."""
+        messages = [message for channel in self._channels for message in channel.poll()]
+        if not messages:
+            return False
+        with self._lock:
+            self._planner.hear(messages)
+            plans, jobs = self._planner.take_plans(), self._jobs_with_news()
+            waiting, self._on_attach = self._on_attach, []
+        self._send(plans)
+        for event in waiting:
+            event.set()
+        tell(jobs)
+        return bool(plans)
 
     def _submit(
         self, plan: Callable[[], Ticket], span: range, memory: KVMemory | None, client: Client | None
@@ -393,8 +418,7 @@ class TieredCache:
                 self.unregister(memory)
             raise
         self._send(plans)
-        for other in jobs:
-            other.hear()
+        tell(jobs)
         if plans:
             self.pump()
         return job
@@ -419,7 +443,7 @@ class TieredCache:
             if ticket.finished:
                 del self._jobs[ticket.number]
                 if job.memory is not None:
-                    self._unregister(job.memory)
+                    self._memories.let_go(job.memory)
                     job.memory = None
         return jobs
 
@@ -453,28 +477,8 @@ class TieredCache:
         pages.memory.check(pages.table, start, stop)
         with self._lock:
             self._check_open()
-            registered = self._register(pages.memory)
-        return pages.memory, replace(pages.table, memory_id=registered.memory_id)
-
-    def _register(self, memory: KVMemory) -> _Registered:
-        known = self._memories.get(id(memory))
-        if known is None:
-            numbers = {channel.register(memory) for channel in self._channels}
-            if len(numbers) != 1:
-                raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
-            known = self._memories[id(memory)] = _Registered(memory, numbers.pop())
-        known.users += 1
-        return known
-
-    def _unregister(self, memory: KVMemory) -> None:
-        known = self._memories.get(id(memory))
-        if known is None:
-            return
-        known.users -= 1
-        if not known.users:
-            del self._memories[id(memory)]
-            for channel in self._channels:
-                channel.unregister(known.memory_id)
+            memory_id = self._memories.use(pages.memory)
+        return pages.memory, PageTable(memory_id, pages.table.groups)
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -494,55 +498,3 @@ class TieredCache:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the cache is closed; open a new one")
-
-
-class _Registered:
-    """Engine memory that jobs, or the caller, use."""
-
-    __slots__ = ("memory", "memory_id", "users")
-
-    def __init__(self, memory: KVMemory, memory_id: int) -> None:
-        self.memory = memory
-        self.memory_id = memory_id
-        self.users = 0
-
-
-def _checked_model_id(model_id: str) -> str:
-    if not isinstance(model_id, str) or not model_id:
-        raise ConfigError(
-            f"model_id = {model_id!r}: must be a non-empty string that changes whenever the model's KV would;"
-            " kvtier.model_id(model) makes one"
-        )
-    return model_id
-
-
-def _checked_deadline(deadline_s: float | None, default_s: float) -> float:
-    """Seconds from now.
-
-    Raises:
-        ConfigError: not a number above zero.
-    """
-    if deadline_s is None:
-        return default_s
-    if not isinstance(deadline_s, (int, float)) or not deadline_s > 0:
-        raise ConfigError(f"deadline_s = {deadline_s!r}: must be a number of seconds above 0, or None")
-    return deadline_s
-
-
-def _check_range(keys: Keys, start: int, stop: int) -> None:
-    if not isinstance(start, int) or not 0 <= start <= stop:
-        raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
-
-
-def _priority(word: str) -> Priority:
-    try:
-        return {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}[word]
-    except KeyError:
-        raise ConfigError(f"priority = {word!r}: one of 'demand', 'prefetch'") from None
-
-
-def _durability(word: str) -> Durability:
-    try:
-        return {"memory": Durability.MEMORY, "process": Durability.PROCESS, "durable": Durability.DURABLE}[word]
-    except KeyError:
-        raise ConfigError(f"durability = {word!r}: one of 'memory', 'process', 'durable'") from None

@@ -43,17 +43,7 @@ class LocalChannel:
     """A data plane in this process: calls, nothing is encoded. ``on_news`` runs on its threads, without a lock."""
 
     def __init__(self, make_plane: Callable[[Callable[[], None]], DataPlane], on_news: Callable[[], None]) -> None:
-        self._on_news = on_news
-        self._open = False
-        self._plane = make_plane(self._news)
-
-    def listen(self) -> None:
-        """From now on news is passed on: its receiver is ready."""
-        self._open = True
-
-    def _news(self) -> None:
-        if self._open:
-            self._on_news()
+        self._plane = make_plane(on_news)
 
     def send(self, plans: Sequence[Plan]) -> None:
         """Begin plans."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
@@ -81,6 +81,7 @@ class Job(Generic[R]):
         self._block_tokens = block_tokens
         self._control = control
         self._client = client
+        self._done = False
         self._result: R | None = None
         self._source_free = False
         self._callbacks: list[Callable[[AnyJob], object]] = []
@@ -89,7 +90,7 @@ class Job(Generic[R]):
     @property
     def done(self) -> bool:
         """Whether ``result`` is there."""
-        return self._result is not None
+        return self._done
 
     @property
     def source_free(self) -> bool:
@@ -102,8 +103,10 @@ class Job(Generic[R]):
         Raises:
             TimeoutError: it has not ended in time; the job goes on.
         """
-        self._wait(lambda: self._result is not None, timeout_s)
-        assert self._result is not None
+        if not self._done:
+            self._wait(lambda: self._done, timeout_s)
+        if self._result is None:  # made by who asks for it, not by who brings the news: the ticket stays as it ended
+            self._result = cast(R, _result_of(self.ticket, self.span, self._block_tokens))
         return self._result
 
     def wait_source_free(self, timeout_s: float | None = None) -> None:
@@ -148,23 +151,27 @@ class Job(Generic[R]):
         callback(self)
 
     def __repr__(self) -> str:
-        state = repr(self._result) if self._result else "under way"
+        state = repr(self.result()) if self._done else "under way"
         return f"Job({self.ticket.kind.name.lower()}, {state})"
 
     # --- for the cache ----------------------------------------------------------------------------------------------
 
-    def hear(self) -> None:
-        """The ticket has news: take it over, and tell whoever waits. Called without a lock, once per piece of news."""
+    def hear(self) -> Client | None:
+        """The ticket has news: take it over, and tell whoever waits. Called without a lock, once per piece of news.
+
+        Returns the client that is to be told of the end.
+        """
+        ticket = self.ticket
         with self._control.lock:
-            self._source_free = self._source_free or self.ticket.source_free
-            ended = self.ticket.finished and self._result is None
-            if ended:
-                self._result = cast(R, _result_of(self.ticket, self.span, self._block_tokens))
+            self._source_free = self._source_free or ticket.source_free
+            ended = ticket.finished and not self._done
+            self._done = ticket.finished
+            if not self._callbacks:
+                return self._client if ended else None
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(self)
-        if ended and self._client is not None:
-            self._client.add(self)
+        return self._client if ended else None
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         if ready():
@@ -187,12 +194,24 @@ class JobControl:
         self.cancel = cancel
 
 
+def tell(jobs: Iterable[AnyJob]) -> None:
+    """``jobs`` have news: whoever waits for them hears it. Called without a lock."""
+    ended: dict[Client, list[AnyJob]] = {}
+    for job in jobs:
+        client = job.hear()
+        if client is not None:
+            ended.setdefault(client, []).append(job)
+    for client, done in ended.items():
+        client.add(done)
+
+
 class Client:
     """A queue of finished jobs of one consumer; nobody else can take its jobs."""
 
     def __init__(self) -> None:
         self._done: deque[AnyJob] = deque()
         self._notifier = Notifier()
+        self._told = False  # since the last poll: telling once is enough
 
     def fileno(self) -> int:
         """Readable while ``poll`` has something: for select, epoll and event loops."""
@@ -201,13 +220,16 @@ class Client:
     def poll(self) -> list[AnyJob]:
         """Jobs that ended since the last call, in order; never blocks."""
         self._notifier.clear()
+        self._told = False  # from here on a new job tells again; those before are taken below
         done = self._done
         return [done.popleft() for _ in range(len(done))]
 
-    def add(self, job: AnyJob) -> None:
-        """A job of this client ended."""
-        self._done.append(job)
-        self._notifier.set()  # after the append: a poll in between takes the job, and finds nothing the next time
+    def add(self, jobs: Iterable[AnyJob]) -> None:
+        """Jobs of this client ended."""
+        self._done.extend(jobs)
+        if not self._told:
+            self._told = True
+            self._notifier.set()  # after the jobs are there: a poll in between takes them, and finds nothing next time
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -227,19 +249,23 @@ def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
 
 
 def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:
-    good = int((ticket.outcome == Outcome.FAILED).argmax()) if failed else len(ticket.outcome)
-    first = ticket.first_block * block_tokens
+    good = ticket.outcome.index(Outcome.FAILED) if failed else len(ticket.outcome)
     by_tier = dict.fromkeys(TIER_NAMES, 0)
-    for block, tier in enumerate(ticket.tiers[:good].tolist()):
-        begin = first + block * block_tokens
-        by_tier[Tier(tier).label] += min(begin + block_tokens, span.stop) - max(begin, span.start)
-    ok_tokens = min(first + good * block_tokens, span.stop) if good else span.start
-    return LoadResult(ok_tokens, by_tier, failed, ticket.moved_bytes)
+    if not good:
+        return LoadResult(span.start, by_tier, failed, ticket.moved_bytes)
+    tiers, begin = ticket.tiers[:good], ticket.first_block * block_tokens
+    end = begin + good * block_tokens
+    for tier in set(tiers):
+        by_tier[Tier(tier).label] = tiers.count(tier) * block_tokens
+    # The load may begin and end inside a block.
+    by_tier[Tier(tiers[0]).label] -= span.start - begin
+    by_tier[Tier(tiers[-1]).label] -= max(0, end - span.stop)
+    return LoadResult(min(end, span.stop), by_tier, failed, ticket.moved_bytes)
 
 
 def _reasons(ticket: Ticket, block_tokens: int) -> dict[str, int]:
-    bad = ticket.reason[ticket.outcome == Outcome.FAILED]
-    if not len(bad):
+    if Outcome.FAILED not in ticket.outcome:
         return {}
-    counts = Counter(bad.tolist())
+    ends = zip(ticket.outcome, ticket.reason, strict=True)
+    counts = Counter(reason for outcome, reason in ends if outcome == Outcome.FAILED)
     return {Reason(reason).name.lower(): count * block_tokens for reason, count in counts.items()}

@@ -19,6 +19,7 @@ from kvtier.core.keys import Extra, Keys, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.hits import Hit, Session
 from kvtier.jobs import FlushResult, Job, LoadResult, PrefetchResult, R, StoreResult
+from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime.seam import Machine
@@ -205,6 +206,10 @@ class CacheManager:
         """As ``TieredCache.register``."""
         return self.core.register(memory)
 
+    def unregister(self, memory: KVMemory) -> None:
+        """As ``TieredCache.unregister``."""
+        self.core.unregister(memory)
+
     def session(self, session: str) -> Session:
         """As ``TieredCache.session``."""
         return self.core.session(session)
@@ -216,6 +221,10 @@ class CacheManager:
     def take_events(self) -> list[BlockEvent]:
         """As ``TieredCache.take_events``."""
         return self.core.take_events()
+
+    def samples(self) -> list[Sample]:
+        """As ``TieredCache.samples``."""
+        return self.core.samples()
 
     def stats(self) -> dict[str, float]:
         """As ``TieredCache.stats``."""

@@ -20,11 +20,12 @@ from kvtier.core.plan import (
     Tier,
 )
 from kvtier.errors import ConfigError
-from kvtier.index.entries import EntryRows, Mask
+from kvtier.index.entries import EntryRows
+from kvtier.planner.cells import wide
 from kvtier.planner.disk import Directory
 from kvtier.planner.hops import Hop, stretches
-from kvtier.planner.journeys import Journeys
 from kvtier.planner.recovery import Recovery
+from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
@@ -34,10 +35,10 @@ _ENTRIES_LOOKED_AT: Final = 4096
 class Commits:
     """Takes completions and reports in."""
 
-    def __init__(self, state: ControlState, journeys: Journeys) -> None:
-        """Tickets go on through ``journeys``."""
+    def __init__(self, state: ControlState, stages: Stages) -> None:
+        """Tickets go on through ``stages``."""
         self._state = state
-        self._journeys = journeys
+        self._stages = stages
         self.recovery = Recovery(state)
         self._settle = {
             PlanKind.STORE: self._settle_store,
@@ -56,9 +57,11 @@ class Commits:
         hop = state.hops.get(completion.plan_id)
         if hop is None or not hop.finals_left >> rank & 1:
             return
-        state.host.free(hop.take(completion))
+        if freed := hop.take(completion):
+            state.host.free(freed)
         if completion.final:
-            state.host.free(hop.end(rank))
+            if freed := hop.end(rank):
+                state.host.free(freed)
         elif completion.source_free:
             hop.sources_left &= ~(1 << rank)
         self._go_on(hop)
@@ -88,8 +91,8 @@ class Commits:
             hop.fail_all(Reason.RETIRED)
         for entry in hop.entries.tolist():
             state.storing.pop(entry, None)
-        complete = self._land(hop, ~hop.failed)
-        if state.config.policy.write == "write_through" and state.disk.usable:
+        complete = self._land(hop)
+        if state.writes_through and state.disk.usable:
             for entry in complete.tolist():
                 state.disk.enqueue(entry)
         self._pass_on(hop)
@@ -98,13 +101,13 @@ class Commits:
         if hop.version != self._state.version:
             hop.fail_all(Reason.RETIRED)
         if hop.targets:
-            self._land(hop, ~hop.failed)
+            self._land(hop)
         self._pass_on(hop)
 
     def _settle_spill(self, hop: Hop) -> None:
         state = self._state
         self._fail_overtaken(hop)
-        rows = np.flatnonzero(~hop.failed)
+        rows = hop.good().nonzero()[0]
         written = hop.entries[rows]
         complete = written[:0]
         for rank in hop.answers:
@@ -112,11 +115,10 @@ class Commits:
             complete = state.index.add_disk(rank, written, a["segment"], a["page"], a["pages"], a["generation"])
             self.recovery.written(rank, written)
         state.tell("stored", complete, Tier.DISK)
-        state.counts["spilled_bytes"] += sum(int(a["moved_bytes"].sum()) for a in hop.answers.values())
-        reasons = hop.reason.tolist()
+        state.counts["spilled_bytes"] += hop.moved_bytes
         for row, entry in enumerate(hop.entries.tolist()):
-            state.disk.write_ended(entry, written=not hop.failed[row])
-            self._advance(state.row_ended(entry, Reason(reasons[row])))
+            state.disk.write_ended(entry, written=row not in hop.failed)
+            self._advance(state.row_ended(entry, hop.failed.get(row, Reason.NONE)))
 
     def _fail_overtaken(self, hop: Hop) -> None:
         """Rows whose segment was sealed and reclaimed while the rest of the plan was still being written."""
@@ -124,31 +126,41 @@ class Commits:
             ended = self._state.disk.ranks[rank].reclaimed
             places = zip(answers["segment"].tolist(), answers["generation"].tolist(), strict=True)
             over = np.array([generation <= ended.get(segment, -1) for segment, generation in places], np.bool_)
-            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)), Reason.GONE)
+            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)).tolist(), Reason.GONE)
 
     def _settle_sync(self, hop: Hop) -> None:
         ticket = hop.ticket
         if ticket is None:
             return
-        if hop.failed.any():
-            ticket.fail_from(ticket.first_block, Reason(int(hop.reason[0])))
+        if hop.failed:
+            ticket.fail_from(ticket.first_block, hop.failed[0])
         ticket.waits -= 1
-        self._journeys.advance(ticket)
+        self._stages.advance(ticket)
 
     def _settle_reclaim(self, hop: Hop) -> None:
-        for rank in hop.answers:
+        for rank in hop.unanswered:
             directory = self._state.disk.ranks[rank].directory_of(hop.segment)
             directory.reclaiming.discard(hop.segment)
             directory.reclaims_wanted -= 1
         self._state.counts["reclaimed_segments"] += 1
 
-    def _land(self, hop: Hop, good: Mask) -> EntryRows:
+    def _land(self, hop: Hop) -> EntryRows:
         """Publish the copies that landed in host memory on every rank, free the others; returns what is complete."""
-        state, index = self._state, self._state.index
-        fresh = good & (index.host_ranks[hop.entries] == 0)
+        state = self._state
+        if hop.landed_whole() and state.index.none_on_host(hop.entries):
+            complete = state.host.publish_whole(hop)
+        else:
+            complete = self._land_some(hop)
+        state.host.admit(complete)
+        state.tell("stored", complete, Tier.HOST)
+        return complete
+
+    def _land_some(self, hop: Hop) -> EntryRows:
+        state = self._state
+        fresh = hop.good() & (state.index.host_ranks[hop.entries] == 0)
         for rank in hop.answers:
             fresh &= hop.landed(rank, Tier.HOST)
-        rows = np.flatnonzero(fresh).astype(np.int32)
+        rows = wide(fresh.nonzero()[0])
         complete = hop.entries[:0]
         for rank in hop.answers:
             stray = np.flatnonzero(hop.landed(rank, Tier.HOST) & ~fresh)
@@ -157,30 +169,27 @@ class Commits:
                 (rank, page, n) for page, n in zip(answers["page"].tolist(), answers["pages"].tolist(), strict=True)
             )
             complete = state.host.publish(hop, rank, rows)
-        state.host.admit(complete)
-        state.tell("stored", complete, Tier.HOST)
         return complete
 
     def _pass_on(self, hop: Hop) -> None:
         """Tell the ticket of ``hop`` and those that joined it how its rows ended."""
-        bad = np.flatnonzero(hop.failed[: len(hop.entries)])
         ticket = hop.ticket
         if ticket is not None:
-            for row in bad.tolist():
-                ticket.fail(int(hop.blocks[row]), int(hop.reason[row]))
-            ticket.moved_bytes += sum(int(a["moved_bytes"].sum()) for a in hop.answers.values())
+            for row, reason in hop.failed.items():
+                ticket.fail(int(hop.blocks[row]), reason)
+            ticket.moved_bytes += hop.moved_bytes
             ticket.waits -= 1
-            self._journeys.advance(ticket)
+            self._stages.advance(ticket)
         for join in hop.joins:
             for row, block in zip(join.rows.tolist(), join.blocks.tolist(), strict=True):
-                if hop.failed[row]:
-                    join.ticket.fail(block, int(hop.reason[row]))
+                if row in hop.failed:
+                    join.ticket.fail(block, hop.failed[row])
             join.ticket.waits -= 1
-            self._journeys.advance(join.ticket)
+            self._stages.advance(join.ticket)
 
     def _advance(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
-            self._journeys.advance(ticket)
+            self._stages.advance(ticket)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
@@ -260,7 +269,7 @@ class Commits:
 
     def pump(self) -> None:
         """Plan what nobody asked for: spills over the watermark, queued writes, reclaims."""
-        if self._state.host.used_fraction > self._state.config.host.high_watermark:
+        if self._state.host.is_above(self._state.config.host.high_watermark):
             self._spill_to_low_watermark()
         if self._state.disk.backlog:
             self._write()
@@ -290,7 +299,7 @@ class Commits:
         state = self._state
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
         while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
-            wanted = np.array(entries, np.int32)
+            wanted = wide(np.array(entries, np.int32))
             wanted = (
                 wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
             )

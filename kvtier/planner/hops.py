@@ -1,7 +1,12 @@
-"""Hops in flight: one plan per rank over the same rows, and what the ranks have answered so far."""
+"""Hops in flight: one plan per rank over the same rows, and what the ranks have answered so far.
+
+Nearly always a rank answers all rows of a hop at once, in order, and all is well: then its answer is kept as it came.
+Anything else is taken apart row by row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -17,7 +22,16 @@ Extent: TypeAlias = tuple[int, int, int]
 """(rank, first page, pages) of a host arena."""
 
 HOP_BYTES: Final = 32 << 20
-_SILENT: Final = 255
+SILENT: Final = 255
+"""In place of the status of a row that has not been answered."""
+
+# Comparing an array with a member of an enum takes numpy five times as long as with a plain number.
+_OK: Final = int(Status.OK)
+_FAILED: Final = int(Status.FAILED)
+_QUARANTINED: Final = int(Status.QUARANTINED)
+_RELEASED: Final = int(Status.RELEASED)
+_HOST: Final = int(Tier.HOST)
+_HOST_BYTE: Final = bytes((Tier.HOST,))
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +55,18 @@ class Targets:
         mine = self.page >= 0
         return Targets(np.where(mine, self.page, other.page), np.where(mine, self.pages, other.pages))
 
+    def of_rows(self, rows: slice | Mask) -> Targets:
+        """Those of some rows."""
+        return Targets(self.page[rows], self.pages[rows])
+
 
 @dataclass(slots=True, eq=False)
 class Hop:
     """One hop over ``entries`` on all ranks of ``ranks`` (a bit mask).
 
-    ``blocks`` are the rows' positions in the request. Masks hold the ranks that have not answered every row yet, not
-    released the source yet, not said their last word yet.
+    ``blocks`` are the rows' positions in the request. ``failed`` maps rows that do not count to their first reason;
+    ``answers`` holds what each rank said of every row, once it has said anything. Masks hold the ranks that have not
+    released the source yet, and not said their last word yet.
     """
 
     plan_id: int
@@ -62,8 +81,7 @@ class Hop:
     segment: int = NOWHERE
     generation: int = 0
     nbytes: int = 0
-    failed: Mask = field(init=False)
-    reason: npt.NDArray[np.uint8] = field(init=False)
+    failed: dict[int, int] = field(default_factory=dict)
     answers: dict[int, Table] = field(default_factory=dict)
     unanswered: dict[int, int] = field(init=False)
     sources_left: int = field(init=False)
@@ -74,14 +92,9 @@ class Hop:
 
     def __post_init__(self) -> None:
         """Nobody has answered yet."""
-        count = max(1, len(self.entries))
-        self.failed = np.zeros(count, np.bool_)
-        self.reason = np.zeros(count, np.uint8)
-        self.sources_left = self.finals_left = self.ranks
-        self.unanswered = {rank: len(self.entries) for rank in range(self.ranks.bit_length()) if self.ranks >> rank & 1}
-        for rank in self.unanswered:
-            self.answers[rank] = np.zeros(len(self.entries), COMPLETED)
-            self.answers[rank]["status"] = _SILENT
+        ranks, count = self.ranks, len(self.entries)
+        self.sources_left = self.finals_left = ranks
+        self.unanswered = {0: count} if ranks == 1 else {r: count for r in range(ranks.bit_length()) if ranks >> r & 1}
 
     @property
     def answered(self) -> bool:
@@ -93,76 +106,114 @@ class Hop:
         rank, rows = completion.rank, completion.rows
         if not len(rows):
             return []
+        if rank not in self.answers and len(self.entries) and _is_plain(rows, len(self.entries)):
+            self.answers[rank] = rows
+            self.unanswered[rank] = 0
+            return self._surplus(rank, rows)
+        return self._take_apart(rank, rows)
+
+    def _take_apart(self, rank: int, rows: Table) -> list[Extent]:
         freed: list[Extent] = []
-        if rows["status"].any():
+        if np.count_nonzero(rows["status"]):
             freed, rows = self._take_trouble(rank, rows)
         if len(self.entries) and len(rows):
-            fresh = np.count_nonzero(self.answers[rank]["status"][rows["row"]] == _SILENT)
-            self.answers[rank][rows["row"]] = rows
-            self.unanswered[rank] -= int(fresh)
-            if rank in self.targets:
-                freed += self._surplus(rank, rows)
+            answers = self._answers_of(rank)
+            self.unanswered[rank] -= int(np.count_nonzero(answers["status"][rows["row"]] == SILENT))
+            answers[rows["row"]] = rows
+            freed += self._surplus(rank, rows)
         return freed
 
     def _take_trouble(self, rank: int, rows: Table) -> tuple[list[Extent], Table]:
         """Note failures and releases; returns what the releases free, and the rows that are answers."""
-        released = rows["status"] == Status.RELEASED
+        released = rows["status"] == _RELEASED
         freed = self._free_quarantined(rank, rows["row"][released])
         rows = rows[~released]
-        bad = rows["status"] != Status.OK
-        self._fail(rows["row"][bad], rows["reason"][bad])
-        self._quarantined = self._quarantined or bool((rows["status"] == Status.QUARANTINED).any())
+        bad = rows["status"] != _OK
+        self._fail(rows["row"][bad].tolist(), rows["reason"][bad].tolist())
+        self._quarantined = self._quarantined or bool((rows["status"] == _QUARANTINED).any())
         return freed, rows
 
     def end(self, rank: int) -> list[Extent]:
         """The last word of ``rank``: rows that it never answered failed; nothing of it is in flight any more."""
-        silent, self.unanswered[rank] = self.unanswered[rank], 0
+        silent = self.unanswered[rank]
         self._rank_done(rank)
         if not silent and not self._quarantined:
             return []
-        answers = self.answers[rank]
-        unsaid = np.flatnonzero(answers["status"] == _SILENT)
-        self._fail(unsaid, np.full(len(unsaid), Reason.GONE, np.uint8))
-        answers["status"][unsaid] = Status.QUARANTINED
+        answers = self._answers_of(rank)
+        unsaid = np.flatnonzero(answers["status"] == SILENT)
+        self.fail(unsaid, Reason.GONE)
+        answers["status"][unsaid] = _QUARANTINED
         return self._free_quarantined(rank, np.arange(len(answers)))
 
     def void(self, rank: int) -> None:
         """The memory and the answers of ``rank`` are worth nothing: it began a new life."""
         self.fail_all(Reason.GONE)
-        self.answers[rank]["status"] = Status.FAILED
+        self.answers.pop(rank, None)
+        self._answers_of(rank)["status"] = _FAILED
         self.targets.pop(rank, None)
         self._rank_done(rank)
 
     def fail_all(self, reason: Reason) -> None:
         """No row of it counts."""
-        self.fail(np.arange(len(self.failed)), reason)
+        self.fail(range(max(1, len(self.entries))), reason)
 
-    def fail(self, rows: npt.NDArray[np.integer], reason: Reason) -> None:
+    def fail(self, rows: Iterable[int], reason: Reason) -> None:
         """These rows do not count."""
-        self._fail(rows, np.full(len(rows), reason, np.uint8))
+        for row in rows:
+            self.failed.setdefault(int(row), reason)
+
+    def good(self) -> Mask:
+        """Rows that count."""
+        good = np.ones(len(self.entries), np.bool_)
+        if self.failed and len(good):
+            good[list(self.failed)] = False
+        return good
 
     def landed(self, rank: int, tier: Tier) -> Mask:
         """Rows of which ``rank`` made a copy in ``tier``."""
-        answers = self.answers[rank]
-        there: Mask = (answers["status"] == Status.OK) & (answers["tier"] == tier)
+        answers = self._answers_of(rank)
+        there: Mask = (answers["status"] == _OK) & (answers["tier"] == int(tier))
         return there
+
+    def landed_whole(self) -> bool:
+        """Whether every rank made a copy of every row in host memory."""
+        if self.failed:
+            return False
+        whole = _HOST_BYTE * len(self.entries)
+        return all(answers["tier"].tobytes() == whole for answers in self.answers.values())
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that all ranks moved for it."""
+        return sum(sum(answers["moved_bytes"].tolist()) for answers in self.answers.values())
+
+    def _answers_of(self, rank: int) -> Table:
+        """What ``rank`` said, to be written to; SILENT where it said nothing."""
+        answers = self.answers.get(rank)
+        if answers is None:
+            answers = self.answers[rank] = np.zeros(len(self.entries), COMPLETED)
+            answers["status"] = SILENT
+        elif not answers.flags.writeable:  # it came over a wire
+            answers = self.answers[rank] = answers.copy()
+        return answers
 
     def _rank_done(self, rank: int) -> None:
         self.unanswered[rank] = 0
         self.sources_left &= ~(1 << rank)
         self.finals_left &= ~(1 << rank)
 
-    def _fail(self, rows: npt.NDArray[np.integer], reasons: npt.NDArray[np.uint8]) -> None:
-        fresh = ~self.failed[rows]
-        self.reason[rows[fresh]] = reasons[fresh]
-        self.failed[rows] = True
+    def _fail(self, rows: list[int], reasons: list[int]) -> None:
+        for row, reason in zip(rows, reasons, strict=True):
+            self.failed.setdefault(row, reason)
 
     def _surplus(self, rank: int, rows: Table) -> list[Extent]:
         """Trim what landed to its length; free the reservation of what did not land."""
-        targets, at = self.targets[rank], rows["row"]
-        used = np.where((rows["status"] == Status.OK) & (rows["tier"] == Tier.HOST), rows["pages"], 0)
+        targets, at = self.targets.get(rank), rows["row"]
+        if targets is None or _fills(rows, targets):
+            return []
+        used = np.where((rows["status"] == _OK) & (rows["tier"] == _HOST), rows["pages"], 0)
         first, reserved = targets.page[at], targets.pages[at]
-        loose = (first >= 0) & (used < reserved) & (rows["status"] != Status.QUARANTINED)
+        loose = (first >= 0) & (used < reserved) & (rows["status"] != _QUARANTINED)
         if not loose.any():
             return []
         loose_rows = loose.nonzero()[0]
@@ -171,15 +222,34 @@ class Hop:
         return extents
 
     def _free_quarantined(self, rank: int, rows: npt.NDArray[np.integer]) -> list[Extent]:
-        answers, targets = self.answers[rank], self.targets.get(rank)
-        rows = rows[answers["status"][rows] == Status.QUARANTINED] if len(rows) else rows
-        answers["status"][rows] = Status.FAILED
+        answers, targets = self._answers_of(rank), self.targets.get(rank)
+        rows = rows[answers["status"][rows] == _QUARANTINED] if len(rows) else rows
+        answers["status"][rows] = _FAILED
         if targets is None:
             return []
         rows = rows[targets.page[rows] >= 0]
         extents = [(rank, int(targets.page[row]), int(targets.pages[row])) for row in rows.tolist()]
         targets.page[rows] = NOWHERE
         return extents
+
+
+def _is_plain(rows: Table, count: int) -> bool:
+    """Whether ``rows`` answer all of ``count`` rows in order, and all is well."""
+    if len(rows) != count:
+        return False
+    if count == 1:
+        return bool(rows["row"][0] == 0 and rows["status"][0] == _OK)
+    return not np.count_nonzero(rows["status"]) and not np.count_nonzero(rows["row"] != np.arange(count))
+
+
+def _fills(rows: Table, targets: Targets) -> bool:
+    """Whether ``rows`` answer all rows, and each of them takes all of its reserved extent."""
+    return (
+        rows["pages"].tobytes() == targets.pages.tobytes()
+        and rows["tier"].tobytes() == _HOST_BYTE * len(rows)
+        and not np.count_nonzero(rows["status"])
+        and len(rows) == len(targets.page)
+    )
 
 
 def stretches(rows: int, nbytes: int) -> list[slice]:

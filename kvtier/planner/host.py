@@ -8,8 +8,9 @@ from typing import Final
 import numpy as np
 
 from kvtier.core.plan import NOWHERE
-from kvtier.index.entries import EntryRows, Index
+from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
+from kvtier.planner.cells import Cells
 from kvtier.planner.hops import Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
 
@@ -20,7 +21,7 @@ class HostBook:
     """Extents of all ranks and the eviction order; every copy that it drops is told to ``on_evict``."""
 
     def __init__(
-        self, index: Index, policy: EvictionPolicy, record_pages: Sequence[int], on_evict: Callable[[int], None]
+        self, index: Cells, policy: EvictionPolicy, record_pages: Sequence[int], on_evict: Callable[[int], None]
     ) -> None:
         """``record_pages`` is the worst-case length of a record per group; ``on_evict`` hears what was evicted."""
         self._on_evict = on_evict
@@ -37,10 +38,13 @@ class HostBook:
             self._deferred[entry] = [extent for extent in extents if extent[0] != rank]
         self.spaces[rank] = Space(host_pages)
 
-    @property
-    def used_fraction(self) -> float:
-        """Share of the fullest arena that is taken."""
-        return max((s.used_pages / s.capacity_pages for s in self.spaces.values() if s.capacity_pages), default=0.0)
+    def is_above(self, watermark: float) -> bool:
+        """Whether more than that share of the fullest arena is taken."""
+        return any(space.used_pages > watermark * space.capacity_pages for space in self.spaces.values())
+
+    def take_one(self) -> int:
+        """First page of an extent for one record of group 0 on the only rank; NO_ROOM where that takes an eviction."""
+        return self.spaces[0].take(self._record_pages[0])
 
     def reserve(self, group: int, count: int, may_go: Callable[[int], bool]) -> tuple[int, dict[int, list[int]]]:
         """Room for ``count`` records of ``group`` on every rank, evicting what ``may_go`` where there is too little.
@@ -54,8 +58,10 @@ class HostBook:
             more = self._take(pages, count, taken)
             fit = min(map(len, more.values()))
         for rank, starts in taken.items():
-            self.free((rank, start, pages) for start in starts[fit:])
-        return fit, {rank: starts[:fit] for rank, starts in taken.items()}
+            if len(starts) > fit:
+                self.free((rank, start, pages) for start in starts[fit:])
+                del starts[fit:]
+        return fit, taken
 
     def make_room(self, pages: int, may_go: Callable[[int], bool]) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free; returns how many entries went."""
@@ -117,14 +123,21 @@ class HostBook:
         answers = hop.answers[rank][rows]
         return self._index.add_host(rank, hop.entries[rows], answers["page"], answers["pages"])
 
+    def publish_whole(self, hop: Hop) -> EntryRows:
+        """Every row of ``hop`` landed on every rank; returns its entries."""
+        for rank, answers in hop.answers.items():
+            self._index.add_host(rank, hop.entries, answers["page"], answers["pages"])
+        return hop.entries
+
     def admit(self, entries: EntryRows) -> None:
         """Entries that are now complete in host memory, in prefix order."""
         self._policy.insert(entries)
 
     def touch(self, entries: EntryRows) -> None:
         """Entries that were used together, in prefix order; those not in host memory are passed over."""
-        here = entries[self._index.on_host(entries)]
-        self._policy.touch(here)
+        if not self._index.all_on_host(entries):
+            entries = entries[self._index.on_host(entries)]
+        self._policy.touch(entries)
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Room that nobody uses any more."""

@@ -1,38 +1,29 @@
-"""The first step of every journey: from a wish to plans in the outbox and a ticket to wait for."""
+"""Loads, prefetches and flushes: from a wish to plans in the outbox and a ticket to wait for."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
-from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Tier
-from kvtier.index.entries import MISSING, EntryRows
-from kvtier.planner.hops import Hop, Ints, Join, Targets, stretches
+from kvtier.core.plan import PlanKind, Priority, Reason, Tier
+from kvtier.index.entries import EntryRows
+from kvtier.planner.cells import wide
+from kvtier.planner.hops import Hop, Join
 from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease
+from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
 
 
-@dataclass(slots=True, eq=False)
-class _NewRows:
-    """What one group of a store adds: entries, their blocks, and the reserved extents per rank."""
-
-    entries: EntryRows
-    blocks: Ints
-    starts: dict[int, list[int]]
-    pages: int
-
-
 class Journeys:
-    """Plans loads, stores, prefetches and flushes."""
+    """Plans everything but stores."""
 
-    def __init__(self, state: ControlState) -> None:
-        """Everything is kept in ``state``."""
+    def __init__(self, state: ControlState, stages: Stages) -> None:
+        """Everything is kept in ``state``; tickets go on through ``stages``."""
         self._state = state
+        self._stages = stages
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -45,194 +36,41 @@ class Journeys:
         ticket = state.new_ticket(TicketKind.LOAD, first, last - first)
         if lease.released or lease.keys.root.weights_version != state.version:
             ticket.fail_from(first, Reason.GONE if lease.released else Reason.RETIRED)
-            return self.advance(ticket)
+            return self._stages.advance(ticket)
         cut = slice(first - lease.first_block, last - lease.first_block)
         groups = [entries[cut] for entries in lease.groups]
-        for entries in groups:
-            ticket.tiers = np.maximum(ticket.tiers, np.where(state.index.on_host(entries), Tier.HOST, Tier.DISK))
+        ticket.tiers = self._tiers(groups, last - first)
         hop = self._hop(PlanKind.LOAD, groups, first, ticket)
-        hop.nbytes = (last - first) * sum(state.layout.block_bytes)
+        hop.nbytes = (last - first) * state.block_bytes
         if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
             ticket.fail_from(first, Reason.REFUSED)
-            return self.advance(ticket)
-        if state.config.read.promote:
+            return self._stages.advance(ticket)
+        if state.config.read.promote and Tier.DISK in ticket.tiers:
             self._target(hop)
         if len(hop.entries):
             state.send(hop, priority=priority, pages=pages, start=start, stop=stop, deadline_s=deadline_s)
-        return self.advance(ticket)
+        return self._stages.advance(ticket)
 
     def prefetch(self, keys: Keys, deadline_s: float | None) -> Ticket:
         """Bring the blocks of the longest stored prefix that are only on disk into host memory."""
         state = self._state
         stale = keys.root.weights_version != state.version
         wanted = keys.rows()[: 0 if stale else len(keys)]
-        groups = [state.index.prefix(wanted, group, exact=False) for group in range(len(state.layout.groups))]
+        groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
         blocks = min(map(len, groups))
         ticket = state.new_ticket(TicketKind.PREFETCH, 0, blocks)
         hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
         elsewhere = state.index.host_ranks[hop.entries] == 0
-        ticket.outcome[hop.blocks[~elsewhere]] = Outcome.EXISTING
-        ticket.outcome[hop.blocks[elsewhere]] = Outcome.WAITING
+        ticket.outcome[:] = bytes((Outcome.EXISTING,)) * blocks
+        for block in hop.blocks[elsewhere].tolist():
+            ticket.outcome[block] = Outcome.WAITING
         hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, ticket)
         placed = self._target(hop)
         for block in hop.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
         if placed.any():
             state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=deadline_s)
-        return self.advance(ticket)
-
-    # --- store ------------------------------------------------------------------------------------------------------
-
-    def store(self, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> Ticket:
-        """Keep the full blocks of ``keys`` from ``start`` on: new ones are gathered, pending ones are joined."""
-        state = self._state
-        first = -(-start // keys.block_tokens)
-        ticket = state.new_ticket(TicketKind.STORE, first, max(0, len(keys) - first))
-        ticket.durability = durability
-        if keys.root.weights_version != state.version or not state.attached:
-            ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
-            return self.advance(ticket)
-        new: list[_NewRows] = []
-        held: list[tuple[EntryRows, Ints]] = []
-        shields: list[EntryRows] = []
-        for group in range(len(state.layout.groups)):
-            entries = state.index.table.find(keys.rows()[first:], group)
-            # Neither what is kept nor an entry that is to be written again may go to make room for the rest.
-            state.index.pin(entries[entries >= 0])
-            self._supersede(entries, lineage)
-            shields.append(entries[entries >= 0])
-            kept = (entries >= 0) & state.index.readable(entries)
-            state.host.touch(entries[kept])
-            self._join(ticket, entries, first)
-            new.append(self._add(keys, group, first, entries, kept, lineage, ticket))
-            held.append((entries, np.arange(first, first + len(entries), dtype=np.int32)))
-        if durability > Durability.MEMORY:
-            self._hold(ticket, held)
-        self._send_store(ticket, keys, new, pages, start)
-        for shield in shields:
-            state.unpinned(state.index.unpin(shield))
-        ticket.outcome[(ticket.outcome == Outcome.WAITING) & ~self._moving(ticket, new)] = Outcome.EXISTING
-        return self.advance(ticket)
-
-    def _supersede(self, entries: EntryRows, lineage: Lineage) -> None:
-        """Exact content takes the place of approximate content: those of ``entries``, all pinned, become MISSING.
-
-        Whoever else holds the old content keeps it until the last pin goes. That it cannot be read makes no
-        difference: a copy on one rank, or one on its way, would pass as the new content.
-        """
-        state, index = self._state, self._state.index
-        if lineage != Lineage.EXACT or not len(entries):
-            return
-        worse = (entries >= 0) & (index.lineage[entries] != Lineage.EXACT)
-        old = entries[worse]
-        state.supersede(old)
-        entries[worse] = MISSING
-        state.unpinned(index.unpin(old))
-
-    def _join(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
-        storing = self._state.storing
-        if not storing:
-            return
-        joined: dict[int, list[tuple[int, int]]] = {}
-        for at, entry in enumerate(entries.tolist()):
-            hop = storing.get(entry)
-            if hop is not None:
-                joined.setdefault(hop.plan_id, []).append((entry, first + at))
-        for plan_id, pairs in joined.items():
-            hop = self._state.hops[plan_id]
-            row_of = {entry: row for row, entry in enumerate(hop.entries.tolist())}
-            rows = np.array([row_of[entry] for entry, _ in pairs], np.int32)
-            hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
-            ticket.waits += 1
-
-    def _add(
-        self,
-        keys: Keys,
-        group: int,
-        first: int,
-        entries: EntryRows,
-        kept: np.ndarray[tuple[int], np.dtype[np.bool_]],
-        lineage: Lineage,
-        ticket: Ticket,
-    ) -> _NewRows:
-        """Reserve room for, and make entries of, the blocks that nobody keeps or is storing; fills ``entries`` in."""
-        state, index = self._state, self._state.index
-        wanted = np.flatnonzero(~kept)
-        if state.storing:
-            wanted = wanted[[int(entry) not in state.storing for entry in entries[wanted]]]
-        wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
-        fit, starts = state.host.reserve(group, wanted_now, state.may_go)
-        for at in wanted[fit:].tolist():
-            ticket.fail(first + at, Reason.REFUSED)
-        wanted = wanted[:fit]
-        missing = wanted[entries[wanted] == MISSING]
-        if len(missing):
-            depths = (first + missing).astype(np.int32)
-            entries[missing] = index.add(
-                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=lineage
-            )
-            if keys.chained:
-                index.link(entries[missing], self._parents(keys, group, first, entries)[missing])
-        index.lineage[entries[wanted]] = lineage
-        return _NewRows(entries[wanted], (first + wanted).astype(np.int32), starts, state.layout.record_pages[group])
-
-    def _store_room(self, block_bytes: int) -> int:
-        """How many more blocks may be under way to host memory; one always may where nothing is."""
-        under_way = self._state.in_flight_bytes[PlanKind.STORE]
-        room = (self._state.config.host.store_queue - under_way) // block_bytes
-        return max(room, 0 if under_way else 1)
-
-    def _parents(self, keys: Keys, group: int, first: int, entries: EntryRows) -> EntryRows:
-        before = self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
-        return np.concatenate((np.array([before], np.int32), entries[:-1]))
-
-    def _send_store(self, ticket: Ticket, keys: Keys, new: list[_NewRows], pages: PageTable, start: int) -> None:
-        state = self._state
-        entries = np.concatenate([part.entries for part in new])
-        if not len(entries):
-            ticket.source_free = True
-            if ticket.waits:  # else its end is news enough
-                state.news.append(ticket)
-            return
-        blocks = np.concatenate([part.blocks for part in new])
-        targets = {
-            rank: Targets(
-                np.concatenate([np.array(part.starts[rank], np.int32) for part in new]),
-                np.concatenate([np.full(len(part.entries), part.pages, np.int32) for part in new]),
-            )
-            for rank in state.host.spaces
-        }
-        # One hop for each stretch, so that the first blocks are on their way to disk while the last are gathered.
-        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES):
-            ranks, number = int(state.index.all_ranks), state.next_number()
-            hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
-            hop.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in targets.items()}
-            self._send_stretch(hop, keys, pages, start)
-
-    def _send_stretch(self, hop: Hop, keys: Keys, pages: PageTable, start: int) -> None:
-        state, groups = self._state, self._state.index.table.groups[hop.entries]
-        hop.nbytes = int(np.array(state.layout.block_bytes)[groups].sum())
-        if hop.ticket is not None:
-            hop.ticket.sources += 1
-        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
-        parents = np.frombuffer(b"".join(map(keys.parent, hop.blocks.tolist())), np.uint8).reshape(-1, 32)
-        stop = len(keys) * keys.block_tokens
-        state.send(
-            hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
-            stop=stop,
-        )  # fmt: skip
-
-    def _hold(self, ticket: Ticket, held: list[tuple[EntryRows, Ints]]) -> None:
-        for entries, blocks in held:
-            there = entries >= 0
-            self._state.index.pin(entries[there])
-            ticket.held.append((entries[there], blocks[there]))
-
-    def _moving(self, ticket: Ticket, new: list[_NewRows]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        moving = np.zeros(len(ticket.outcome), np.bool_)
-        for part in new:
-            moving[part.blocks - ticket.first_block] = True
-        return moving
+        return self._stages.advance(ticket)
 
     # --- flush ------------------------------------------------------------------------------------------------------
 
@@ -245,65 +83,34 @@ class Journeys:
         for hop in {id(hop): hop for hop in state.storing.values()}.values():
             hop.joins.append(Join(ticket, nothing, nothing))
             ticket.waits += 1
-        return self.advance(ticket)
-
-    # --- the stages of a ticket -------------------------------------------------------------------------------------
-
-    def advance(self, ticket: Ticket) -> Ticket:
-        """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it."""
-        while not ticket.waits and not ticket.finished:
-            if ticket.stage == ticket.durability:
-                self._finish(ticket)
-            elif ticket.stage == Durability.MEMORY:
-                ticket.stage = Durability.PROCESS
-                self._await_writes(ticket)
-            else:
-                ticket.stage = Durability.DURABLE
-                self._state.sync_hop(ticket)
-        return ticket
-
-    def _await_writes(self, ticket: Ticket) -> None:
-        state = self._state
-        if ticket.kind == TicketKind.FLUSH:
-            entries = list(state.host.candidates())
-            held = [(np.array(entries, np.int32), np.zeros(len(entries), np.int32))]
-        else:
-            held = ticket.held
-        for entries_of, blocks in held:
-            dirty = ~state.index.on_disk(entries_of)
-            if ticket.kind == TicketKind.STORE:
-                dirty &= ticket.outcome[blocks - ticket.first_block] != Outcome.FAILED
-            for entry, block in zip(entries_of[dirty].tolist(), blocks[dirty].tolist(), strict=True):
-                if state.disk.usable:
-                    state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
-                    state.row_waiters.setdefault(entry, []).append((ticket, block))
-                    ticket.waits += 1
-                else:
-                    ticket.fail(block, Reason.NO_SPACE)
-
-    def _finish(self, ticket: Ticket) -> None:
-        ticket.outcome[ticket.outcome == Outcome.WAITING] = Outcome.DONE
-        ticket.finished = ticket.source_free = True
-        for entries, _ in ticket.held:
-            self._state.unpinned(self._state.index.unpin(entries))
-        ticket.held.clear()
-        self._state.news.append(ticket)
+        return self._stages.advance(ticket)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
     def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket) -> Hop:
         state = self._state
         entries = groups[0] if len(groups) == 1 else np.concatenate(groups)
-        blocks = np.concatenate([np.arange(first, first + len(entries), dtype=np.int32) for entries in groups])
-        return Hop(state.next_number(), kind, entries, blocks, int(state.index.all_ranks), state.version, ticket)
+        blocks = np.arange(first, first + len(groups[0]), dtype=np.int32)
+        if len(groups) > 1:
+            blocks = np.tile(blocks, len(groups))
+        return Hop(state.next_number(), kind, entries, blocks, state.index.every_rank, state.version, ticket)
+
+    def _tiers(self, groups: list[EntryRows], blocks: int) -> bytearray:
+        """Per block, the slowest of its groups' tiers."""
+        index = self._state.index
+        tiers = bytearray((Tier.HOST,)) * blocks
+        for entries in groups:
+            if not index.all_on_host(entries):
+                np.frombuffer(tiers, np.uint8)[~index.on_host(entries)] = Tier.DISK
+        return tiers
 
     def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Reserve host extents for the rows that no rank has in host memory; returns which rows got one."""
         state, index = self._state, self._state.index
         placed = np.zeros(len(hop.entries), np.bool_)
-        elsewhere = index.host_ranks[hop.entries] == 0
-        if not elsewhere.any():
+        if index.all_on_host(hop.entries):
             return placed
+        elsewhere = index.host_ranks[hop.entries] == 0
         index.pin(hop.entries)
         for group, pages in enumerate(state.layout.record_pages):
             rows = np.flatnonzero(elsewhere & (index.table.groups[hop.entries] == group)).astype(np.int32)
@@ -317,5 +124,5 @@ class Journeys:
 
     def _only(self, hop: Hop, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Hop:
         less = Hop(hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket)
-        less.targets = {rank: Targets(t.page[rows], t.pages[rows]) for rank, t in hop.targets.items()}
+        less.targets = {rank: target.of_rows(rows) for rank, target in hop.targets.items()}
         return less

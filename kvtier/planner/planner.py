@@ -6,7 +6,7 @@ time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tel
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Final
 
 import numpy as np
@@ -19,7 +19,6 @@ from kvtier.core.plan import (
     Completion,
     DiskState,
     Hello,
-    LaneRate,
     Lineage,
     Lost,
     Message,
@@ -29,15 +28,17 @@ from kvtier.core.plan import (
     Tier,
 )
 from kvtier.errors import ConfigError
-from kvtier.index import Index
 from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
+from kvtier.planner.cells import Cells, wide
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
 from kvtier.planner.sessions import Sessions
+from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
+from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability, Ticket
 
 _MAX_ENTRIES: Final = 1 << 24
@@ -60,9 +61,11 @@ class Planner:
                     f"group {group.name!r}: reuse rule {group.reuse.rule!r} is not served; describe the group with"
                     " rule 'all', which keeps the KV of every block"
                 )
-        self._state = ControlState(config, layout, Index(max_entries(config, layout), ranks))
-        self._journeys = Journeys(self._state)
-        self._commits = Commits(self._state, self._journeys)
+        self._state = ControlState(config, layout, Cells(max_entries(config, layout), ranks))
+        stages = Stages(self._state)
+        self._journeys = Journeys(self._state, stages)
+        self._stores = Stores(self._state, stages)
+        self._commits = Commits(self._state, stages)
         self.sessions = Sessions()
 
     # --- looking up -------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ class Planner:
             ConfigError: ``keys`` are of blocks of another size.
         """
         self._check(keys)
-        ticket = self._journeys.store(keys, pages, start, lineage, durability)
+        ticket = self._stores.store(keys, pages, start, lineage, durability)
         self._commits.pump()
         return ticket
 
@@ -161,27 +164,31 @@ class Planner:
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 
-    def hear(self, message: Message, *, now_s: float) -> None:
-        """Commit a completion, or take a report in. Words of an earlier life of a rank are passed over.
+    def hear(self, messages: Iterable[Message]) -> None:
+        """Commit completions and take reports in, in order; then plan what follows from all of them.
+
+        Words of an earlier life of a rank are passed over.
 
         Raises:
             ConfigError: a data plane says hello for a rank that this cache does not have.
         """
-        if isinstance(message, Hello):
+        for message in messages:
+            self._hear(message)
+        self._commits.pump()
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, Completion) and message.incarnation == self._state.incarnations.get(message.rank):
+            self._commits.complete(message)
+        elif isinstance(message, Hello):
             self._commits.attach(message)
         elif message.incarnation != self._state.incarnations.get(message.rank):
             self._state.counts["late_messages"] += 1
-        elif isinstance(message, Completion):
-            self._commits.complete(message)
         elif isinstance(message, Recovered):
             self._commits.recovery.take(message)
         elif isinstance(message, Lost):
             self._commits.lost(message)
         elif isinstance(message, DiskState):
             self._commits.disk_state(message)
-        elif isinstance(message, LaneRate):
-            self._state.lane_rates[message.rank, message.lane] = message
-        self._commits.pump()
 
     def set_weights_version(self, version: str) -> None:
         """From now on only KV of ``version`` hits; loads and stores of others that are under way end as misses."""
@@ -262,7 +269,7 @@ class Planner:
         wanted = keys.rows()[blocks.start : blocks.stop]
         found: list[EntryRows] = []
         for group in range(len(self._state.layout.groups)):
-            found.append(self._state.index.prefix(wanted, group, exact=exact))
+            found.append(wide(self._state.index.prefix(wanted, group, exact=exact)))
             wanted = wanted[: len(found[-1])]
         return found
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from kvtier.config import Config
+from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
-from kvtier.core.plan import NOWHERE, ROW, LaneRate, Plan, PlanKind, Priority, Reason, Table, Tier
-from kvtier.index.entries import EntryRows, Index
+from kvtier.core.plan import Plan, PlanKind, Priority, Reason, Tier
+from kvtier.index.entries import EntryRows
 from kvtier.models.layout import KVLayout
+from kvtier.planner.cells import Cells
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
-from kvtier.planner.hops import Hop, Ints
+from kvtier.planner.hops import Hop
 from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
+from kvtier.planner.rows import plan_rows
 from kvtier.planner.tickets import Ticket, TicketKind
 from kvtier.policy import EVICTION_POLICIES
+
+_COUNTER: Final = {(change, tier): f"{change}_{tier.label}_blocks" for change in ("stored", "removed") for tier in Tier}
 
 
 class ControlState:
     """Books, hops in flight and the outbox of one planner."""
 
-    def __init__(self, config: Config, layout: KVLayout, index: Index) -> None:
+    def __init__(self, config: Config, layout: KVLayout, index: Cells) -> None:
         """Nothing is stored, nobody is attached."""
         self.config = config
         self.layout = layout
@@ -42,9 +47,11 @@ class ControlState:
         self.row_waiters: dict[int, list[tuple[Ticket, int]]] = {}
         self.plans: list[Plan] = []
         self.news: list[Ticket] = []
-        self.lane_rates: dict[tuple[int, str], LaneRate] = {}
         self.counts: Counter[str] = Counter()
         self.in_flight_bytes: Counter[PlanKind] = Counter()
+        self.is_plain = index.ranks == 1 and len(layout.groups) == 1
+        self.writes_through = config.policy.write == "write_through" and bool(config.disk.directories)
+        self.block_bytes = sum(layout.block_bytes)
         self._next_number = 0
 
     @property
@@ -56,6 +63,13 @@ class ControlState:
         """Whether ``nbytes`` more of ``kind`` may be under way; whatever its size, one alone always may."""
         under_way = self.in_flight_bytes[kind]
         return not under_way or under_way + nbytes <= limit_bytes
+
+    def nbytes_of(self, entries: EntryRows) -> int:
+        """What ``entries`` take in engine memory."""
+        sizes = self.layout.block_bytes
+        if len(sizes) == 1:
+            return len(entries) * sizes[0]
+        return int(np.array(sizes)[self.index.table.groups[entries]].sum())
 
     def next_number(self) -> int:
         """A number that no plan or ticket of this planner has had."""
@@ -79,7 +93,7 @@ class ControlState:
         hop: Hop,
         *,
         priority: Priority,
-        parents: np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None = None,
+        keys: Keys | None = None,
         chain: str = "raw",
         pages: PageTable | None = None,
         start: int = 0,
@@ -87,19 +101,19 @@ class ControlState:
         durable: bool = False,
         deadline_s: float | None = None,
     ) -> None:
-        """Pin the entries of ``hop`` and put one plan per rank into the outbox."""
+        """Pin the entries of ``hop`` and put one plan per rank into the outbox; a store tells the ``keys`` it is of."""
         self.index.pin(hop.entries)
         self.hops[hop.plan_id] = hop
         self.in_flight_bytes[hop.kind] += hop.nbytes
         if hop.ticket is not None:
             hop.ticket.plan_ids.append(hop.plan_id)
             hop.ticket.waits += 1
-        chains = tuple(dict.fromkeys((chain, "raw")))
+        chains = ("raw",) if chain == "raw" else (chain, "raw")
         for rank in hop.unanswered:
             self.plans.append(
                 Plan(
                     plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
-                    rows=self._rows(hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
+                    rows=plan_rows(self.index, hop, rank, keys), chains=chains, pages=pages, start=start, stop=stop,
                     durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
                 )
             )  # fmt: skip
@@ -113,16 +127,19 @@ class ControlState:
 
     def unpinned(self, entries: EntryRows) -> None:
         """Nobody holds ``entries`` any more: free what waited for that, forget those without copies and children."""
+        if not len(entries):
+            return
         index = self.index
-        for entry in entries[~index.linked[entries]].tolist():
+        for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)
         self.host.unpinned(entries)
-        bare = (index.host_ranks[entries] | index.disk_ranks[entries] | index.children[entries].view(np.uint32)) == 0
-        for entry in entries[bare].tolist():
+        for entry in index.bare(entries).tolist():
             index.release(entry)
 
     def supersede(self, entries: EntryRows) -> None:
         """Their keys are for other content now: nobody finds them any more, and they go with their last pin."""
+        if not len(entries):
+            return
         self.tell("removed", entries[self.index.on_host(entries)], Tier.HOST)
         self.tell("removed", entries[self.index.on_disk(entries)], Tier.DISK)
         for entry in entries.tolist():
@@ -152,14 +169,14 @@ class ControlState:
 
     def tell(self, change: Literal["stored", "removed"], entries: EntryRows, tier: Tier) -> None:
         """Note an event for whoever listens; what was superseded has been told as removed already."""
-        entries = entries[self.index.linked[entries]]
-        self.counts[f"{change}_{tier.label}_blocks"] += len(entries)
+        entries = self.index.reachable(entries)
+        self.counts[_COUNTER[change, tier]] += len(entries)
         if self.events.listening and len(entries):
             index, parents = self.index, self.index.parent[entries]
             keys = index.table.keys
             self.events.add(change, tier, keys[entries], keys[parents], parents >= 0, index.tokens[entries])
 
-    def row_ended(self, entry: int, reason: Reason) -> list[Ticket]:
+    def row_ended(self, entry: int, reason: int) -> list[Ticket]:
         """A write that tickets wait for ended; returns those that wait for nothing more."""
         ready = []
         for ticket, block in self.row_waiters.pop(entry, ()):
@@ -169,31 +186,3 @@ class ControlState:
             if not ticket.waits:
                 ready.append(ticket)
         return ready
-
-    def _rows(self, hop: Hop, rank: int, parents: np.ndarray[tuple[int, int], np.dtype[np.uint8]] | None) -> Table:
-        index, entries = self.index, hop.entries
-        rows = np.zeros(len(entries), ROW)
-        if not len(entries):
-            return rows
-        rows["key"] = index.table.keys[entries]
-        if parents is not None:
-            rows["parent"] = parents
-        rows["group"] = index.table.groups[entries]
-        rows["lineage"] = index.lineage[entries]
-        rows["depth"] = index.depth[entries]
-        rows["block"] = hop.blocks
-        rows["tokens"] = index.tokens[entries]
-        bit = np.uint32(1 << rank)
-        on_host = (index.host_ranks[entries] & bit) != 0
-        rows["host_page"] = np.where(on_host, index.host_page[rank, entries], NOWHERE)
-        rows["host_pages"] = index.host_pages[rank, entries]
-        on_disk = (index.disk_ranks[entries] & bit) != 0
-        rows["disk_segment"] = np.where(on_disk, index.disk_segment[rank, entries], NOWHERE)
-        rows["disk_page"] = index.disk_page[rank, entries]
-        rows["disk_pages"] = index.disk_pages[rank, entries]
-        rows["disk_generation"] = index.generations(rank, entries)
-        targets: tuple[Ints, Ints] | None = None
-        if (reserved := hop.targets.get(rank)) is not None:
-            targets = (reserved.page, reserved.pages)
-        rows["target_page"], rows["target_pages"] = targets or (NOWHERE, 0)
-        return rows

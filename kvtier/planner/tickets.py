@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.plan import Reason, Tier, direct_members
+from kvtier.core.plan import direct_members
 
 
 @direct_members
@@ -44,15 +45,16 @@ class Outcome(IntEnum):
 class Ticket:
     """Per block of the request, from ``first_block`` on: how it ended, and where it came from.
 
+    One byte a block each: ``outcome`` (``Outcome``), ``reason`` (``Reason``), ``tiers`` (``Tier``; loads only).
     ``stage`` is the durability that is being waited for; ``waits`` counts what is missing for it.
     """
 
     number: int
     kind: TicketKind
     first_block: int
-    outcome: npt.NDArray[np.uint8]
-    reason: npt.NDArray[np.uint8]
-    tiers: npt.NDArray[np.uint8]
+    outcome: bytearray
+    reason: bytearray
+    tiers: bytearray
     durability: Durability = Durability.MEMORY
     stage: Durability = Durability.MEMORY
     waits: int = 0
@@ -68,8 +70,7 @@ class Ticket:
     @classmethod
     def of(cls, number: int, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
         """A ticket over ``blocks`` blocks, none of which has ended."""
-        zeros = np.zeros(blocks, np.uint8)
-        return cls(number, kind, first_block, zeros, zeros.copy(), np.full(blocks, Tier.ENGINE, np.uint8))
+        return cls(number, kind, first_block, bytearray(blocks), bytearray(blocks), bytearray(blocks))
 
     def fail(self, block: int, reason: int) -> None:
         """Block ``block`` of the sequence failed; the first reason stands."""
@@ -78,12 +79,21 @@ class Ticket:
             self.outcome[at] = Outcome.FAILED
             self.reason[at] = reason
 
-    def fail_from(self, block: int, reason: Reason) -> None:
+    def fail_from(self, block: int, reason: int) -> None:
         """Every block from ``block`` on failed."""
         at = max(0, block - self.first_block)
-        self.outcome[at:] = Outcome.FAILED
-        self.reason[at:] = reason
+        behind = len(self.outcome) - at
+        self.outcome[at:] = bytes((Outcome.FAILED,)) * behind
+        self.reason[at:] = bytes((reason,)) * behind
+
+    def succeed(self) -> None:
+        """What has not ended otherwise is done."""
+        self.outcome = self.outcome.replace(_WAITING, _DONE)
 
     def count(self, outcome: Outcome) -> int:
         """Number of blocks that ended so."""
-        return int(np.count_nonzero(self.outcome == outcome))
+        return self.outcome.count(outcome)
+
+
+_WAITING: Final = bytes((Outcome.WAITING,))
+_DONE: Final = bytes((Outcome.DONE,))

@@ -16,7 +16,7 @@ from kvtier.core.plan import PAGE_BYTES, Lineage, Message, Plan, PlanKind, Prior
 from kvtier.core.wire import decode, encode
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.planner import Durability, Lease, Planner, Ticket
-from kvtier.planner.hops import _SILENT
+from kvtier.planner.hops import SILENT
 from tests.planner.fake_plane import FakePlane, Place
 
 BLOCK = 4
@@ -159,7 +159,7 @@ class Bench:
         """One message reaches the planner."""
         crossed = decode(encode(message))
         assert not isinstance(crossed, Plan)
-        self.planner.hear(crossed, now_s=self.now_s)
+        self.planner.hear([crossed])
         self.send()
 
     def hear(self) -> None:
@@ -334,10 +334,16 @@ def _reserved(hop: Any, rank: int) -> list[tuple[int, int]]:
     targets, answers = hop.targets.get(rank), hop.answers.get(rank)
     if targets is None:
         return []
+    if answers is None:
+        return [
+            (page, pages)
+            for page, pages in zip(targets.page.tolist(), targets.pages.tolist(), strict=True)
+            if page >= 0
+        ]
     held = []
     for row, page in enumerate(targets.page.tolist()):
         status = int(answers["status"][row])
-        if page >= 0 and status in (_SILENT, Status.QUARANTINED):
+        if page >= 0 and status in (SILENT, Status.QUARANTINED):
             held.append((page, int(targets.pages[row])))
         elif page >= 0 and status == Status.OK and answers["tier"][row] == Tier.HOST and not hop.settled:
             held.append((int(answers["page"][row]), int(answers["pages"][row])))

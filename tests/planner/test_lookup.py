@@ -275,7 +275,7 @@ def test_a_load_of_a_lease_that_was_released_is_a_miss() -> None:
     bench.planner.release(lease)
     ticket = bench.load(lease)
     assert ticket.finished
-    assert ticket.reason.tolist() == [Reason.GONE] * 2
+    assert list(ticket.reason) == [Reason.GONE] * 2
     assert not bench.plans(PlanKind.LOAD)
     bench.check_at_rest()
 
@@ -289,7 +289,7 @@ def test_a_block_that_was_lost_after_the_lookup_fails_alone() -> None:
     bench.check()
     ticket = bench.load(lease)
     bench.run()
-    assert ticket.outcome.tolist() == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
+    assert list(ticket.outcome) == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
     assert ticket.reason[1] == Reason.GONE
     bench.planner.release(lease)
     bench.check_at_rest()

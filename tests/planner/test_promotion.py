@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason, Status, Tier
@@ -30,7 +29,7 @@ def test_a_load_from_disk_keeps_a_copy_in_host_memory_and_the_one_on_disk(groups
     ticket = bench.load(lease)
     bench.planner.release(lease)
     bench.run()
-    assert ticket.tiers.tolist() == [Tier.DISK] * 3
+    assert list(ticket.tiers) == [Tier.DISK] * 3
     assert bench.lookup(keys).tiers.tolist() == [Tier.HOST] * 3
     assert bench.planner.stats()["disk_entries"] == 3 * groups
 
@@ -72,7 +71,7 @@ def test_a_block_that_could_not_be_read_gives_the_room_for_its_copy_back(outcome
     keys = on_disk_only(bench, 3)
     ticket = bench.load(bench.lookup(keys))
     bench.run(lambda plan, row: outcome if plan.kind == PlanKind.LOAD and plan.rank == 1 and row == 1 else Status.OK)
-    assert ticket.outcome.tolist() == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
+    assert list(ticket.outcome) == [Outcome.DONE, Outcome.FAILED, Outcome.DONE]
     assert bench.planner.stats()["host_entries"] == 2
     bench.check()
 
@@ -84,7 +83,7 @@ def test_a_prefetch_brings_what_is_only_on_disk() -> None:
     bench.run()
     ticket = bench.prefetch(keys)
     bench.run()
-    assert ticket.outcome.tolist() == [Outcome.EXISTING] * 2 + [Outcome.DONE] * 2
+    assert list(ticket.outcome) == [Outcome.EXISTING] * 2 + [Outcome.DONE] * 2
     (plan,) = bench.plans(PlanKind.FETCH)
     assert plan.priority == Priority.PREFETCH
     assert plan.pages is None
@@ -100,8 +99,8 @@ def test_of_a_prefetch_that_does_not_fit_the_tail_is_refused() -> None:
     held = bench.lookup(bench.keys(2, 1))
     ticket = bench.prefetch(keys)
     bench.run()
-    assert ticket.outcome.tolist() == [Outcome.DONE] * 2 + [Outcome.FAILED] * 2
-    assert (ticket.reason[2:] == Reason.REFUSED).all()
+    assert list(ticket.outcome) == [Outcome.DONE] * 2 + [Outcome.FAILED] * 2
+    assert set(ticket.reason[2:]) == {Reason.REFUSED}
     bench.planner.release(held)
     bench.check_at_rest()
 
@@ -113,5 +112,5 @@ def test_a_prefetch_of_nothing_is_over_at_once() -> None:
     ticket = bench.prefetch(bench.keys(3))
     assert ticket.finished
     assert ticket.count(Outcome.EXISTING) == 3
-    assert not np.any(ticket.reason)
+    assert not any(ticket.reason)
     bench.check_at_rest()

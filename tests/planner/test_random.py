@@ -207,7 +207,7 @@ class Storm:
         for ticket in self.bench.tickets:
             if ticket.finished and ticket.number not in self.checked:
                 self.checked.add(ticket.number)
-                assert not (ticket.outcome == Outcome.WAITING).any()
+                assert Outcome.WAITING not in ticket.outcome
                 if ticket.kind == TicketKind.LOAD:
                     self.check_loaded(ticket)
                 if ticket.kind == TicketKind.STORE and ticket.durability > Durability.MEMORY:
@@ -215,7 +215,7 @@ class Storm:
 
     def check_loaded(self, ticket: Ticket) -> None:
         keys = self.keys_of[ticket.number]
-        for at, outcome in enumerate(ticket.outcome.tolist()):
+        for at, outcome in enumerate(ticket.outcome):
             for plane in self.bench.planes if outcome == Outcome.DONE else ():
                 block = ticket.first_block + at
                 came = {c.group for n, b, c in plane.loaded if n in ticket.plan_ids and b == block
@@ -224,7 +224,7 @@ class Storm:
 
     def check_written(self, ticket: Ticket) -> None:
         keys = self.keys_of[ticket.number]
-        for at, outcome in enumerate(ticket.outcome.tolist()):
+        for at, outcome in enumerate(ticket.outcome):
             for plane in self.bench.planes if outcome != Outcome.FAILED else ():
                 wanted = keys.digests[ticket.first_block + at]
                 groups = {content.group for content, _, _ in plane.disk.values() if content.key == wanted}

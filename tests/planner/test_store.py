@@ -70,7 +70,7 @@ def test_what_is_kept_already_is_not_moved_again() -> None:
     bench = Bench()
     bench.stored(bench.keys(3, shared=3))
     ticket = bench.stored(bench.keys(5, shared=3))
-    assert ticket.outcome.tolist() == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 2
+    assert list(ticket.outcome) == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 2
     assert bench.plans(PlanKind.STORE)[1].rows["block"].tolist() == [3, 4]
     again = bench.stored(bench.keys(5, shared=3))
     assert again.count(Outcome.EXISTING) == 5
@@ -105,8 +105,8 @@ def test_of_a_store_that_does_not_fit_the_tail_is_refused_and_the_prefix_kept() 
     bench = Bench(host_blocks=4)
     keys = bench.keys(6)
     ticket = bench.stored(keys)
-    assert ticket.outcome.tolist() == [Outcome.DONE] * 4 + [Outcome.FAILED] * 2
-    assert ticket.reason.tolist() == [Reason.NONE] * 4 + [Reason.REFUSED] * 2
+    assert list(ticket.outcome) == [Outcome.DONE] * 4 + [Outcome.FAILED] * 2
+    assert list(ticket.reason) == [Reason.NONE] * 4 + [Reason.REFUSED] * 2
     assert bench.match(keys) == 4
     bench.check_at_rest()
 
@@ -215,11 +215,11 @@ def test_a_block_that_could_not_be_gathered_is_no_hit_and_takes_no_room() -> Non
     keys = bench.keys(4)
     ticket = bench.store(keys)
     bench.run(lambda plan, row: Reason.GONE if row == 2 else Status.OK)
-    assert ticket.outcome.tolist() == [Outcome.DONE] * 2 + [Outcome.FAILED, Outcome.DONE]
+    assert list(ticket.outcome) == [Outcome.DONE] * 2 + [Outcome.FAILED, Outcome.DONE]
     assert bench.match(keys) == 2
     assert bench.planner.stats()["host_entries"] == 3
     bench.check_at_rest()
-    assert bench.stored(keys).outcome.tolist() == [Outcome.EXISTING] * 2 + [Outcome.DONE, Outcome.EXISTING]
+    assert list(bench.stored(keys).outcome) == [Outcome.EXISTING] * 2 + [Outcome.DONE, Outcome.EXISTING]
     assert bench.match(keys) == 4
 
 
@@ -228,7 +228,7 @@ def test_of_several_reasons_the_first_stands() -> None:
     ticket = bench.store(bench.keys(2))
     reasons = iter([Reason.GONE, Reason.IO_ERROR, Reason.DAMAGED, Reason.NO_SPACE])
     bench.run(lambda plan, row: next(reasons) if plan.rows["block"][row] == 1 else Status.OK)
-    assert ticket.reason.tolist() == [Reason.NONE, Reason.GONE]
+    assert list(ticket.reason) == [Reason.NONE, Reason.GONE]
 
 
 def test_a_quarantined_extent_is_not_used_again_until_it_is_released() -> None:
@@ -270,7 +270,7 @@ def test_rows_that_a_data_plane_never_answered_failed_when_it_said_its_last_word
     plane.answer(number, {1: Status.OK})
     object.__setattr__(plane.outbox[0], "final", True)
     bench.hear()
-    assert ticket.outcome.tolist() == [Outcome.FAILED, Outcome.DONE, Outcome.FAILED]
+    assert list(ticket.outcome) == [Outcome.FAILED, Outcome.DONE, Outcome.FAILED]
     assert ticket.reason[0] == Reason.GONE
     bench.check_at_rest()
 
@@ -341,7 +341,7 @@ def test_of_a_long_store_one_hop_may_fail_alone() -> None:
     first, second = bench.store(keys), bench.store(keys, durability=Durability.PROCESS)
     bench.run(lambda plan, row: Reason.GONE if plan.rows["block"][row] in (2, 3) else Status.OK)
     for ticket in (first, second):
-        assert np.flatnonzero(ticket.reason == Reason.GONE).tolist() == [2, 3]
+        assert [at for at, why in enumerate(ticket.reason) if why == Reason.GONE] == [2, 3]
     assert bench.match(keys) == 2
     bench.check_at_rest()
 
@@ -382,7 +382,7 @@ def test_a_store_may_join_two_others_and_bring_blocks_of_its_own() -> None:
         assert not ticket.finished
         bench.planes[0].finish(number)
         bench.hear()
-    assert ticket.outcome.tolist() == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 3
+    assert list(ticket.outcome) == [Outcome.EXISTING] * 3 + [Outcome.DONE] * 3
     assert bench.match(whole) == 6
     bench.check_at_rest()
 
@@ -406,7 +406,7 @@ def test_a_failed_block_can_be_stored_again_while_its_first_extent_is_quarantine
     first = bench.in_flight(PlanKind.STORE)
     bench.planes[0].answer(first, {0: Status.QUARANTINED, 1: Status.OK})
     bench.hear()
-    assert bench.store(keys).outcome.tolist() == [Outcome.WAITING, Outcome.EXISTING]
+    assert list(bench.store(keys).outcome) == [Outcome.WAITING, Outcome.EXISTING]
     bench.planes[0].finish(next(number for number in bench.planes[0].flights if number != first))
     bench.hear()
     assert bench.match(keys) == 2

@@ -1,0 +1,93 @@
+"""The rows of plans: what the index says of entries, as a table for one rank."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.keys import KEY_BYTES, Keys
+from kvtier.core.plan import NOWHERE, ROW, ROW_STRUCT, Table
+from kvtier.planner.cells import Cells
+from kvtier.planner.hops import Hop
+
+_NO_KEY: Final = bytes(KEY_BYTES)
+_EMPTY_ROW: Final = np.zeros(1, ROW)
+for _place in ("host_page", "disk_segment", "target_page"):
+    _EMPTY_ROW[_place] = NOWHERE
+
+
+def plan_rows(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
+    """The rows of ``hop`` for ``rank``, dtype ``ROW``; with ``keys``, those that its blocks extend."""
+    if len(hop.entries) == 1:
+        return _one_row(index, hop, rank, keys)
+    return _many_rows(index, hop, rank, keys)
+
+
+def _one_row(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
+    entry, block = hop.entries.item(), hop.blocks.item()
+    on_host = index.host_ranks_at[entry] >> rank & 1
+    on_disk = index.disk_ranks_at[entry] >> rank & 1
+    target = hop.targets.get(rank)
+    packed = ROW_STRUCT.pack(
+        index.cells.key(entry),
+        keys.parent(block) if keys is not None else _NO_KEY,
+        index.cells.groups_at[entry],
+        index.lineage_at[entry],
+        0,
+        index.depth_at[entry],
+        block,
+        index.tokens_at[entry],
+        index.host_page_at[rank][entry] if on_host else NOWHERE,
+        index.host_pages_at[rank][entry] if on_host else 0,
+        index.disk_segment[rank, entry] if on_disk else NOWHERE,
+        index.disk_page[rank, entry] if on_disk else 0,
+        index.disk_pages[rank, entry] if on_disk else 0,
+        target.page.item() if target is not None else NOWHERE,
+        target.pages.item() if target is not None else 0,
+        index.generations(rank, hop.entries)[0] if on_disk else 0,
+    )
+    return np.frombuffer(packed, ROW)
+
+
+def _many_rows(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
+    entries = hop.entries
+    rows: Table = _EMPTY_ROW.repeat(len(entries))
+    if not len(entries):
+        return rows
+    rows["key"] = index.table.keys[entries]
+    if keys is not None:
+        _fill_parents(rows, hop, keys)
+    rows["group"] = index.table.groups[entries]
+    rows["lineage"] = index.lineage[entries]
+    rows["depth"] = index.depth[entries]
+    rows["block"] = hop.blocks
+    rows["tokens"] = index.tokens[entries]
+    _fill_copies(rows, index, entries, rank)
+    if (target := hop.targets.get(rank)) is not None:
+        rows["target_page"], rows["target_pages"] = target.page, target.pages
+    return rows
+
+
+def _fill_parents(rows: Table, hop: Hop, keys: Keys) -> None:
+    parents, root = rows["parent"], np.frombuffer(keys.root_digest, np.uint8)
+    if not keys.chained:
+        parents[:] = root
+        return
+    parents[:] = keys.rows()[hop.blocks - 1]
+    parents[hop.blocks == 0] = root
+
+
+def _fill_copies(rows: Table, index: Cells, entries: np.ndarray[tuple[int], np.dtype[np.int32]], rank: int) -> None:
+    """The places of the copies that ``rank`` has."""
+    bit = np.uint32(1 << rank)
+    on_host = index.host_ranks[entries] & bit
+    if np.count_nonzero(on_host):
+        rows["host_page"] = np.where(on_host, index.host_page[rank, entries], NOWHERE)
+        rows["host_pages"] = index.host_pages[rank, entries]
+    on_disk = index.disk_ranks[entries] & bit
+    if np.count_nonzero(on_disk):
+        rows["disk_segment"] = np.where(on_disk, index.disk_segment[rank, entries], NOWHERE)
+        rows["disk_page"] = index.disk_page[rank, entries]
+        rows["disk_pages"] = index.disk_pages[rank, entries]
+        rows["disk_generation"] = index.generations(rank, entries)

@@ -1,0 +1,59 @@
+"""The stages of a ticket: in host memory, written, synced; each is waited for before the next begins."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtier.core.plan import Reason
+from kvtier.planner.cells import wide
+from kvtier.planner.state import ControlState
+from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+
+
+class Stages:
+    """Takes tickets from stage to stage."""
+
+    def __init__(self, state: ControlState) -> None:
+        """Everything is kept in ``state``."""
+        self._state = state
+
+    def advance(self, ticket: Ticket) -> Ticket:
+        """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it."""
+        while not ticket.waits and not ticket.finished:
+            if ticket.stage == ticket.durability:
+                self._finish(ticket)
+            elif ticket.stage == Durability.MEMORY:
+                ticket.stage = Durability.PROCESS
+                self._await_writes(ticket)
+            else:
+                ticket.stage = Durability.DURABLE
+                self._state.sync_hop(ticket)
+        return ticket
+
+    def _await_writes(self, ticket: Ticket) -> None:
+        state = self._state
+        if ticket.kind == TicketKind.FLUSH:
+            entries = list(state.host.candidates())
+            held = [(wide(np.array(entries, np.int32)), np.zeros(len(entries), np.int32))]
+        else:
+            held = ticket.held
+        for entries_of, blocks in held:
+            dirty = ~state.index.on_disk(entries_of)
+            if ticket.kind == TicketKind.STORE:
+                outcome = np.frombuffer(ticket.outcome, np.uint8)
+                dirty &= outcome[blocks - ticket.first_block] != int(Outcome.FAILED)
+            for entry, block in zip(entries_of[dirty].tolist(), blocks[dirty].tolist(), strict=True):
+                if state.disk.usable:
+                    state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
+                    state.row_waiters.setdefault(entry, []).append((ticket, block))
+                    ticket.waits += 1
+                else:
+                    ticket.fail(block, Reason.NO_SPACE)
+
+    def _finish(self, ticket: Ticket) -> None:
+        ticket.succeed()
+        ticket.finished = ticket.source_free = True
+        for entries, _ in ticket.held:
+            self._state.unpinned(self._state.index.unpin(entries))
+        ticket.held.clear()
+        self._state.news.append(ticket)

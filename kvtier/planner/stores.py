@@ -1,0 +1,270 @@
+"""Stores: which blocks are new, where they will lie, and the plans that bring them there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.keys import Keys
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
+from kvtier.index.entries import MISSING, EntryRows
+from kvtier.planner.cells import wide
+from kvtier.planner.hops import Hop, Ints, Join, Targets, stretches
+from kvtier.planner.stages import Stages
+from kvtier.planner.state import ControlState
+from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+
+_EXACT: Final = int(Lineage.EXACT)
+_WAITING: Final = bytes((Outcome.WAITING,))
+_EXISTING: Final = bytes((Outcome.EXISTING,))
+
+
+@dataclass(slots=True, eq=False)
+class _NewRows:
+    """What one group of a store adds: entries, their blocks, and the reserved extents per rank."""
+
+    entries: EntryRows
+    blocks: Ints
+    starts: dict[int, list[int]]
+    pages: int
+
+    def targets(self) -> dict[int, Targets]:
+        """The extents per rank."""
+        pages = np.array((self.pages,), np.int32).repeat(len(self.entries))
+        return {rank: Targets(np.array(starts, np.int32), pages) for rank, starts in self.starts.items()}
+
+
+class Stores:
+    """Plans stores."""
+
+    def __init__(self, state: ControlState, stages: Stages) -> None:
+        """Everything is kept in ``state``; tickets go on through ``stages``."""
+        self._state = state
+        self._stages = stages
+
+    def store(self, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> Ticket:
+        """Keep the full blocks of ``keys`` from ``start`` on: new ones are gathered, pending ones are joined."""
+        state = self._state
+        first = -(-start // keys.block_tokens)
+        ticket = state.new_ticket(TicketKind.STORE, first, max(0, len(keys) - first))
+        ticket.durability = durability
+        if keys.root.weights_version != state.version or not state.attached:
+            ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
+            return self._stages.advance(ticket)
+        if (
+            len(ticket.outcome) == 1
+            and durability == Durability.MEMORY
+            and self._store_one(ticket, keys, pages, start, lineage)
+        ):
+            return ticket
+        new: list[_NewRows] = []
+        shields: list[EntryRows] = []
+        for group in range(len(state.layout.groups)):
+            entries = state.index.find_blocks(keys.rows()[first:], keys.digests[first:], group)
+            wanted = self._wanted(ticket, entries, first, lineage, shields)
+            new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
+            if durability > Durability.MEMORY:
+                self._hold(ticket, entries, first)
+        self._mark_existing(ticket, new)
+        self._send_store(ticket, keys, new, pages, start)
+        for shield in shields:
+            state.unpinned(state.index.unpin(shield))
+        return self._stages.advance(ticket)
+
+    def _store_one(self, ticket: Ticket, keys: Keys, pages: PageTable, start: int, lineage: Lineage) -> bool:
+        """The commonest store: one block that nobody knows, and there is room for it. False for any other."""
+        state, index, block = self._state, self._state.index, ticket.first_block
+        key = keys.digests[block]
+        if not state.is_plain or index.table.find_one(key, 0) >= 0 or not index.table.free:
+            return False
+        if self._store_room(state.block_bytes) < 1 or (page := state.host.take_one()) < 0:
+            return False
+        before = self._before(keys, 0, block) if keys.chained else MISSING
+        entry = index.add_one(key, before, depth=block, tokens=keys.block_tokens, lineage=lineage)
+        one = np.array((entry, block, page, state.layout.record_pages[0]), np.int32)
+        hop = Hop(state.next_number(), PlanKind.STORE, one[:1], one[1:2], 1, state.version, ticket)
+        hop.targets = {0: Targets(one[2:3], one[3:])}
+        self._send_stretch(hop, keys, pages, start)
+        return True
+
+    def _wanted(
+        self, ticket: Ticket, entries: EntryRows, first: int, lineage: Lineage, shields: list[EntryRows]
+    ) -> Ints:
+        """Which of ``entries`` are to be stored: all but those that are kept, or that somebody is storing.
+
+        What is there already is pinned (into ``shields``): neither what is kept nor an entry that is to be written
+        again may go to make room for the rest.
+        """
+        state = self._state
+        if state.index.all_missing(entries):
+            return wide(np.arange(len(entries)))
+        state.index.pin(entries[entries >= 0])
+        self._supersede(entries, lineage)
+        shields.append(entries[entries >= 0])
+        kept = (entries >= 0) & state.index.readable(entries)
+        state.host.touch(entries[kept])
+        self._join(ticket, entries, first)
+        wanted = wide((~kept).nonzero()[0])
+        if state.storing and len(wanted):
+            wanted = wanted[[entry not in state.storing for entry in entries[wanted].tolist()]]
+        return wanted
+
+    def _mark_existing(self, ticket: Ticket, new: list[_NewRows]) -> None:
+        """What has not failed and is not stored now is there, or will be by somebody else."""
+        if all(len(part.blocks) == len(ticket.outcome) for part in new):
+            return
+        moving = {block for part in new for block in part.blocks.tolist()}
+        if not moving:
+            ticket.outcome = ticket.outcome.replace(_WAITING, _EXISTING)
+            return
+        for at, outcome in enumerate(ticket.outcome):
+            if outcome == Outcome.WAITING and ticket.first_block + at not in moving:
+                ticket.outcome[at] = Outcome.EXISTING
+
+    def _supersede(self, entries: EntryRows, lineage: Lineage) -> None:
+        """Exact content takes the place of approximate content: those of ``entries``, all pinned, become MISSING.
+
+        Whoever else holds the old content keeps it until the last pin goes. That it cannot be read makes no
+        difference: a copy on one rank, or one on its way, would pass as the new content.
+        """
+        state, index = self._state, self._state.index
+        if lineage != Lineage.EXACT or not len(entries):
+            return
+        worse = (entries >= 0) & (index.lineage[entries] != _EXACT)
+        if not np.count_nonzero(worse):
+            return
+        old = entries[worse]
+        state.supersede(old)
+        entries[worse] = MISSING
+        state.unpinned(index.unpin(old))
+
+    def _join(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
+        storing = self._state.storing
+        if not storing:
+            return
+        joined: dict[int, list[tuple[int, int]]] = {}
+        for at, entry in enumerate(entries.tolist()):
+            hop = storing.get(entry)
+            if hop is not None:
+                joined.setdefault(hop.plan_id, []).append((entry, first + at))
+        for plan_id, pairs in joined.items():
+            hop = self._state.hops[plan_id]
+            row_of = {entry: row for row, entry in enumerate(hop.entries.tolist())}
+            rows = np.array([row_of[entry] for entry, _ in pairs], np.int32)
+            hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
+            ticket.waits += 1
+
+    def _add(
+        self,
+        keys: Keys,
+        group: int,
+        first: int,
+        entries: EntryRows,
+        wanted: Ints,
+        lineage: Lineage,
+        ticket: Ticket,
+    ) -> _NewRows:
+        """Reserve room for, and make entries of, the ``wanted`` blocks, as many as fit; fills ``entries`` in."""
+        state, index = self._state, self._state.index
+        if not len(wanted):
+            return _NewRows(entries[:0], wanted, {}, 0)
+        wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
+        fit, starts = state.host.reserve(group, wanted_now, state.may_go)
+        if fit < len(wanted):
+            for at in wanted[fit:].tolist():
+                ticket.fail(first + at, Reason.REFUSED)
+            wanted = wanted[:fit]
+        if fit and fit == len(entries) and index.all_missing(entries):
+            entries[:] = self._add_chain(keys, group, first, fit, lineage)
+        elif fit:
+            self._add_some(keys, group, first, entries, wanted, lineage)
+        return _NewRows(entries[wanted], first + wanted, starts, state.layout.record_pages[group])
+
+    def _add_chain(self, keys: Keys, group: int, first: int, count: int, lineage: Lineage) -> EntryRows:
+        """New entries for ``count`` blocks from ``first`` on."""
+        index = self._state.index
+        depths = np.arange(first, first + count, dtype=np.int32)
+        rows = keys.rows()[first : first + count]
+        entries = wide(index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)))
+        if keys.chained:
+            before = np.array((self._before(keys, group, first),), np.int32)
+            index.link(entries, np.concatenate((before, entries[:-1])))
+        return entries
+
+    def _add_some(self, keys: Keys, group: int, first: int, entries: EntryRows, wanted: Ints, lineage: Lineage) -> None:
+        """Those of the ``wanted`` blocks that have no entry get one; the others have new content."""
+        index = self._state.index
+        missing = wanted[entries[wanted] == MISSING]
+        if len(missing):
+            depths = first + missing
+            entries[missing] = index.add(
+                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)
+            )
+            if keys.chained:
+                before = np.array((self._before(keys, group, first),), np.int32)
+                index.link(entries[missing], np.concatenate((before, entries[:-1]))[missing])
+        index.lineage[entries[wanted]] = int(lineage)
+
+    def _store_room(self, block_bytes: int) -> int:
+        """How many more blocks may be under way to host memory; one always may where nothing is."""
+        under_way = self._state.in_flight_bytes[PlanKind.STORE]
+        room = (self._state.config.host.store_queue - under_way) // block_bytes
+        return max(room, 0 if under_way else 1)
+
+    def _before(self, keys: Keys, group: int, first: int) -> int:
+        """The entry that block ``first`` extends."""
+        return self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
+
+    def _send_store(self, ticket: Ticket, keys: Keys, new: list[_NewRows], pages: PageTable, start: int) -> None:
+        state = self._state
+        new = [part for part in new if len(part.entries)]
+        if not new:
+            ticket.source_free = True
+            if ticket.waits:  # else its end is news enough
+                state.news.append(ticket)
+            return
+        entries, blocks, targets = _together(new)
+        # One hop for each stretch, so that the first blocks are on their way to disk while the last are gathered.
+        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES):
+            ranks, number = state.index.every_rank, state.next_number()
+            hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
+            hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
+            self._send_stretch(hop, keys, pages, start)
+
+    def _send_stretch(self, hop: Hop, keys: Keys, pages: PageTable, start: int) -> None:
+        state = self._state
+        hop.nbytes = state.nbytes_of(hop.entries)
+        if hop.ticket is not None:
+            hop.ticket.sources += 1
+        for entry in hop.entries.tolist():
+            state.storing[entry] = hop
+        stop = len(keys) * keys.block_tokens
+        state.send(
+            hop, priority=Priority.SPILL, keys=keys, chain=state.config.host.codec, pages=pages, start=start,
+            stop=stop,
+        )  # fmt: skip
+
+    def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
+        """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""
+        there = wide((entries >= 0).nonzero()[0])
+        self._state.index.pin(entries[there])
+        ticket.held.append((entries[there], first + there))
+
+
+def _together(new: list[_NewRows]) -> tuple[EntryRows, Ints, dict[int, Targets]]:
+    """Entries, blocks and targets of all groups, one after the other."""
+    if len(new) == 1:
+        return new[0].entries, new[0].blocks, new[0].targets()
+    entries = np.concatenate([part.entries for part in new])
+    blocks = np.concatenate([part.blocks for part in new])
+    parts = [part.targets() for part in new]
+    targets = {
+        rank: Targets(
+            np.concatenate([part[rank].page for part in parts]), np.concatenate([part[rank].pages for part in parts])
+        )
+        for rank in parts[0]
+    }
+    return entries, blocks, targets

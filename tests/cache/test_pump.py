@@ -1,0 +1,178 @@
+"""What the cache does between its planner and a data plane, seen from a channel that answers when it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from select import select
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import CacheManager, ConfigError, TieredCache
+from kvtier.core.memory import GroupPages, KVMemory, PageTable
+from kvtier.core.plan import COMPLETED, Completion, Hello, Message, Plan, Status, Tier
+from kvtier.jobs import Client
+from kvtier.memories import Memories
+from kvtier.metrics import Sample
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+CONFIG: dict[str, Any] = {"host": {"capacity": "256KiB", "staging": "1MiB"}}
+TABLE = PageTable(0, tuple(GroupPages(0, np.arange(8, dtype=np.int32)) for _ in LAYOUT.groups))
+
+
+class AnsweringChannel:
+    """Keeps plans until ``answer``; ``on_poll`` runs at every poll."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = number
+        self.outbox: list[Message] = [Hello(0, 1, LAYOUT.placement, 64, 0, 0)]
+        self.plans: list[Plan] = []
+        self.registered: list[KVMemory] = []
+        self.forgotten: list[int] = []
+        self.on_poll: Any = lambda: None
+
+    def answer(self) -> None:
+        """All stores are in host memory."""
+        for plan in self.plans:
+            rows = np.zeros(len(plan.rows), COMPLETED)
+            rows["row"], rows["status"], rows["tier"] = np.arange(len(rows)), Status.OK, Tier.HOST
+            rows["page"], rows["pages"] = plan.rows["target_page"], plan.rows["target_pages"]
+            self.outbox.append(Completion(plan.plan_id, 0, 1, rows, source_free=True, final=True))
+        self.plans.clear()
+
+    def send(self, plans: Sequence[Plan]) -> None:
+        self.plans += plans
+
+    def cancel(self, plan_id: int) -> None:
+        pass
+
+    def poll(self) -> list[Message]:
+        messages, self.outbox = self.outbox, []
+        self.on_poll()
+        return messages
+
+    def register(self, memory: KVMemory) -> int:
+        self.registered.append(memory)
+        return self.number
+
+    def unregister(self, memory_id: int) -> None:
+        self.forgotten.append(memory_id)
+
+    def part_ready(self, plan_id: int, part: int) -> bool:
+        return False
+
+    def samples(self) -> list[Sample]:
+        return []
+
+    def close(self, timeout_s: float) -> bool:
+        return True
+
+
+@pytest.fixture
+def channel() -> AnsweringChannel:
+    return AnsweringChannel()
+
+
+@pytest.fixture
+def cache(channel: AnsweringChannel) -> TieredCache:
+    return TieredCache(CONFIG, LAYOUT, "pump", channels=[channel])
+
+
+def tokens(number: int) -> list[int]:
+    return [number] * SIZE
+
+
+def is_readable(client: Client) -> bool:
+    return bool(select([client.fileno()], [], [], 0)[0])
+
+
+def test_a_client_is_woken_once_for_many_jobs_and_again_after_it_polled(
+    cache: TieredCache, channel: AnsweringChannel
+) -> None:
+    client = cache.client()
+    jobs = [cache.submit_store(tokens(number), TABLE, client=client) for number in range(3)]
+    assert not is_readable(client)
+    for _ in range(2):
+        channel.answer()
+        cache.pump()
+        assert is_readable(client)
+        assert client.poll() == jobs
+        assert not is_readable(client)
+        assert client.poll() == []
+        jobs = [cache.submit_store(tokens(9), TABLE, client=client)]
+    client.close()
+
+
+def test_news_that_comes_while_somebody_pumps_is_taken_in_by_the_one_who_pumps(
+    cache: TieredCache, channel: AnsweringChannel
+) -> None:
+    """A data plane may report from within, and from other threads: the call returns at once, and nothing is lost."""
+    job = cache.submit_store(tokens(1), TABLE)
+
+    def more() -> None:
+        channel.on_poll = lambda: None
+        channel.answer()
+        cache.pump()
+        assert not job.done, "whoever pumps already does it"
+
+    channel.on_poll = more
+    cache.pump()
+    assert job.done
+    assert job.result(0).stored == SIZE
+
+
+def test_a_pump_that_failed_leaves_its_turn_to_the_next(cache: TieredCache, channel: AnsweringChannel) -> None:
+    job = cache.submit_store(tokens(1), TABLE)
+
+    def fail() -> None:
+        channel.on_poll = lambda: None
+        raise OSError("the wire broke")
+
+    channel.on_poll = fail
+    with pytest.raises(OSError, match="wire"):
+        cache.pump()
+    channel.answer()
+    cache.pump()
+    assert job.done
+
+
+def test_memory_is_registered_once_and_forgotten_after_the_last_job(
+    cache: TieredCache, channel: AnsweringChannel
+) -> None:
+    engine = PseudoEngine(LAYOUT, 8)
+    for number in range(2):
+        cache.submit_store(tokens(number), engine.pages)
+    assert channel.registered == [engine.pages.memory]
+    assert cache.stats()["memories"] == 1
+    assert channel.forgotten == []
+    channel.answer()
+    cache.pump()
+    assert channel.forgotten == [0]
+    assert cache.stats()["memories"] == 0
+
+
+def test_ranks_that_disagree_on_a_number_are_refused() -> None:
+    memories = Memories([AnsweringChannel(0), AnsweringChannel(1)])
+    with pytest.raises(ConfigError, match="same order"):
+        memories.use(PseudoEngine(LAYOUT, 8).pages.memory)
+    assert len(memories) == 0
+
+
+def test_a_result_is_made_once(cache: TieredCache, channel: AnsweringChannel) -> None:
+    job = cache.submit_store(tokens(1), TABLE)
+    channel.answer()
+    cache.pump()
+    assert job.result(0) is job.result(0)
+
+
+def test_the_asyncio_face_registers_forgets_and_counts_like_the_cache() -> None:
+    manager = CacheManager(CONFIG, LAYOUT, "pump")
+    memory = PseudoEngine(LAYOUT, 8).pages.memory
+    manager.register(memory)
+    assert manager.stats()["memories"] == 1
+    manager.unregister(memory)
+    assert {sample.name: sample.value for sample in manager.samples()}["memories"] == 0
+    assert manager.core.close()
