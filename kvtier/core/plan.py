@@ -186,7 +186,8 @@ class Plan:
     """One hop for one rank: control -> data.
 
     ``[start, stop)`` are absolute token positions, for LOAD and STORE. ``deadline_s`` is on the clock of the sender
-    (CLOCK_MONOTONIC, which processes of one machine share); None waits as long as the tier's own limits.
+    (CLOCK_MONOTONIC, which processes of one machine share); None waits as long as the tier's own limits. Whoever asked
+    for a ``durable`` store waits until it is on disk: its rows are sealed as soon as they are gathered.
     """
 
     plan_id: int

@@ -23,7 +23,7 @@ from kvtier.errors import ConfigError
 from kvtier.index.entries import EntryRows
 from kvtier.planner.cells import wide
 from kvtier.planner.disk import Directory
-from kvtier.planner.hops import Hop, stretches
+from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
 from kvtier.planner.recovery import Recovery
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
@@ -309,7 +309,7 @@ class Commits:
                     done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
                     state.disk.take_back(entry)
                     self._advance(state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE))
-            for rows in stretches(len(wanted), nbytes):
+            for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
                 self._send_write(wanted[rows], nbytes)
 
     def _send_write(self, entries: EntryRows, nbytes: int) -> None:

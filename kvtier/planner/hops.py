@@ -21,7 +21,10 @@ Ints: TypeAlias = npt.NDArray[np.int32]
 Extent: TypeAlias = tuple[int, int, int]
 """(rank, first page, pages) of a host arena."""
 
-HOP_BYTES: Final = 32 << 20
+WRITE_HOP_BYTES: Final = 16 << 20
+"""Of what goes to disk: the first blocks are written while the last ones are still gathered."""
+STORE_HOP_BYTES: Final = 128 << 20
+"""Of a store for whose disk copy nobody waits: every hop costs the control plane as much as a block or two."""
 SILENT: Final = 255
 """In place of the status of a row that has not been answered."""
 
@@ -252,7 +255,7 @@ def _fills(rows: Table, targets: Targets) -> bool:
     )
 
 
-def stretches(rows: int, nbytes: int) -> list[slice]:
-    """Cut ``rows`` rows of ``nbytes`` each into runs that are one hop: short enough for the hops to overlap."""
-    size = max(1, HOP_BYTES // nbytes)
+def stretches(rows: int, nbytes: int, hop_bytes: int) -> list[slice]:
+    """Cut ``rows`` rows of ``nbytes`` each into runs that are one hop."""
+    size = max(1, hop_bytes // nbytes)
     return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]

@@ -12,7 +12,7 @@ from kvtier.core.memory import PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
 from kvtier.index.entries import MISSING, EntryRows
 from kvtier.planner.cells import wide
-from kvtier.planner.hops import Hop, Ints, Join, Targets, stretches
+from kvtier.planner.hops import STORE_HOP_BYTES, WRITE_HOP_BYTES, Hop, Ints, Join, Targets, stretches
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
@@ -227,8 +227,8 @@ class Stores:
                 state.news.append(ticket)
             return
         entries, blocks, targets = _together(new)
-        # One hop for each stretch, so that the first blocks are on their way to disk while the last are gathered.
-        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES):
+        hop_bytes = STORE_HOP_BYTES if ticket.durability == Durability.MEMORY else WRITE_HOP_BYTES
+        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES, hop_bytes):
             ranks, number = state.index.every_rank, state.next_number()
             hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
             hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
@@ -244,7 +244,7 @@ class Stores:
         stop = len(keys) * keys.block_tokens
         state.send(
             hop, priority=Priority.SPILL, keys=keys, chain=state.config.host.codec, pages=pages, start=start,
-            stop=stop,
+            stop=stop, durable=hop.ticket is not None and hop.ticket.durability > Durability.MEMORY,
         )  # fmt: skip
 
     def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
