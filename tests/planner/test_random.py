@@ -255,7 +255,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def short_hops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores and writes of more than five blocks are several hops."""
-    monkeypatch.setattr("kvtier.planner.hops.HOP_BYTES", 5 * 2 * 4096)
+    for name in ("stores.STORE_HOP_BYTES", "stores.WRITE_HOP_BYTES", "commits.WRITE_HOP_BYTES"):
+        monkeypatch.setattr(f"kvtier.planner.{name}", 5 * 2 * 4096)
 
 
 @pytest.mark.parametrize("trouble", [0.0, 0.15], ids=["calm", "trouble"])
