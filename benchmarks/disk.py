@@ -1,21 +1,27 @@
 """The disk tier: stores that survive kill -9 and cold loads, against bare direct I/O of the same bytes.
 
-Both are whole journeys: engine pages -> checksummed records -> file, and file -> checksums -> engine pages. The cache
-is full, so that every store gives an old segment back. For the loads it is opened anew: host memory is empty, and the
+Both are whole journeys: engine pages -> checksummed records -> file, and file -> checksums -> engine pages. Beside them
+stands the bare pipeline, which does the same without a cache: what it does not reach, this machine does not allow. The
+cache is full, so that every store gives an old segment back; full segments are sealed between rounds, not in them. For
+the loads it is opened anew: host memory is empty, and the
 counters of the device prove that every byte came from it. What was stored is loaded and compared byte for byte.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from benchmarks.machine import DeviceCounters, huge_pages
 from benchmarks.pairs import Contestant, Step, Times, alternate, ratio_of
 from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, llama_8b
+from benchmarks.pipeline import BarePipeline
 from benchmarks.rawdisk import RawDisk
 from benchmarks.rows import SURELY, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
@@ -29,9 +35,13 @@ REQUESTS: Final = 4
 ENGINE_BYTES: Final = 2 << 30
 HOST_BYTES: Final = 2 << 30
 IO_THREADS: Final = 4
+COPY_THREADS: Final = 2
+SETTLE_S: Final = 0.005
 WARMUP: Final = 1
 STORE_TARGET: Final = 0.92
 LOAD_TARGET: Final = 0.95
+_AREAS: Final = 3
+"""Of the bare disk, for every round: for the raw loops, for the same again, and for the bare pipeline."""
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -68,11 +78,13 @@ class _Bench:
         self.engine = EngineMemory(self.layout, *[ENGINE_BYTES // 2 // page_bytes] * 2)
         self.raw = RawDisk(
             settings.directory / "raw",
-            areas=2 * self.rounds,
+            areas=_AREAS * self.rounds,
             area_bytes=self.pair_bytes,
             memory_bytes=HOST_BYTES,
             threads=IO_THREADS,
         )
+        self.pipeline = BarePipeline(self.engine, self.raw, threads=COPY_THREADS)
+        self.bare_sources: list[Ids] = []
         self.cache = self._open()
         self.prompts = Prompts()
         self.stored: list[list[_Request]] = []
@@ -83,6 +95,7 @@ class _Bench:
     def close(self) -> None:
         """Close and remove everything."""
         self.cache.close()
+        self.pipeline.close()
         self.raw.close()
         shutil.rmtree(self.settings.directory / "cache")
 
@@ -93,9 +106,10 @@ class _Bench:
         self._fill()
         return alternate(
             [
-                Contestant("kvtier", self._store, self._begin_stores, check=self._end_stores),
-                Contestant("raw", lambda number: self.raw.write(2 * number, self.record_bytes)),
-                Contestant("again", lambda number: self.raw.write(2 * number + 1, self.record_bytes)),
+                Contestant("kvtier", self._store, self._begin_stores, self._settle, self._end_stores),
+                Contestant("raw", lambda number: self.raw.write(_AREAS * number, self.record_bytes)),
+                Contestant("again", lambda number: self.raw.write(_AREAS * number + 1, self.record_bytes)),
+                Contestant("bare", self._store_bare, self._begin_bare, check=self._check_bare),
             ],
             self.pairs,
             warmup=WARMUP,
@@ -124,6 +138,32 @@ class _Bench:
         for job in self.jobs:
             job.result()
 
+    def _settle(self, _: int) -> None:
+        """Until full segments are sealed and given back: otherwise that would disturb whoever comes next."""
+        for job in self.jobs:
+            job.result()
+        while self._untidy():
+            time.sleep(SETTLE_S)
+
+    def _untidy(self) -> bool:
+        stats = self.cache.stats()
+        return stats["hops"] > 0 or any(
+            count > 0
+            for name, count in stats.items()
+            if name.startswith("disk_segments") and ("full" in name or "reclaiming" in name)
+        )
+
+    def _begin_bare(self, _: int) -> None:
+        self.bare_pages = self.engine.sources(REQUESTS * self.request_pages)
+
+    def _store_bare(self, number: int) -> None:
+        self.bare_buffer = self.pipeline.store(_AREAS * number + 2, self.bare_pages)
+
+    def _check_bare(self, number: int) -> None:
+        if not np.array_equal(self.raw.read(_AREAS * number + 2, self.record_bytes), self.bare_buffer):
+            raise BenchmarkError("the bare pipeline did not write what it gathered")
+        self.bare_sources.append(self.bare_pages)
+
     def _end_stores(self, _: int) -> None:
         self.stored.append(self.requests)
         for result in (job.result() for job in self.jobs):
@@ -139,6 +179,7 @@ class _Bench:
                 Contestant("kvtier", self._load, self._begin_loads, check=self._end_loads),
                 Contestant("raw", self._read_raw, self._count, check=self._check_cold("raw")),
                 Contestant("again", self._read_raw_again, self._count, check=self._check_cold("again")),
+                Contestant("bare", self._load_bare, self._begin_load_bare, check=self._end_load_bare),
             ],
             self.pairs,
             warmup=WARMUP,
@@ -170,10 +211,23 @@ class _Bench:
                 raise BenchmarkError("bytes that were loaded are not those that were stored")
 
     def _read_raw(self, number: int) -> None:
-        self.raw.read(2 * number, self.record_bytes)
+        self.raw.read(_AREAS * number, self.record_bytes)
 
     def _read_raw_again(self, number: int) -> None:
-        self.raw.read(2 * number + 1, self.record_bytes)
+        self.raw.read(_AREAS * number + 1, self.record_bytes)
+
+    def _begin_load_bare(self, number: int) -> None:
+        self.bare_pages = self.engine.targets(REQUESTS * self.request_pages)
+        self.engine.clear(self.bare_pages)
+        self._count(number)
+
+    def _load_bare(self, number: int) -> None:
+        self.pipeline.load(_AREAS * number + 2, self.bare_pages)
+
+    def _end_load_bare(self, number: int) -> None:
+        self._check_cold("bare")(number)
+        if not self.engine.same(self.bare_sources[number], self.bare_pages):
+            raise BenchmarkError("the bare pipeline did not load what it had stored")
 
     def _count(self, _: int) -> None:
         self.before = self.device.read_bytes()
@@ -201,7 +255,7 @@ class _Bench:
     def _open(self) -> TieredCache:
         return TieredCache(
             {
-                "host": {"capacity": HOST_BYTES},
+                "host": {"capacity": HOST_BYTES, "copy_threads": COPY_THREADS},
                 "disk": {
                     "directories": [str(self.settings.directory / "cache")],
                     "capacity": self.capacity,
@@ -218,7 +272,7 @@ class _Bench:
         self.cache = self._open()
 
     def _check_room(self) -> None:
-        wanted = self.capacity + 2 * self.rounds * self.pair_bytes + (1 << 30)
+        wanted = self.capacity + _AREAS * self.rounds * self.pair_bytes + (1 << 30)
         free = shutil.disk_usage(self.settings.directory).free
         if free < wanted:
             raise BenchmarkError(
@@ -230,7 +284,7 @@ class _Bench:
         self, verb: str, times: dict[str, Times], raw_name: str, target: float, more: dict[str, Any]
     ) -> Iterator[Row]:
         name = f"disk.{verb}.{self.record_bytes >> 20}MiB"
-        kvtier, raw, again = (times[side] for side in ("kvtier", "raw", "again"))
+        kvtier, raw, again, bare = (times[side] for side in ("kvtier", "raw", "again", "bare"))
         speeds = {side: self.pair_bytes / 1e9 / measured.median_s for side, measured in times.items()}
         config = {
             "layout": "Llama 8B, bfloat16, 16-token pages at random places",
@@ -257,6 +311,22 @@ class _Bench:
             refused_tokens=self.refused_tokens,
             cpu_s_per_gib=kvtier.cpu_s_per_gib(self.pair_bytes),
             config={**config, **more},
+        )
+        yield Row.of(
+            f"{name}.bare",
+            speeds["bare"],
+            "GB/s",
+            baseline=speeds["raw"],
+            baseline_name=raw_name,
+            ratio=ratio_of(bare.wall_s, raw.wall_s),
+            target=target,
+            ok_if=SURELY,
+            data_checked=True,
+            cpu_s_per_gib=bare.cpu_s_per_gib(self.pair_bytes),
+            config={
+                **config,
+                "includes": "gather or scatter and checksums in two threads beside the bare disk, no cache",
+            },
         )
         yield itself(
             f"{name}.itself",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -50,6 +50,20 @@ class RawDisk:
         """Read ``area`` into a buffer, one call per record; returns it."""
         return self._each_record(os.preadv, area, record_bytes)
 
+    def take_buffer(self) -> Buffer:
+        """The next of the buffers in turn, as long as an area."""
+        buffer = self._buffers[0]
+        self._buffers.rotate()
+        return buffer
+
+    def submit_write(self, area: int, at: int, record: Buffer) -> Future[None]:
+        """Let one of the threads write ``record`` to ``area``, ``at`` bytes from its start."""
+        return self._pool.submit(self._move, os.pwritev, area * self._area_bytes + at, record)
+
+    def submit_read(self, area: int, at: int, record: Buffer) -> Future[None]:
+        """Let one of the threads fill ``record`` from ``area``, ``at`` bytes from its start."""
+        return self._pool.submit(self._move, os.preadv, area * self._area_bytes + at, record)
+
     def close(self) -> None:
         """Remove the file."""
         self._pool.shutdown()
@@ -58,17 +72,18 @@ class RawDisk:
         self._arena.close()
 
     def _each_record(self, call: Callable[..., int], area: int, record_bytes: int) -> Buffer:
-        buffer = self._buffers[0]
-        self._buffers.rotate()
+        buffer = self.take_buffer()
         first = area * self._area_bytes
         numbers = count()
 
         def loop(_: int) -> None:
             while (at := next(numbers) * record_bytes) < buffer.nbytes:
-                record = buffer[at : at + record_bytes]
-                moved = call(self._fd, [record], first + at)
-                if moved != record.nbytes:
-                    raise OSError(f"{call.__name__} moved {moved} of {record.nbytes} bytes")
+                self._move(call, first + at, buffer[at : at + record_bytes])
 
         list(self._pool.map(loop, range(self._threads)))
         return buffer
+
+    def _move(self, call: Callable[..., int], at: int, record: Buffer) -> None:
+        moved = call(self._fd, [record], at)
+        if moved != record.nbytes:
+            raise OSError(f"{call.__name__} moved {moved} of {record.nbytes} bytes")

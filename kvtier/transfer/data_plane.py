@@ -186,6 +186,8 @@ class DataPlane:
             for path in equipment.paths:
                 metrics.set("lane_queued_bytes", path.lane.queued_bytes, lane=path.lane.name)
                 metrics.set("lane_bytes_per_s", path.lane.bytes_per_s, lane=path.lane.name)
+                for stage, count in path.tier.stages().items():
+                    metrics.set("disk_segments", count, lane=path.lane.name, stage=stage)
         return metrics.samples()
 
     def close(self, timeout_s: float) -> bool:

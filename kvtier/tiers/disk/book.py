@@ -7,7 +7,7 @@ what to do next and reports how it went. Every change of a segment's stage is in
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from itertools import count
 from typing import Final
@@ -200,6 +200,12 @@ class SegmentBook:
         with self._lock:
             state = (self.health.usable, self.health.reason, len(self._clean), self._reclaims_wanted())
             return self._news.take(state)
+
+    def stages(self) -> Counter[str]:
+        """Segments by stage, every stage named: "clean", "open", "full" and so on."""
+        with self._lock:
+            found = Counter(segment.stage.name.lower() for segment in self.segments.values())
+        return Counter({stage.name.lower(): found[stage.name.lower()] for stage in Stage})
 
     # --- what housekeeping asks for, and how it went ----------------------------------------------------------------
 

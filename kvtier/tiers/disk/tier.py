@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -192,6 +193,10 @@ class DiskTier:
     def take_events(self) -> DiskEvents | None:
         """What changed since the last call; None when nothing did."""
         return self._book.take_events()
+
+    def stages(self) -> Counter[str]:
+        """Segments by stage, every stage named: "clean", "open", "full" and so on."""
+        return self._book.stages()
 
     def housekeep(self) -> bool:
         """One bounded step of background work; True when there may be more to do now."""
