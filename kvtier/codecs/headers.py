@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvtier.codecs.chain import chain_of
 from kvtier.codecs.checksums import page_sum
 from kvtier.codecs.record import SUM_AT, RecordHeader, Slice
-from kvtier.core.memory import Bytes1D, Bytes2D
+from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES, Table
 from kvtier.models.layout import MAX_SLICES, KVLayout
 
@@ -22,6 +22,7 @@ SUM_BYTES: Final = 16
 _BLANK_SUM: Final = bytes(SUM_BYTES)
 _BLANK_KEY: Final = bytes(32)
 
+_SLICES_AT: Final = 256
 _PLACE: Final = np.dtype(
     [("nonce", "u1", (16,)), ("segment", "<i4"), ("page", "<i4"), ("generation", "<i8"), ("sequence", "<i8")]
 )
@@ -30,7 +31,7 @@ HEADER: Final = np.dtype(
     {
         "names": ["key", "parent", "lineage", "depth", "tokens", "place", "slices", "sum"],
         "formats": [("u1", (32,)), ("u1", (32,)), "u1", "<i4", "<i4", _PLACE, (_SLICE, (MAX_SLICES,)), "<u8"],
-        "offsets": [16, 48, 114, 116, 120, 192, 256, SUM_AT],
+        "offsets": [16, 48, 114, 116, 120, 192, _SLICES_AT, SUM_AT],
         "itemsize": PAGE_BYTES,
     }
 )
@@ -63,8 +64,9 @@ class RawHeaders:
         for name in ("key", "parent", "lineage", "depth", "tokens", "place", "sum"):
             own[name] = np.frombuffer(b"\xff" * PAGE_BYTES, HEADER, 1)[name]
         own["slices"]["sums"][:, : self._slices] = 0xFF
-        self._common = np.flatnonzero(own.view(np.uint8) == 0)
-        self._wanted = self._blank[self._common]
+        self._words = (_SLICES_AT + self._slices * _SLICE.itemsize) // 8
+        self._common = ~own.view(np.uint64)[: self._words]
+        self._wanted = self._blank.view(np.uint64)[: self._words] & self._common
 
     def make(self, rows: Table, sums: Bytes2D) -> Bytes2D:
         """Header pages, uint8 ``[n, 4096]``, of the blocks that ``rows`` (dtype ``core.plan.ROW``) name.
@@ -87,7 +89,8 @@ class RawHeaders:
         ``keys`` is uint8 ``[n, 32]``. ``places`` is where the records were read from on disk, None for host memory.
         """
         headers = pages.view(HEADER)[:, 0]
-        known: npt.NDArray[np.bool_] = (pages[:, self._common] == self._wanted).all(axis=1)
+        common = pages.view(np.uint64)[:, : self._words] & self._common
+        known: npt.NDArray[np.bool_] = (common == self._wanted).all(axis=1)
         known &= (headers["key"] == keys).all(axis=1)
         known &= headers["sum"] == _page_sums(pages)
         if places is not None:
@@ -97,10 +100,10 @@ class RawHeaders:
             known &= place["generation"] == places.generation
         return known
 
-    def sums(self, page: Bytes1D) -> list[bytes]:
-        """The content checksum of every slice, out of a page that is ``known``."""
-        table = page.view(HEADER)["slices"]["sums"][0, : self._slices, 0].tobytes()
-        return [table[at : at + SUM_BYTES] for at in range(0, len(table), SUM_BYTES)]
+    def sums(self, pages: Bytes2D) -> Bytes2D:
+        """The content checksum of every slice, uint8 ``[n, slices * 16]``, as ``make`` takes them."""
+        table: Bytes2D = pages.view(HEADER)[:, 0]["slices"]["sums"][:, : self._slices, 0]
+        return table.reshape(len(pages), -1)
 
 
 def _page_sums(pages: Bytes2D) -> npt.NDArray[np.uint64]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvtier.codecs.chain import chain_of
 from kvtier.codecs.checksums import content_sum
-from kvtier.codecs.headers import Places
+from kvtier.codecs.headers import SUM_BYTES, Places
 from kvtier.codecs.record import RecordHeader, check_content, check_stored
 from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason
@@ -62,8 +62,8 @@ class Delivery:
         headers, content = images[:, :PAGE_BYTES], images[:, PAGE_BYTES : PAGE_BYTES + shape.nbytes]
         known = shape.headers.known(headers, self._keys(), self.places)
         if self.verify:
-            sums = map(shape.headers.sums, headers)
-            known &= [[content_sum(own)] == wanted for own, wanted in zip(content, sums, strict=True)]
+            found = np.frombuffer(b"".join(map(content_sum, content)), np.uint8).reshape(len(content), -1)
+            known &= (found == shape.headers.sums(headers)).all(axis=1)
         if self.target is not None and known.any():
             self.target.scatter(shape.group, tokens[known], shape.parts, content[known])
         return known
@@ -72,11 +72,11 @@ class Delivery:
         """Large blocks, each in runs of slices: what was just read for its checksum is still in the cache."""
         shape = self.shape
         headers = np.stack([record[:PAGE_BYTES] for record in self.records])
-        known = shape.headers.known(headers, self._keys(), self.places)
+        known, sums = shape.headers.known(headers, self._keys(), self.places), shape.headers.sums(headers)
         for at in np.flatnonzero(known).tolist():
-            record, sums = self.records[at], shape.headers.sums(headers[at])
+            record, wanted = self.records[at], sums[at].tobytes()
             for run in shape.runs:
-                if self.verify and not self._sound(record, run.slices, sums):
+                if self.verify and not self._sound(record, run.slices, wanted):
                     known[at] = False
                     break
                 if self.target is not None:
@@ -84,9 +84,10 @@ class Delivery:
                     self.target.scatter(shape.group, tokens[at : at + 1], run.parts, source[None])
         return known
 
-    def _sound(self, record: Buffer, slices: range, sums: list[bytes]) -> bool:
-        places = self.shape.slices
-        return all(content_sum(record[places[n][0] : sum(places[n])]) == sums[n] for n in slices)
+    def _sound(self, record: Buffer, slices: range, wanted: bytes) -> bool:
+        places = self.shape.slices[slices.start : slices.stop]
+        found = b"".join([content_sum(record[at : at + nbytes]) for at, nbytes in places])
+        return found == wanted[slices.start * SUM_BYTES : slices.stop * SUM_BYTES]
 
     def _keys(self) -> npt.NDArray[np.uint8]:
         keys: npt.NDArray[np.uint8] = self.plan.rows["key"][self.rows]

@@ -85,9 +85,9 @@ def test_what_was_made_is_known_again_in_memory_and_on_disk(group):
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_the_sums_of_the_slices_come_back(group):
-    pages, contents = _made(group, _rows(2)), _contents(group, 2)
-    for page, block in zip(pages, contents, strict=True):
-        assert RawHeaders(LAYOUT, group).sums(page) == [raw_slice(slice_).content_sum for slice_ in block]
+    sums = RawHeaders(LAYOUT, group).sums(_made(group, _rows(2)))
+    for row, block in zip(sums, _contents(group, 2), strict=True):
+        assert row.tobytes() == b"".join(raw_slice(slice_).content_sum for slice_ in block)
 
 
 @given(st.integers(0, PAGE_BYTES - 1), st.integers(1, 255), st.integers(0, 2))
