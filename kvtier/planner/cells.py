@@ -66,7 +66,7 @@ class Cells(Index):
         self.children_at = self.children.data
         self.host_ranks_at = self.host_ranks.data
         self.disk_ranks_at = self.disk_ranks.data
-        self._host_children_at = self.host_children.data
+        self.host_children_at = self.host_children.data
         self.host_page_at = tuple(row.data for row in self.host_page)
         self.host_pages_at = tuple(row.data for row in self.host_pages)
 
@@ -122,7 +122,7 @@ class Cells(Index):
         self.depth_at[entry] = depth
         self.tokens_at[entry] = tokens
         self.lineage_at[entry] = lineage
-        self.children_at[entry] = self._host_children_at[entry] = self.pins_at[entry] = 0
+        self.children_at[entry] = self.host_children_at[entry] = self.pins_at[entry] = 0
         self.host_ranks_at[entry] = self.disk_ranks_at[entry] = 0
         self.linked_at[entry] = True
         self.count += 1
@@ -157,5 +157,5 @@ class Cells(Index):
         if self.host_ranks_at[entry] != self.every_rank:
             return entries[:0]
         if (parent := self.parent_at[entry]) >= 0:
-            self._host_children_at[parent] += 1
+            self.host_children_at[parent] += 1
         return entries

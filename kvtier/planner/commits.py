@@ -30,6 +30,8 @@ from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
 _ENTRIES_LOOKED_AT: Final = 4096
+_EVICTED_A_TURN: Final = 256
+"""Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
 
 class Commits:
@@ -40,6 +42,7 @@ class Commits:
         self._state = state
         self._stages = stages
         self.recovery = Recovery(state)
+        self._draining = False
         self._settle = {
             PlanKind.STORE: self._settle_store,
             PlanKind.LOAD: self._settle_load,
@@ -269,7 +272,9 @@ class Commits:
 
     def pump(self) -> None:
         """Plan what nobody asked for: spills over the watermark, queued writes, reclaims."""
-        if self._state.host.is_above(self._state.config.host.high_watermark):
+        host, limits = self._state.host, self._state.config.host
+        self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
+        if self._draining:
             self._spill_to_low_watermark()
         if self._state.disk.backlog:
             self._write()
@@ -279,13 +284,13 @@ class Commits:
                     pass
 
     def _spill_to_low_watermark(self) -> None:
-        """Free what is on disk already, the least worth keeping first; if that is too little, queue the rest for it."""
+        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it."""
         state, low = self._state, self._state.config.host.low_watermark
         free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
-        state.host.make_room(free_pages, state.may_go)
-        surplus = free_pages - min(space.free_pages for space in state.host.spaces.values())
-        if not state.disk.usable:
+        gone = state.host.make_room(free_pages, state.may_go, _EVICTED_A_TURN)
+        if gone == _EVICTED_A_TURN or not state.disk.usable:
             return
+        surplus = free_pages - state.host.free_pages
         for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
             if surplus <= 0:
                 break

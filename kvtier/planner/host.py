@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -42,6 +43,11 @@ class HostBook:
         """Whether more than that share of the fullest arena is taken."""
         return any(space.used_pages > watermark * space.capacity_pages for space in self.spaces.values())
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that every arena has free."""
+        return min([space.free_pages for space in self.spaces.values()], default=0)
+
     def take_one(self) -> int:
         """First page of an extent for one record of group 0 on the only rank; NO_ROOM where that takes an eviction."""
         return self.spaces[0].take(self._record_pages[0])
@@ -63,11 +69,11 @@ class HostBook:
                 del starts[fit:]
         return fit, taken
 
-    def make_room(self, pages: int, may_go: Callable[[int], bool]) -> int:
-        """Evict the least worth keeping until every rank has ``pages`` free; returns how many entries went."""
+    def make_room(self, pages: int, may_go: Callable[[int], bool], most: int = sys.maxsize) -> int:
+        """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
         gone = 0
         for scanned, entry in enumerate(self.leaves()):
-            if scanned >= _SCAN_LIMIT + 4 * gone or all(s.free_pages >= pages for s in self.spaces.values()):
+            if gone == most or scanned >= _SCAN_LIMIT + 4 * gone or self.free_pages >= pages:
                 break
             if may_go(entry):
                 self.evict(entry)
@@ -80,10 +86,11 @@ class HostBook:
         The caller may evict the one it was just given: a parent that was passed over because of it comes next.
         """
         passed: set[int] = set()
+        pins, children, parents = self._index.pins_at, self._index.host_children_at, self._index.parent_at
         for candidate in self._policy.candidates():
             entry = candidate
-            while not self._index.pins[entry] and not self._index.host_children[entry]:
-                parent = int(self._index.parent[entry])
+            while not pins[entry] and not children[entry]:
+                parent = parents[entry]
                 yield entry
                 if parent not in passed:
                     break
@@ -104,10 +111,10 @@ class HostBook:
 
     def drop(self, entry: int) -> None:
         """Forget the host copies of ``entry``; their room is free once nobody holds the entry."""
-        if int(self._index.host_ranks[entry]) == int(self._index.all_ranks):
+        if self._index.host_ranks_at[entry] == self._index.every_rank:
             self._policy.remove(entry)
         extents = self._index.drop_host(entry)
-        if self._index.pins[entry]:
+        if self._index.pins_at[entry]:
             self._deferred.setdefault(entry, []).extend(extents)
         else:
             self.free(extents)

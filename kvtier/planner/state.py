@@ -84,7 +84,7 @@ class ControlState:
         """Whether the host copies of ``entry`` may be evicted: nothing is lost by it that could have been kept."""
         if self.disk.awaits_write(entry):
             return False
-        if int(self.index.disk_ranks[entry]) == int(self.index.all_ranks):
+        if self.index.disk_ranks_at[entry] == self.index.every_rank:
             return True
         return not self.disk.usable or self.disk.was_refused(entry)
 
@@ -165,7 +165,13 @@ class ControlState:
             self.index.release(entry)
 
     def _evicted(self, entry: int) -> None:
-        self.left(np.array([entry], np.int32), Tier.HOST)
+        if self.events.listening:
+            self.tell("removed", np.array([entry]), Tier.HOST)
+        else:
+            self.counts[_COUNTER["removed", Tier.HOST]] += self.index.linked_at[entry]
+        if self.index.disk_ranks_at[entry] != self.index.every_rank:
+            self.disk.forget(entry)
+            self.index.release(entry)
 
     def tell(self, change: Literal["stored", "removed"], entries: EntryRows, tier: Tier) -> None:
         """Note an event for whoever listens; what was superseded has been told as removed already."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from kvtier.core.plan import DIRECTORY_SHIFT, PlanKind, Reason, Status, Tier
@@ -260,4 +262,18 @@ def test_whoever_waits_for_a_block_that_was_lost_before_it_was_written_hears_of_
     bench.run()
     assert flush.finished
     assert flush.count(Outcome.FAILED) == 1
+    bench.check_at_rest()
+
+
+def test_room_is_made_ahead_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stores never waits until a tenth of a large tier is freed; the rest goes with what is heard next."""
+    monkeypatch.setattr("kvtier.planner.commits._EVICTED_A_TURN", 2)
+    bench = Bench(segments=0, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.3})
+    bench.stored(bench.keys(18))
+    gone = [bench.planner.stats()["evicted_entries"]]
+    for _ in range(10):
+        bench.planner.hear([])
+        gone.append(bench.planner.stats()["evicted_entries"])
+    assert gone[-1] == 12
+    assert max(after - before for before, after in pairwise(gone)) == 2
     bench.check_at_rest()
