@@ -42,6 +42,7 @@ from kvtier.transfer.scattering import LoadRun
 from kvtier.transfer.spilling import SpillRun
 from kvtier.transfer.staging import Staging
 from kvtier.transfer.syncing import SyncRun
+from kvtier.transfer.work import SPOT_BYTES, Piece
 
 _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.STORE: StoreRun,
@@ -138,8 +139,9 @@ class DataPlane:
     # --- plans ------------------------------------------------------------------------------------------------------
 
     def submit(self, plans: Iterable[Plan]) -> None:
-        """Begin plans; never blocks. After ``close`` their rows fail."""
+        """Begin plans; never blocks. After ``close`` their rows fail. A few small records are moved on the spot."""
         with self._lock:
+            self._equipment.work.keep(SPOT_BYTES)
             for plan in plans:
                 run = _RUNS[plan.kind](plan, self._equipment)
                 self._runs[plan.plan_id] = run
@@ -148,6 +150,9 @@ class DataPlane:
                 else:
                     run.begin()
             self._equipment.kick()
+            kept = self._equipment.work.take_kept()
+        for piece in kept:
+            self._perform(piece)
 
     def cancel(self, plan_id: int, reason: Reason = Reason.ABANDONED) -> None:
         """Nobody waits for ``plan_id`` any more; its rows end as soon as nothing touches engine memory for them."""
@@ -266,6 +271,10 @@ class DataPlane:
             self._on_news()
         if piece is None:
             return news or reaped > 0
+        self._perform(piece)
+        return True
+
+    def _perform(self, piece: Piece) -> None:
         try:
             result = piece.work()
         except Exception as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
@@ -279,7 +288,6 @@ class DataPlane:
             self._on_news()
         if self._closed:
             self._progress.set()
-        return True
 
     def _housekeep(self) -> bool:
         """One bounded step for every directory; then deadlines, and what the directories have to say."""

@@ -141,7 +141,8 @@ class LoadRun(Run):
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
-        self.equipment.work.put(Piece(self._work_rank, work, finish))
+        nbytes = sum(record.nbytes for record in records)
+        self.equipment.work.put(Piece(self._work_rank, nbytes, work, finish))
 
     def _deliver_now(self, rows: list[int], records: list[Buffer], origin: Tier) -> list[Reason]:
         """On a copy thread: what came of each row."""

@@ -10,6 +10,8 @@ from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
 SIZE, BLOCK_BYTES = LAYOUT.block_tokens, LAYOUT.block_bytes[0]
+BLOCKS = 16
+"""More than is moved on the spot."""
 
 
 def opened(**host: Any) -> TieredCache:
@@ -20,22 +22,22 @@ def opened(**host: Any) -> TieredCache:
 
 
 def test_stores_over_the_store_queue_are_refused_tail_first() -> None:
-    cache, engine = opened(store_queue=5 * BLOCK_BYTES), PseudoEngine(LAYOUT, 4)
-    first = cache.submit_store([1] * (4 * SIZE), engine.pages)
-    second = cache.submit_store([2] * (4 * SIZE), engine.pages)
-    assert first.result(1).stored == 4 * SIZE
+    cache, engine = opened(store_queue=(BLOCKS + 1) * BLOCK_BYTES), PseudoEngine(LAYOUT, BLOCKS)
+    first = cache.submit_store([1] * (BLOCKS * SIZE), engine.pages)
+    second = cache.submit_store([2] * (BLOCKS * SIZE), engine.pages)
+    assert first.result(1).stored == BLOCKS * SIZE
     assert second.result(1).stored == SIZE
-    assert second.result(1).failed == {"refused": 3 * SIZE}
-    assert cache.match([2] * (4 * SIZE)) == SIZE
-    assert cache.submit_store([3] * (4 * SIZE), engine.pages).result(1).stored == 4 * SIZE
+    assert second.result(1).failed == {"refused": (BLOCKS - 1) * SIZE}
+    assert cache.match([2] * (BLOCKS * SIZE)) == SIZE
+    assert cache.submit_store([3] * (BLOCKS * SIZE), engine.pages).result(1).stored == BLOCKS * SIZE
 
 
 def test_loads_over_the_load_queue_are_refused_and_one_alone_always_runs() -> None:
-    cache, engine = opened(load_queue=BLOCK_BYTES), PseudoEngine(LAYOUT, 5)
-    tokens = [1] * (4 * SIZE) + [0]
+    cache, engine = opened(load_queue=BLOCK_BYTES), PseudoEngine(LAYOUT, BLOCKS + 1)
+    tokens = [1] * (BLOCKS * SIZE) + [0]
     cache.submit_store(tokens, engine.pages).result(1)
     with cache.lookup(tokens) as hit:
         first, second = (cache.submit_load(hit, engine.pages) for _ in range(2))
-        assert second.result(1).failed == {"refused": 4 * SIZE}
-        assert first.result(1).ok_tokens == 4 * SIZE
-        assert cache.submit_load(hit, engine.pages).result(1).ok_tokens == 4 * SIZE
+        assert second.result(1).failed == {"refused": BLOCKS * SIZE}
+        assert first.result(1).ok_tokens == BLOCKS * SIZE
+        assert cache.submit_load(hit, engine.pages).result(1).ok_tokens == BLOCKS * SIZE
