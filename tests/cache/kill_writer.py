@@ -14,17 +14,18 @@ SIZE = LAYOUT.block_tokens
 BLOCKS = 8
 
 
-def settings(directory: str) -> dict[str, Any]:
+def settings(directories: list[str]) -> dict[str, Any]:
+    """12 MiB in all."""
     return {
         "host": {"capacity": "512KiB", "staging": "1MiB"},
-        "disk": {"directories": [directory], "capacity": "12MiB", "segment": "1MiB", "clean_segments": 2},
+        "disk": {"directories": directories, "capacity": "12MiB", "segment": "1MiB", "clean_segments": 2},
     }
 
 
-def write_until_killed(directory: str, seed: int, acknowledged: Connection) -> None:
+def write_until_killed(directories: list[str], seed: int, acknowledged: Connection) -> None:
     """Every message is a list of keys that were acknowledged just now."""
     rng, engine = random.Random(seed), PseudoEngine(LAYOUT, BLOCKS)
-    cache = TieredCache(settings(directory), LAYOUT, "kill")
+    cache = TieredCache(settings(directories), LAYOUT, "kill")
     acknowledged.send([])
     while True:
         tokens = [rng.randrange(1 << 20) for _ in range(SIZE * rng.randint(1, BLOCKS))]

@@ -20,17 +20,17 @@ RECORD_BYTES = 2 * 4096
 CYCLES = int(os.environ.get("KVTIER_KILL_CYCLES", "50"))
 
 
-def newest_bytes(directory: str) -> int:
+def newest_bytes(directories: list[str]) -> int:
     """What must still be there: capacity less one open, two clean and two segments' worth of headers and footers."""
-    config = settings(directory)["disk"]
-    segments = (12 << 20) // (1 << 20) - 1 - config["clean_segments"]
-    return segments * ((1 << 20) - 64 * 1024)
+    config = settings(directories)["disk"]
+    segments = 12 // len(directories) - 1 - config["clean_segments"]
+    return len(directories) * segments * ((1 << 20) - 64 * 1024)
 
 
-def killed_writer(directory: str, seed: int, rng: random.Random) -> list[bytes]:
+def killed_writer(directories: list[str], seed: int, rng: random.Random) -> list[bytes]:
     """Keys that a writer acknowledged before it was killed at a random moment."""
     ours, theirs = FORK.Pipe(duplex=False)
-    writer = FORK.Process(target=write_until_killed, args=(directory, seed, theirs), daemon=True)
+    writer = FORK.Process(target=write_until_killed, args=(directories, seed, theirs), daemon=True)
     writer.start()
     theirs.close()
     assert ours.poll(60), "the writer did not open the directory"
@@ -71,16 +71,19 @@ def found_and_exact(cache: TieredCache, engine: PseudoEngine, key: bytes) -> boo
 
 
 @pytest.mark.timeout(900)
-def test_what_was_acknowledged_survives_kill_9_and_nothing_is_ever_wrong(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "cycles"), [(1, CYCLES), (2, CYCLES // 5)], ids=["one directory", "two directories"])
+def test_what_was_acknowledged_survives_kill_9_and_nothing_is_ever_wrong(
+    tmp_path: Path, count: int, cycles: int
+) -> None:
     """Everything acknowledged among the newest bytes is found by key and exact; older blocks may be gone."""
     rng, engine = random.Random(7), PseudoEngine(LAYOUT, 1)
-    directory = str(tmp_path / "tier")
+    directories = [str(tmp_path / f"tier-{number}") for number in range(count)]
     keys: list[bytes] = []
     lost: list[int] = []
-    for cycle in range(CYCLES):
-        keys += killed_writer(directory, cycle, rng)
-        recent = newest_bytes(directory) // RECORD_BYTES
-        with TieredCache(settings(directory), LAYOUT, "kill") as cache:
+    for cycle in range(cycles):
+        keys += killed_writer(directories, cycle, rng)
+        recent = newest_bytes(directories) // RECORD_BYTES
+        with TieredCache(settings(directories), LAYOUT, "kill") as cache:
             for age, key in enumerate(reversed(keys)):
                 found = found_and_exact(cache, engine, key) if age < recent or rng.random() < 0.05 else None
                 if age < recent and not found:
