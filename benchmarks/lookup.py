@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.instant import InstantChannel
 from benchmarks.llama import VOCABULARY, llama_80m, parameters
-from benchmarks.pairs import Contestant, alternate, ratio_of, summary
+from benchmarks.pairs import Contestant, alternate, freeze_heap, ratio_of, summary
 from benchmarks.payload import Prompts
 from benchmarks.rows import AT_LEAST, AT_MOST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
@@ -85,6 +85,7 @@ _NO_PAGES: Final = PageTable(0, (GroupPages(0, np.empty(0, np.int32)),))
 
 def _pause(control: _Control, entries: int) -> Row:
     """The longest single call while the index grows; beside it the longest pause of a loop that does nothing."""
+    freeze_heap()
     resident_before = _resident_bytes()
     calls = entries // REQUEST_BLOCKS
     longest, idle = _Longest(), _Longest()

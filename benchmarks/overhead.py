@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.pairs import Contestant, Floats, Times, alternate, ratio_of
+from benchmarks.pairs import Contestant, Floats, Times, alternate, freeze_heap, ratio_of
 from benchmarks.payload import Prompts
 from benchmarks.rows import AT_MOST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
@@ -41,6 +41,7 @@ BLOCK_TARGET_US: Final = 2.0
 def run(settings: Settings) -> Iterator[Row]:
     """Stores and loads, of one block and of 64."""
     with closing(_Bench()) as bench:
+        freeze_heap()
         times = alternate(bench.contestants(), settings.pairs_of(20, 5))
         yield from bench.rows(times)
 
