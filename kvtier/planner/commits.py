@@ -20,8 +20,8 @@ from kvtier.core.plan import (
     Tier,
 )
 from kvtier.errors import ConfigError
+from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
-from kvtier.planner.cells import wide
 from kvtier.planner.disk import Directory
 from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
 from kvtier.planner.recovery import Recovery

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 
 from kvtier.core.plan import NOWHERE
+from kvtier.index.cells import Cells
 from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
-from kvtier.planner.cells import Cells
 from kvtier.planner.hops import Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
 

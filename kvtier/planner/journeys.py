@@ -7,8 +7,8 @@ import numpy as np
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
+from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
-from kvtier.planner.cells import wide
 from kvtier.planner.hops import Hop, Join
 from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease

@@ -28,9 +28,9 @@ from kvtier.core.plan import (
     Tier,
 )
 from kvtier.errors import ConfigError
+from kvtier.index.cells import Cells, wide
 from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
-from kvtier.planner.cells import Cells, wide
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
 from kvtier.planner.journeys import Journeys

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvtier.core.keys import KEY_BYTES, Keys
 from kvtier.core.plan import NOWHERE, ROW, ROW_STRUCT, Table
-from kvtier.planner.cells import Cells
+from kvtier.index.cells import Cells
 from kvtier.planner.hops import Hop
 
 _NO_KEY: Final = bytes(KEY_BYTES)

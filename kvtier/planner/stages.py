@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvtier.core.plan import Reason
-from kvtier.planner.cells import wide
+from kvtier.index.cells import wide
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
 

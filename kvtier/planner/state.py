@@ -11,9 +11,9 @@ from kvtier.config import Config
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import Plan, PlanKind, Priority, Reason, Tier
+from kvtier.index.cells import Cells
 from kvtier.index.entries import EntryRows
 from kvtier.models.layout import KVLayout
-from kvtier.planner.cells import Cells
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
 from kvtier.planner.hops import Hop

@@ -10,8 +10,8 @@ import numpy as np
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
+from kvtier.index.cells import wide
 from kvtier.index.entries import MISSING, EntryRows
-from kvtier.planner.cells import wide
 from kvtier.planner.hops import STORE_HOP_BYTES, WRITE_HOP_BYTES, Hop, Ints, Join, Targets, stretches
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState

@@ -9,7 +9,7 @@ import pytest
 
 from kvtier.core.plan import ROW, ROW_STRUCT, PlanKind
 from kvtier.index import Index
-from kvtier.planner.cells import Cells
+from kvtier.index.cells import Cells
 from kvtier.planner.hops import Hop
 from kvtier.planner.rows import _many_rows, _one_row
 from tests.planner.bench import Bench
