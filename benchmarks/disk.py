@@ -13,14 +13,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from benchmarks.machine import DeviceCounters, huge_pages
 from benchmarks.pairs import Contestant, Step, Times, alternate, ratio_of
-from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, llama_8b
+from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, Request, llama_8b
 from benchmarks.pipeline import BarePipeline
 from benchmarks.rawdisk import RawDisk
 from benchmarks.rows import SURELY, Row, itself
@@ -52,14 +51,6 @@ def run(settings: Settings) -> Iterator[Row]:
             yield from bench.rows(stores, loads)
 
 
-@dataclass(slots=True)
-class _Request:
-    """One store: its tokens, and the pages that they came from."""
-
-    tokens: Any
-    sources: Ids
-
-
 class _Bench:
     """A directory that is full, and a file for the bare disk in which every round has areas of its own."""
 
@@ -87,7 +78,7 @@ class _Bench:
         self.bare_sources: list[Ids] = []
         self.cache = self._open()
         self.prompts = Prompts()
-        self.stored: list[list[_Request]] = []
+        self.stored: list[list[Request]] = []
         self.jobs: list[Job[StoreResult]] = []
         self.refused_tokens = 0
         self.cold: dict[str, list[float]] = {}
@@ -127,7 +118,7 @@ class _Bench:
     def _begin_stores(self, _: int) -> None:
         tokens = self.request_pages * PAGE_TOKENS
         self.requests = [
-            _Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages)) for _ in range(REQUESTS)
+            Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages)) for _ in range(REQUESTS)
         ]
 
     def _store(self, _: int) -> None:

@@ -7,14 +7,13 @@ time. Loads are timed from ``submit_load`` to their result. Every byte of every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from benchmarks.machine import huge_pages
 from benchmarks.pairs import Contestant, Times, alternate, ratio_of
-from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, llama_8b
+from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, Request, llama_8b
 from benchmarks.rows import AT_LEAST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
 from kvtier import Hit, Job, StoreResult, TieredCache
@@ -35,14 +34,6 @@ def run(settings: Settings) -> Iterator[Row]:
         with _Bench(block_tokens, settings) as bench:
             yield from bench.stores()
             yield from bench.loads()
-
-
-@dataclass(slots=True)
-class _Request:
-    """One store: its tokens, and the pages that they came from."""
-
-    tokens: Any
-    sources: Ids
 
 
 class _Bench:
@@ -75,7 +66,7 @@ class _Bench:
             "huge_pages": huge_pages(),
         }
         self.refused_tokens = 0
-        self.request: _Request | None = None
+        self.request: Request | None = None
         self.job: Job[StoreResult] | None = None
 
     def __enter__(self) -> _Bench:
@@ -143,7 +134,7 @@ class _Bench:
         includes = "plan, checksums of every slice, scatter; the lookup before it is not timed"
         yield from self._rows("load", times, "torch.index_copy_", LOAD_TARGET, includes)
 
-    def _stored_request(self) -> _Request:
+    def _stored_request(self) -> Request:
         self._begin_store(0)
         self._store(0)
         self._end_store(0)
@@ -175,11 +166,11 @@ class _Bench:
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _new_request(self) -> _Request:
+    def _new_request(self) -> Request:
         tokens = self.request_pages * PAGE_TOKENS
-        return _Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages))
+        return Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages))
 
-    def _hit(self, request: _Request) -> Hit:
+    def _hit(self, request: Request) -> Hit:
         hit = self.cache.lookup(request.tokens)
         if hit.num_tokens != len(request.tokens) - 1:
             raise BenchmarkError(f"only {hit.num_tokens} of {len(request.tokens) - 1} stored tokens are there")
@@ -190,7 +181,7 @@ class _Bench:
         if result.ok_tokens != hit.num_tokens:
             raise BenchmarkError(f"only {result.ok_tokens} of {hit.num_tokens} tokens were loaded: {result.failed}")
 
-    def _compare(self, request: _Request, targets: Ids) -> None:
+    def _compare(self, request: Request, targets: Ids) -> None:
         if not self.engine.same(request.sources, targets):
             raise BenchmarkError("bytes that were loaded are not those that were stored")
 

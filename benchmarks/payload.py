@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -103,3 +104,11 @@ class Prompts:
     def take(self, tokens: int) -> npt.NDArray[np.int32]:
         """``tokens`` token ids."""
         return self._random.integers(0, VOCABULARY, tokens, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Request:
+    """One store: its tokens, and the pages that they came from."""
+
+    tokens: npt.NDArray[np.int32]
+    sources: Ids

@@ -284,6 +284,9 @@ class DataPlane:
             piece.finish(result)
             self._equipment.kick()
             news = bool(self._equipment.outbox)
+        self._tell(news)
+
+    def _tell(self, news: bool) -> None:
         if news:
             self._on_news()
         if self._closed:
@@ -303,10 +306,7 @@ class DataPlane:
                 path.lane.reap()
             self._equipment.kick()
             news = bool(self._equipment.outbox)
-        if news:
-            self._on_news()
-        if self._closed:
-            self._progress.set()
+        self._tell(news)
         return any(busy)
 
     def wake(self) -> None:
