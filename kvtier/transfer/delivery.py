@@ -20,7 +20,7 @@ from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason
 from kvtier.errors import ConfigError, CorruptBlockError
 from kvtier.runtime.seam import Buffer
-from kvtier.transfer.endpoint import Endpoint, first_tokens
+from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.parts import Equipment
 from kvtier.transfer.shapes import RecordShape
 
@@ -90,7 +90,7 @@ class Delivery:
         return found == wanted[slices.start * SUM_BYTES : slices.stop * SUM_BYTES]
 
     def _keys(self) -> npt.NDArray[np.uint8]:
-        keys: npt.NDArray[np.uint8] = self.plan.rows["key"][self.rows]
+        keys: npt.NDArray[np.uint8] = table_of(self.plan, self.rows)["key"]
         return keys
 
     # --- anything else ----------------------------------------------------------------------------------------------

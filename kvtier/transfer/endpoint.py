@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
-from kvtier.core.plan import Plan
+from kvtier.core.plan import Plan, Table
 from kvtier.transfer.parts import Equipment
 
 
@@ -35,7 +35,12 @@ class Endpoint:
         self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
 
 
+def table_of(plan: Plan, rows: list[int]) -> Table:
+    """The table of ``rows``, ascending; not a copy where they are all rows of the plan."""
+    return plan.rows if len(rows) == len(plan.rows) else plan.rows[rows]
+
+
 def first_tokens(equipment: Equipment, plan: Plan, rows: list[int]) -> Tokens:
     """Where in the sequence the blocks of ``rows`` begin."""
-    tokens: Tokens = plan.rows["block"][rows].astype(np.int64) * equipment.layout.block_tokens
+    tokens: Tokens = table_of(plan, rows)["block"].astype(np.int64) * equipment.layout.block_tokens
     return tokens

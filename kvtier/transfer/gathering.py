@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
 from kvtier.runtime.seam import Buffer
-from kvtier.transfer.endpoint import Endpoint, first_tokens
+from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.parts import Equipment
 from kvtier.transfer.records import gather_records, seal_records
 from kvtier.transfer.run import Run
@@ -86,7 +86,7 @@ class StoreRun(Run):
 
     def _sealed(self, shape: RecordShape, rows: list[int]) -> None:
         self.all_ok(
-            rows, moved_bytes=shape.pages * PAGE_BYTES, tier=Tier.HOST, page=self.plan.rows["target_page"][rows],
+            rows, moved_bytes=shape.pages * PAGE_BYTES, tier=Tier.HOST, page=table_of(self.plan, rows)["target_page"],
             pages=shape.pages,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan
 from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import DiskTier, Place
-from kvtier.transfer.endpoint import Endpoint
+from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.shapes import RecordShape
 
 
@@ -39,7 +39,7 @@ def gather_records(source: Endpoint, shape: RecordShape, tokens: Tokens, records
 def seal_records(plan: Plan, shape: RecordShape, rows: list[int], records: Sequence[Buffer]) -> None:
     """Checksum the slices that were gathered into ``records`` and write their header pages: they are whole."""
     sums = b"".join([content_sum(record[at : at + nbytes]) for record in records for at, nbytes in shape.slices])
-    headers = shape.headers.make(plan.rows[rows], np.frombuffer(sums, np.uint8).reshape(len(rows), -1))
+    headers = shape.headers.make(table_of(plan, rows), np.frombuffer(sums, np.uint8).reshape(len(rows), -1))
     for record, header in zip(records, headers, strict=True):
         record[:PAGE_BYTES] = header
 

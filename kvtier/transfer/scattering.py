@@ -16,7 +16,7 @@ from kvtier.codecs.headers import Places
 from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
-from kvtier.transfer.endpoint import Endpoint
+from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.run import Run
@@ -169,7 +169,7 @@ class LoadRun(Run):
 
     def _places(self, rows: list[int]) -> Places:
         """What the headers of records from disk, all of one directory, have to say of where they lie."""
-        table = self.plan.rows[rows]
+        table = table_of(self.plan, rows)
         directory, _ = lane_of(self.segment[rows[0]])
         segments = table["disk_segment"] - global_segment(directory, 0)
         nonce = self.equipment.paths[directory].tier.nonce
@@ -183,7 +183,7 @@ class LoadRun(Run):
             return
         for row in rows:
             self.states[row] = _State.ENDED
-        table = self.plan.rows[rows]
+        table = table_of(self.plan, rows)
         if origin == Tier.HOST:
             self.all_ok(rows, moved_bytes=table["host_pages"].astype(np.int64) * PAGE_BYTES)
             return
