@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
 from kvtier.errors import ConfigError
@@ -40,6 +42,17 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
     return deadline_s
 
 
+def checked_version(version: str) -> str:
+    """``version``.
+
+    Raises:
+        ConfigError: it is no string.
+    """
+    if not isinstance(version, str):
+        raise ConfigError(f"weights_version = {version!r}: must be a string")
+    return version
+
+
 def check_start(keys: Keys, start: int) -> None:
     """Refuse a ``start`` outside the sequence.
 
@@ -47,7 +60,7 @@ def check_start(keys: Keys, start: int) -> None:
         ConfigError: it is not in [0, num_tokens].
     """
     stop = keys.num_tokens
-    if not isinstance(start, int) or not 0 <= start <= stop:
+    if not isinstance(start, (int, np.integer)) or not 0 <= start <= stop:
         raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
 
 

@@ -13,7 +13,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from kvtier.arguments import check_start, checked_deadline_s, checked_model_id, durability_of, priority_of
+from kvtier.arguments import (
+    check_start,
+    checked_deadline_s,
+    checked_model_id,
+    checked_version,
+    durability_of,
+    priority_of,
+)
 from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
@@ -83,8 +90,9 @@ class TieredCache:
         self._on_attach: list[Event] = []
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
-        self._planner.set_weights_version(weights_version)
+        self._planner.set_weights_version(checked_version(weights_version))
         self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
+        self._is_local = not channels
         self._channels = tuple(channels) or (self._local(),)
         self._memories = Memories(self._channels)
         self._take_turn()
@@ -92,7 +100,9 @@ class TieredCache:
     def _local(self) -> Channel:
         pin_arena = partial(pin, mode=self.config.host.pin)
         return LocalChannel(
-            lambda on_news: DataPlane(self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena),
+            lambda on_news: DataPlane(
+                self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena, tables_are_checked=True
+            ),
             self.pump,
         )
 
@@ -312,9 +322,10 @@ class TieredCache:
 
     def set_weights_version(self, version: str) -> None:
         """From now on KV of any other version is a miss, in every tier, at once."""
+        checked = checked_version(version)
         with self._lock:
             self._check_open()
-            self._planner.set_weights_version(version)
+            self._planner.set_weights_version(checked)
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen."""
@@ -469,12 +480,18 @@ class TieredCache:
 
     def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable]:
         if isinstance(pages, PageTable):
+            memory = self._memories.find(pages.memory_id)
+            if memory is not None and start < stop:
+                memory.check(pages, start, stop)
+            elif memory is None and self._is_local:
+                raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
             return None, pages
         if not isinstance(pages, KVPages):
             raise ConfigError(
                 f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {type(pages).__name__}"
             )
-        pages.memory.check(pages.table, start, stop)
+        if start < stop:  # else no block is full, and the table need not reach as far as the next one
+            pages.memory.check(pages.table, start, stop)
         with self._lock:
             self._check_open()
             memory_id = self._memories.use(pages.memory)

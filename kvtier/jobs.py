@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from kvtier.runtime.seam import Lock, Runtime
 if TYPE_CHECKING:
     from kvtier.core.memory import KVMemory
 
+log = logging.getLogger(__name__)
 TIER_NAMES: Final = ("device", "host", "disk")
 
 
@@ -170,7 +172,10 @@ class Job(Generic[R]):
                 return self._client if ended else None
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # a stranger's code on a thread of ours, which has to go on
+                log.exception("a callback of %r failed", self)
         return self._client if ended else None
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> None:

@@ -42,6 +42,10 @@ class Memories:
         known.users += 1
         return known.memory_id
 
+    def find(self, memory_id: int) -> KVMemory | None:
+        """The memory that has this number, if it is known here."""
+        return next((known.memory for known in self._known.values() if known.memory_id == memory_id), None)
+
     def let_go(self, memory: KVMemory) -> None:
         """One user less; the last one makes every rank forget it. Harmless for what is not known."""
         known = self._known.get(id(memory))

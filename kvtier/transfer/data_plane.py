@@ -33,6 +33,7 @@ from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
+from kvtier.transfer.endpoint import table_fits
 from kvtier.transfer.gathering import StoreRun
 from kvtier.transfer.lanes import Lane, global_segment
 from kvtier.transfer.parts import DiskPath, Equipment
@@ -71,9 +72,11 @@ class DataPlane:
         incarnation: int = 1,
         on_news: Callable[[], None] = lambda: None,
         pin: Callable[[Buffer], None] = lambda buffer: None,
+        tables_are_checked: bool = False,
     ) -> None:
         """Make the arenas, open the directories, start the threads. ``on_news`` is called, without a lock, whenever
-        ``poll`` has something; ``pin`` page-locks an arena for a GPU.
+        ``poll`` has something; ``pin`` page-locks an arena for a GPU. With ``tables_are_checked`` whoever sends plans
+        has compared every page table with its memory; else that is done here.
 
         Raises:
             CapacityError: a block is larger than a tier.
@@ -89,6 +92,8 @@ class DataPlane:
         self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
         self._closed = self._gone = False
+        self._on_the_spot = 0
+        self._tables_are_checked = tables_are_checked
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
         _check_host(config, record_pages)
@@ -140,19 +145,39 @@ class DataPlane:
 
     def submit(self, plans: Iterable[Plan]) -> None:
         """Begin plans; never blocks. After ``close`` their rows fail. A few small records are moved on the spot."""
-        with self._lock:
-            self._equipment.work.keep(SPOT_BYTES)
-            for plan in plans:
-                run = _RUNS[plan.kind](plan, self._equipment)
-                self._runs[plan.plan_id] = run
-                if self._closed:
-                    run.end(Reason.CLOSED)
-                else:
-                    run.begin()
-            self._equipment.kick()
-            kept = self._equipment.work.take_kept()
-        for piece in kept:
-            self._perform(piece)
+        kept: list[Piece] = []
+        try:
+            with self._lock:
+                self._equipment.work.keep(SPOT_BYTES)
+                try:
+                    for plan in plans:
+                        self._begin(plan)
+                    self._equipment.kick()
+                finally:
+                    kept = self._equipment.work.take_kept()
+                    self._on_the_spot += len(kept)
+            for piece in kept:
+                self._perform(piece)
+        finally:
+            self._leave_the_spot(kept)
+
+    def _begin(self, plan: Plan) -> None:
+        run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
+        if self._closed:
+            run.end(Reason.CLOSED)
+        elif not self._tables_are_checked and not table_fits(self._equipment, plan):
+            run.end(Reason.REFUSED)
+        else:
+            run.begin()
+
+    def _leave_the_spot(self, kept: list[Piece]) -> None:
+        """What an interrupt kept the submitting thread from doing is left to the copy threads."""
+        if kept:
+            with self._lock:
+                self._on_the_spot -= len(kept)
+                for piece in kept:
+                    if not piece.done:
+                        self._equipment.work.put(piece)
 
     def cancel(self, plan_id: int, reason: Reason = Reason.ABANDONED) -> None:
         """Nobody waits for ``plan_id`` any more; its rows end as soon as nothing touches engine memory for them."""
@@ -213,7 +238,7 @@ class DataPlane:
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
         stopped = [worker.stop(timeout_s) for worker in self._workers]
-        if stuck or not all(stopped):
+        if stuck or not all(stopped) or self._on_the_spot:
             return False
         with self._lock:
             for path in self._equipment.paths:
@@ -281,6 +306,7 @@ class DataPlane:
             result = error
             self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
         with self._lock:
+            piece.done = True
             piece.finish(result)
             self._equipment.kick()
             news = bool(self._equipment.outbox)

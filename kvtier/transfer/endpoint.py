@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
-from kvtier.core.plan import Plan, Table
+from kvtier.core.plan import Plan, PlanKind, Table
+from kvtier.errors import ConfigError
 from kvtier.transfer.parts import Equipment
 
 
@@ -33,6 +34,20 @@ class Endpoint:
     def scatter(self, group: int, first_tokens: Tokens, parts: range, source: Bytes2D) -> None:
         """Write the tokens that the plan is about to the engine's pages; see ``KVMemory.scatter``."""
         self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
+
+
+def table_fits(equipment: Equipment, plan: Plan) -> bool:
+    """Whether the pages that ``plan`` names are there; nothing is copied to or from a table that was not checked."""
+    memory = equipment.memories.get(plan.pages.memory_id) if plan.pages else None
+    if memory is None or plan.pages is None or not len(plan.rows):
+        return True  # a plan without memory is for nobody's pages, one whose memory is gone fails row by row
+    size, blocks = equipment.layout.block_tokens, plan.rows["block"]
+    start = max(plan.start, int(blocks.min()) * size) if plan.kind == PlanKind.LOAD else int(blocks.min()) * size
+    try:
+        memory.check(plan.pages, start, min(plan.stop, (int(blocks.max()) + 1) * size))
+    except ConfigError:
+        return False
+    return True
 
 
 def table_of(plan: Plan, rows: list[int]) -> Table:

@@ -37,6 +37,7 @@ class Piece:
     nbytes: int
     work: Callable[[], Any]
     finish: Callable[[Any], None]
+    done: bool = False
 
 
 class WorkQueue:

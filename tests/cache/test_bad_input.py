@@ -13,8 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier import CacheManager, CapacityError, ClosedError, ConfigError, PagedTensors, TieredCache, TierError
+from kvtier import (
+    CacheManager,
+    CapacityError,
+    ClosedError,
+    ConfigError,
+    PagedTensors,
+    TieredCache,
+    TierError,
+    load_config,
+)
+from kvtier.core.memory import GroupPages, KVPages, PageTable
+from kvtier.core.plan import ROW, Completion, Plan, PlanKind, Priority, Reason
+from kvtier.runtime import system_machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.transfer import DataPlane
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -276,3 +289,101 @@ def test_match_refuses_what_lookup_refuses(memory_cache: TieredCache, start: Any
     for verb in (memory_cache.match, memory_cache.lookup):
         with pytest.raises(ConfigError, match="start"):
             verb(TOKENS, start=start)
+
+
+# --- page tables of registered memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [[0, -1, 2, 3, 4], [3, 3, 1, 2, 4], [0, 1, 2, 10**6, 4], [0, 1]])
+def test_a_page_table_of_registered_memory_is_checked_like_any_other(memory_cache: TieredCache, ids: list[int]) -> None:
+    engine = stored(memory_cache)
+    table = PageTable(memory_cache.register(engine.memory), (GroupPages(0, np.array(ids, np.int32)),))
+    before = [tensor.tobytes() for tensor in engine.tensors]
+    with pytest.raises(ConfigError, match="page"):
+        memory_cache.submit_store([7] * (4 * SIZE), table)
+    with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match="page"):
+        memory_cache.submit_load(hit, table)
+    assert before == [tensor.tobytes() for tensor in engine.tensors]
+    assert still_there(memory_cache)
+
+
+def test_a_page_table_of_memory_that_nobody_registered_is_refused(memory_cache: TieredCache) -> None:
+    table = PageTable(17, (GroupPages(0, np.arange(5, dtype=np.int32)),))
+    with pytest.raises(ConfigError, match="memory 17 is not registered"):
+        memory_cache.submit_store(TOKENS, table)
+
+
+def test_a_data_plane_that_gets_plans_from_elsewhere_checks_their_tables() -> None:
+    machine, engine = system_machine("threads"), PseudoEngine(LAYOUT, 4)
+    plane = DataPlane(load_config(settings()), LAYOUT, machine)
+    rows = np.zeros(2, ROW)
+    rows["block"], rows["target_page"], rows["target_pages"] = [0, 1], [0, 2], 2
+    for number, ids in enumerate(([0, -1], [0, 9], [1, 1], [0])):
+        table = PageTable(plane.register(engine.memory), (GroupPages(0, np.array(ids, np.int32)),))
+        plane.submit([Plan(number, 0, PlanKind.STORE, Priority.DEMAND, rows, pages=table, stop=2 * SIZE)])
+        ended = [message for message in plane.poll() if isinstance(message, Completion)]
+        assert [set(message.rows["reason"].tolist()) for message in ended] == [{Reason.REFUSED}]
+    assert plane.close(30)
+
+
+# --- what callers do in the middle of things --------------------------------------------------------------------------
+
+
+def test_a_store_from_beyond_the_last_full_block_has_nothing_to_do(memory_cache: TieredCache) -> None:
+    engine = PseudoEngine(LAYOUT, 2)
+    pages = engine.memory.pages([0, 1])
+    result = memory_cache.submit_store([1] * (SIZE + 3), pages, start=SIZE + 1).result(30)
+    assert (result.stored, result.refused, result.failed) == (0, 0, {})
+
+
+def test_an_interrupt_in_the_middle_of_a_small_store_leaves_it_to_the_copy_threads(memory_cache: TieredCache) -> None:
+    """Ctrl-C reaches the thread that submits, and that copies small blocks itself."""
+    engine = PseudoEngine(LAYOUT, 4)
+    keys = memory_cache.keys(TOKENS)
+    engine.write(keys, range(4))
+    memory = Interrupting(engine.memory)
+    with pytest.raises(KeyboardInterrupt):
+        memory_cache.submit_store(keys, KVPages(memory, engine.pages.table))
+    assert memory_cache.submit_store(keys, engine.pages).result(30).refused == 0
+    assert still_there(memory_cache)
+
+
+class Interrupting:
+    """Engine memory that is interrupted in its first copy."""
+
+    def __init__(self, memory: PagedTensors) -> None:
+        self._memory = memory
+        self._left = 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def gather(self, *arguments: Any) -> None:
+        self._left -= 1
+        if self._left >= 0:
+            raise KeyboardInterrupt
+        self._memory.gather(*arguments)
+
+    def scatter(self, *arguments: Any) -> None:
+        self._memory.scatter(*arguments)
+
+    def check(self, *arguments: Any) -> None:
+        self._memory.check(*arguments)
+
+    @property
+    def placement(self) -> str:
+        return self._memory.placement
+
+
+def test_a_callback_that_raises_costs_no_thread(memory_cache: TieredCache) -> None:
+    engine = PseudoEngine(LAYOUT, 64)
+    for number in range(4):
+        job = memory_cache.submit_store([number] * (64 * SIZE), engine.pages)
+        job.call_on_news(lambda _: 1 / 0, unless=lambda: False)
+        assert job.result(30).stored == 64 * SIZE
+    assert still_there(memory_cache) or stored(memory_cache)
+
+
+def test_a_weights_version_that_is_no_string_is_refused(memory_cache: TieredCache) -> None:
+    with pytest.raises(ConfigError, match="weights_version = None"):
+        memory_cache.set_weights_version(None)  # type: ignore[arg-type]

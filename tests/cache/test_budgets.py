@@ -41,3 +41,14 @@ def test_loads_over_the_load_queue_are_refused_and_one_alone_always_runs() -> No
         assert second.result(1).failed == {"refused": BLOCKS * SIZE}
         assert first.result(1).ok_tokens == BLOCKS * SIZE
         assert cache.submit_load(hit, engine.pages).result(1).ok_tokens == BLOCKS * SIZE
+
+
+def test_a_few_small_blocks_are_moved_before_submit_returns() -> None:
+    """On a simulated machine nobody else has moved anything by then."""
+    cache, engine = opened(), PseudoEngine(LAYOUT, 5)
+    tokens = [1] * (4 * SIZE) + [0]
+    assert cache.submit_store(tokens, engine.pages).done
+    with cache.lookup(tokens) as hit:
+        assert hit.num_tokens == 4 * SIZE
+        assert cache.submit_load(hit, engine.pages).done
+    assert not cache.submit_store([2] * (BLOCKS * SIZE), PseudoEngine(LAYOUT, BLOCKS).pages).done
