@@ -82,3 +82,10 @@ def test_bytes_that_are_not_as_long_as_the_rows_are_refused():
         space.gather(np.array([1, 2]), np.zeros(3 * 48, np.uint8))
     with pytest.raises(ValueError):
         space.scatter(np.array([1, 2]), np.zeros(3 * 48, np.uint8))
+
+
+def test_bytes_that_do_not_lie_side_by_side_are_refused():
+    """A copy of them would be filled, and thrown away."""
+    space = RowSpace([np.zeros((8, 48), np.uint8)])
+    with pytest.raises(ValueError, match="contiguous"):
+        space.gather(np.array([1, 2]), np.zeros((2, 96), np.uint8)[:, :48])
