@@ -27,8 +27,8 @@ class RowSpace:
 
     A row is the largest piece that fits every page and every distance between two arrays: a whole page where the
     arrays are cut from one allocation, 4 KiB or so where each is mapped on its own. Arrays at odd distances, as small
-    ones from a heap are, have rows of 16 to 64 bytes and copy two to six times slower. Between the arrays the table covers memory
-    that is not theirs, so only rows that ``rows_of`` names may be asked for. The arrays must outlive it.
+    ones from a heap are, have rows of 16 to 64 bytes and copy two to six times slower. Between the arrays the table
+    covers memory that is not theirs, so only rows that ``rows_of`` names may be asked for. The arrays must outlive it.
     """
 
     def __init__(self, arrays: Sequence[Pages2D]) -> None:
