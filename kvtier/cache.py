@@ -1,17 +1,19 @@
 """The thread-safe core: joins one planner with the data planes of all ranks. The only file that knows both planes.
 
-Every verb decides under one lock, in memory; plans are sent and callers told after it is released. Completions are
-committed on whichever thread brings them.
+What callers want moved is a wish in a queue: ``submit_*`` puts it there and returns. Whoever decides next, under the
+one lock and in memory, first plans all wishes, those that come together side by side. Nearly always that is a copy
+thread. Plans are sent and callers told after the lock is released, completions committed by whoever brings them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from kvtier.arguments import (
     check_start,
@@ -43,7 +45,7 @@ from kvtier.jobs import (
 from kvtier.memories import Memories
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
-from kvtier.planner import Lease, Planner, Ticket
+from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish, Ticket, Wish
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import Event, Machine
@@ -53,7 +55,12 @@ from kvtier.turn import Turn
 
 Prompt: TypeAlias = TokenIds | Keys
 """What every verb takes: token ids, or the keys that were made of them."""
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+_NO_SPAN: Final = range(0)
+_WISHES_A_TURN: Final = 128
+"""Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
 
 
 class TieredCache:
@@ -86,7 +93,8 @@ class TieredCache:
         self._clock = runtime.clock
         self._lock = runtime.lock()
         self._control = JobControl(runtime, self._cancel)
-        self._jobs: dict[int, AnyJob] = {}
+        self._jobs: dict[Ticket, AnyJob] = {}
+        self._wishes: deque[Wish] = deque()
         self._on_attach: list[Event] = []
         self._closed = False
         self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
@@ -179,13 +187,13 @@ class TieredCache:
         """
         keys = self._keys(tokens, tenant, adapter)
         check_start(keys, start)
-        with self._lock:
-            self._check_open()
-            lease = self._planner.lookup(
-                keys, now_s=self._clock.monotonic(), start=start, exact=exact, session=session, owner=owner
-            )
-            plans = self._planner.take_plans()
-        self._send(plans)
+        self._check_open()
+        now_s = self._clock.monotonic()
+
+        def find() -> Lease:
+            return self._planner.lookup(keys, now_s=now_s, start=start, exact=exact, session=session, owner=owner)
+
+        lease = self._decide(find)
         return Hit(lease, start, self._release, self)
 
     def session(self, session: str) -> Session:
@@ -219,14 +227,10 @@ class TieredCache:
         stop = max(hit.num_tokens, start) if stop is None else stop
         self._check_hit_range(hit, start, stop)
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
+        service = priority_of(priority)
         memory, table = self._table(pages, start, stop)
-
-        def plan() -> Ticket:
-            return self._planner.load(
-                hit.lease, table, start=start, stop=stop, priority=priority_of(priority), deadline_s=deadline
-            )
-
-        return self._submit(plan, range(start, stop), memory, client)
+        wish = LoadWish.of(hit.lease, table, start, stop, service, deadline)
+        return self._submit(wish, range(start, stop), memory, client)
 
     def submit_store(
         self,
@@ -260,13 +264,10 @@ class TieredCache:
             lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
         memory, table = self._table(pages, first, max(first, len(keys) * keys.block_tokens))
-
-        def plan() -> Ticket:
-            if session is not None:
+        if session is not None:
+            with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
-            return self._planner.store(keys, table, start=start, lineage=lineage, durability=level)
-
-        return self._submit(plan, range(0), memory, client)
+        return self._submit(StoreWish.of(keys, table, start, lineage, level), _NO_SPAN, memory, client)
 
     def submit_prefetch(
         self,
@@ -287,12 +288,13 @@ class TieredCache:
         keys = self._keys(tokens, tenant, adapter)
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
-        return self._submit(lambda: self._planner.prefetch(keys, deadline_s=deadline), range(0), None, client)
+        self._check_open()
+        return self._submit(PrefetchWish.of(keys, deadline), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
-        level = durability_of(durability)
-        return self._submit(lambda: self._planner.flush(level), range(0), None, client)
+        self._check_open()
+        return self._submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
     def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
         """``submit_flush``, waited for; TimeoutError when it takes longer than ``timeout_s``."""
@@ -323,9 +325,8 @@ class TieredCache:
     def set_weights_version(self, version: str) -> None:
         """From now on KV of any other version is a miss, in every tier, at once."""
         checked = checked_version(version)
-        with self._lock:
-            self._check_open()
-            self._planner.set_weights_version(checked)
+        self._check_open()
+        self._decide(lambda: self._planner.set_weights_version(checked))
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen."""
@@ -399,38 +400,45 @@ class TieredCache:
             raise
 
     def _take_in(self) -> bool:
-        """What data planes have to say now; True when plans followed from it, which may have ended at once."""
+        """What data planes have to say and callers wish for now; True when there may be more of it at once."""
         messages = [message for channel in self._channels for message in channel.poll()]
-        if not messages:
+        if not messages and not self._wishes:
             return False
         with self._lock:
-            self._planner.hear(messages)
+            if messages:
+                self._planner.hear(messages)
+            self._plan_wishes(_WISHES_A_TURN)
             plans, jobs = self._planner.take_plans(), self._jobs_with_news()
             waiting, self._on_attach = self._on_attach, []
         self._send(plans)
         for event in waiting:
             event.set()
         tell(jobs)
-        return bool(plans)
+        return bool(plans) or bool(self._wishes)
 
-    def _submit(
-        self, plan: Callable[[], Ticket], span: range, memory: KVMemory | None, client: Client | None
-    ) -> Job[R]:
-        try:
-            with self._lock:
-                self._check_open()
-                ticket = plan()
-                job: Job[R] = Job(ticket, span, self.layout.block_tokens, self._control, client)
-                job.memory = memory
-                self._jobs[ticket.number] = job
-                plans, jobs = self._planner.take_plans(), self._jobs_with_news()
-        except BaseException:
-            if memory is not None:
-                self.unregister(memory)
-            raise
+    def _decide(self, verb: Callable[[], T]) -> T:
+        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows."""
+        with self._lock:
+            self._plan_wishes(len(self._wishes))
+            answer = verb()
+            plans, jobs = self._planner.take_plans(), self._jobs_with_news()
         self._send(plans)
         tell(jobs)
         if plans:
+            self.pump()
+        return answer
+
+    def _plan_wishes(self, most: int) -> None:
+        wishes = [self._wishes.popleft() for _ in range(min(most, len(self._wishes)))]
+        if wishes:
+            self._planner.plan(wishes)
+
+    def _submit(self, wish: Wish, span: range, memory: KVMemory | None, client: Client | None) -> Job[R]:
+        job: Job[R] = Job(wish.ticket, span, self.layout.block_tokens, self._control, client)
+        job.memory = memory
+        self._jobs[wish.ticket] = job
+        self._wishes.append(wish)
+        if self._closed or not self._channels[0].call_back():
             self.pump()
         return job
 
@@ -447,25 +455,25 @@ class TieredCache:
     def _jobs_with_news(self) -> list[AnyJob]:
         jobs = []
         for ticket in self._planner.take_finished():
-            job = self._jobs.get(ticket.number)
+            job = self._jobs.get(ticket)
             if job is None:
                 continue
             jobs.append(job)
             if ticket.finished:
-                del self._jobs[ticket.number]
+                del self._jobs[ticket]
                 if job.memory is not None:
                     self._memories.let_go(job.memory)
                     job.memory = None
         return jobs
 
     def _cancel(self, job: AnyJob) -> None:
+        self._decide(lambda: None)
         for plan_id in job.ticket.plan_ids:
             for channel in self._channels:
                 channel.cancel(plan_id)
 
     def _release(self, lease: Lease) -> None:
-        with self._lock:
-            self._planner.release(lease)
+        self._decide(lambda: self._planner.release(lease))
 
     def _root(self, tenant: str, adapter: str) -> Root:
         for name, value in (("tenant", tenant), ("adapter", adapter)):
@@ -475,6 +483,7 @@ class TieredCache:
 
     def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
         if isinstance(tokens, Keys):
+            self._planner.check_keys(tokens)
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 
@@ -485,6 +494,7 @@ class TieredCache:
                 memory.check(pages, start, stop)
             elif memory is None and self._is_local:
                 raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
+            self._check_open()
             return None, pages
         if not isinstance(pages, KVPages):
             raise ConfigError(

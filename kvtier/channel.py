@@ -17,6 +17,9 @@ class Channel(Protocol):
     def send(self, plans: Sequence[Plan]) -> None:
         """Begin plans of this rank."""
 
+    def call_back(self) -> bool:
+        """Let a thread of the rank's own ask for wishes soon; False where it has none that could."""
+
     def cancel(self, plan_id: int) -> None:
         """Nobody waits for ``plan_id`` any more."""
 
@@ -48,6 +51,11 @@ class LocalChannel:
     def send(self, plans: Sequence[Plan]) -> None:
         """Begin plans."""
         self._plane.submit(plans)
+
+    def call_back(self) -> bool:
+        """A copy thread calls ``on_news`` soon."""
+        self._plane.call_back()
+        return True
 
     def cancel(self, plan_id: int) -> None:
         """Nobody waits for ``plan_id`` any more."""

@@ -26,6 +26,7 @@ class Memories:
         """``channels`` lead to the ranks that have to know."""
         self._channels = channels
         self._known: dict[int, _Registered] = {}
+        self._numbered: dict[int, KVMemory] = {}
 
     def use(self, memory: KVMemory) -> int:
         """The number of ``memory`` for page tables, until ``let_go`` was called as often.
@@ -39,12 +40,13 @@ class Memories:
             if len(numbers) != 1:
                 raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
             known = self._known[id(memory)] = _Registered(memory, numbers.pop())
+            self._numbered[known.memory_id] = memory
         known.users += 1
         return known.memory_id
 
     def find(self, memory_id: int) -> KVMemory | None:
         """The memory that has this number, if it is known here."""
-        return next((known.memory for known in self._known.values() if known.memory_id == memory_id), None)
+        return self._numbered.get(memory_id)
 
     def let_go(self, memory: KVMemory) -> None:
         """One user less; the last one makes every rank forget it. Harmless for what is not known."""
@@ -53,7 +55,7 @@ class Memories:
             return
         known.users -= 1
         if not known.users:
-            del self._known[id(memory)]
+            del self._known[id(memory)], self._numbered[known.memory_id]
             for channel in self._channels:
                 channel.unregister(known.memory_id)
 

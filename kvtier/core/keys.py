@@ -143,17 +143,22 @@ class Keys:
         self._tail = ids[full * self.block_tokens :].copy()
         if full:
             self._hash_blocks(ids[: full * self.block_tokens])
-            self._rows = None
 
     def rows(self) -> npt.NDArray[np.uint8]:
         """All keys as one array, uint8 ``[len(self), 32]``."""
-        if self._rows is None:
-            self._rows = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, KEY_BYTES)
-        return self._rows
+        rows = self._rows
+        if rows is None or len(rows) != len(self.digests):  # another thread may append meanwhile
+            rows = self._rows = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, KEY_BYTES)
+        return rows
 
     def parent(self, block: int) -> bytes:
         """The key that block ``block`` extends: the root's digest where it extends none."""
         return self.digests[block - 1] if self.chained and block else self.root_digest
+
+    def parents(self, blocks: Iterable[int]) -> bytes:
+        """The keys that ``blocks`` extend, one after another."""
+        digests, root = self.digests, self.root_digest
+        return b"".join([digests[block - 1] if self.chained and block else root for block in blocks])
 
     def __len__(self) -> int:
         return len(self.digests)

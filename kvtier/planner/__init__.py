@@ -7,5 +7,18 @@ planes move, and ``complete`` commits what they report. The owner serialises the
 from kvtier.planner.leases import Lease
 from kvtier.planner.planner import Planner
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
 
-__all__ = ["Durability", "Lease", "Outcome", "Planner", "Ticket", "TicketKind"]
+__all__ = [
+    "Durability",
+    "FlushWish",
+    "Lease",
+    "LoadWish",
+    "Outcome",
+    "Planner",
+    "PrefetchWish",
+    "StoreWish",
+    "Ticket",
+    "TicketKind",
+    "Wish",
+]

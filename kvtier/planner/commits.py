@@ -183,12 +183,25 @@ class Commits:
             ticket.moved_bytes += hop.moved_bytes
             ticket.waits -= 1
             self._stages.advance(ticket)
+        if hop.shares:
+            self._share_out(hop)
         for join in hop.joins:
             for row, block in zip(join.rows.tolist(), join.blocks.tolist(), strict=True):
                 if row in hop.failed:
                     join.ticket.fail(block, hop.failed[row])
             join.ticket.waits -= 1
             self._stages.advance(join.ticket)
+
+    def _share_out(self, hop: Hop) -> None:
+        """Tell every ticket of a joint hop how its rows ended."""
+        moved = [sum(ranks) for ranks in zip(*(a["moved_bytes"].tolist() for a in hop.answers.values()), strict=True)]
+        for share in hop.shares:
+            ticket, rows = share.ticket, share.rows
+            for row in hop.failed.keys() & rows if hop.failed else ():
+                ticket.fail(ticket.first_block + row - rows.start, hop.failed[row])
+            ticket.moved_bytes += sum(moved[rows.start : rows.stop])
+            ticket.waits -= 1
+            self._stages.advance(ticket)
 
     def _advance(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:

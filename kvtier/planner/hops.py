@@ -47,6 +47,14 @@ class Join:
 
 
 @dataclass(slots=True, eq=False)
+class Share:
+    """A ticket of a joint hop: ``rows`` are its blocks, one after another."""
+
+    ticket: Ticket
+    rows: range
+
+
+@dataclass(slots=True, eq=False)
 class Targets:
     """Host extents reserved on one rank; NOWHERE for rows without one."""
 
@@ -67,7 +75,8 @@ class Targets:
 class Hop:
     """One hop over ``entries`` on all ranks of ``ranks`` (a bit mask).
 
-    ``blocks`` are the rows' positions in the request. ``failed`` maps rows that do not count to their first reason;
+    ``blocks`` are the rows' positions in the request, which is that of ``ticket``, or of all ``shares`` together.
+    ``failed`` maps rows that do not count to their first reason;
     ``answers`` holds what each rank said of every row, once it has said anything. Masks hold the ranks that have not
     released the source yet, and not said their last word yet.
     """
@@ -81,6 +90,7 @@ class Hop:
     ticket: Ticket | None = None
     targets: dict[int, Targets] = field(default_factory=dict)
     joins: list[Join] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
     segment: int = NOWHERE
     generation: int = 0
     nbytes: int = 0

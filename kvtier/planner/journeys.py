@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtier.core.keys import Keys
-from kvtier.core.memory import PageTable
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop, Join
 from kvtier.planner.host import targets_of
-from kvtier.planner.leases import Lease
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
-from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+from kvtier.planner.tickets import Outcome, Ticket
+from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish
 
 
 class Journeys:
@@ -27,41 +25,42 @@ class Journeys:
 
     # --- load -------------------------------------------------------------------------------------------------------
 
-    def load(
-        self, lease: Lease, pages: PageTable, start: int, stop: int, priority: Priority, deadline_s: float | None
-    ) -> Ticket:
-        """Bring tokens [start, stop) of ``lease`` into engine pages, promoting what is only on disk."""
-        state, size = self._state, lease.keys.block_tokens
-        first, last = start // size, -(-stop // size)
-        ticket = state.new_ticket(TicketKind.LOAD, first, last - first)
+    def load(self, wish: LoadWish) -> None:
+        """Bring tokens of a lease into engine pages, promoting what is only on disk."""
+        state, ticket, lease = self._state, wish.ticket, wish.lease
+        first, blocks = ticket.first_block, len(ticket.outcome)
         if lease.released or lease.keys.root.weights_version != state.version:
             ticket.fail_from(first, Reason.GONE if lease.released else Reason.RETIRED)
-            return self._stages.advance(ticket)
-        cut = slice(first - lease.first_block, last - lease.first_block)
+            self._stages.advance(ticket)
+            return
+        cut = slice(first - lease.first_block, first + blocks - lease.first_block)
         groups = [entries[cut] for entries in lease.groups]
-        ticket.tiers = self._tiers(groups, last - first)
+        ticket.tiers = self._tiers(groups, blocks)
         hop = self._hop(PlanKind.LOAD, groups, first, ticket)
-        hop.nbytes = (last - first) * state.block_bytes
+        hop.nbytes = blocks * state.block_bytes
         if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
             ticket.fail_from(first, Reason.REFUSED)
-            return self._stages.advance(ticket)
+            self._stages.advance(ticket)
+            return
         if state.config.read.promote and Tier.DISK in ticket.tiers:
             self._target(hop)
         if len(hop.entries):
-            state.send(hop, priority=priority, pages=pages, start=start, stop=stop, deadline_s=deadline_s)
-        return self._stages.advance(ticket)
+            state.send(
+                hop, priority=wish.priority, pages=wish.pages, start=wish.start, stop=wish.stop,
+                deadline_s=wish.deadline_s,
+            )  # fmt: skip
+        self._stages.advance(ticket)
 
-    def prefetch(self, keys: Keys, deadline_s: float | None) -> Ticket:
+    def prefetch(self, wish: PrefetchWish) -> None:
         """Bring the blocks of the longest stored prefix that are only on disk into host memory."""
-        state = self._state
+        state, ticket, keys = self._state, wish.ticket, wish.keys
         stale = keys.root.weights_version != state.version
-        wanted = keys.rows()[: 0 if stale else len(keys)]
+        wanted = keys.rows()[: 0 if stale else wish.stop]
         groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
         blocks = min(map(len, groups))
-        ticket = state.new_ticket(TicketKind.PREFETCH, 0, blocks)
         hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
         elsewhere = state.index.host_ranks[hop.entries] == 0
-        ticket.outcome[:] = bytes((Outcome.EXISTING,)) * blocks
+        ticket.cover(blocks, Outcome.EXISTING)
         for block in hop.blocks[elsewhere].tolist():
             ticket.outcome[block] = Outcome.WAITING
         hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, ticket)
@@ -69,21 +68,19 @@ class Journeys:
         for block in hop.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
         if placed.any():
-            state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=deadline_s)
-        return self._stages.advance(ticket)
+            state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=wish.deadline_s)
+        self._stages.advance(ticket)
 
     # --- flush ------------------------------------------------------------------------------------------------------
 
-    def flush(self, durability: Durability) -> Ticket:
+    def flush(self, wish: FlushWish) -> None:
         """Wait for the stores under way; then, level by level, write and sync everything that is in host memory."""
-        state = self._state
-        ticket = state.new_ticket(TicketKind.FLUSH, 0, 1)
-        ticket.durability = durability
+        state, ticket = self._state, wish.ticket
         nothing = np.empty(0, np.int32)
         for hop in {id(hop): hop for hop in state.storing.values()}.values():
             hop.joins.append(Join(ticket, nothing, nothing))
             ticket.waits += 1
-        return self._stages.advance(ticket)
+        self._stages.advance(ticket)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tel
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import groupby
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
+from kvtier.planner.joint import JointPlans
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
 from kvtier.planner.sessions import Sessions
@@ -40,6 +42,7 @@ from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability, Ticket
+from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
 
 _MAX_ENTRIES: Final = 1 << 24
 
@@ -65,6 +68,7 @@ class Planner:
         stages = Stages(self._state)
         self._journeys = Journeys(self._state, stages)
         self._stores = Stores(self._state, stages)
+        self._joint = JointPlans(self._state, self._stores)
         self._commits = Commits(self._state, stages)
         self.sessions = Sessions()
 
@@ -119,6 +123,29 @@ class Planner:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
+    def plan(self, wishes: Iterable[Wish]) -> None:
+        """Plan ``wishes``, in order; small ones side by side share a plan. Their tickets say how it goes on.
+
+        Whoever made them has compared page tables with their memory, and keys with ``check_keys``.
+        """
+        for _, alike in groupby(wishes, self._joint.likeness):
+            group: Sequence[Wish] = list(alike)
+            if len(group) > 1:
+                group = self._joint.plan(group)
+            for wish in group:
+                self._plan_one(wish)
+        self._commits.pump()
+
+    def _plan_one(self, wish: Wish) -> None:
+        if isinstance(wish, StoreWish):
+            self._stores.store(wish)
+        elif isinstance(wish, LoadWish):
+            self._journeys.load(wish)
+        elif isinstance(wish, PrefetchWish):
+            self._journeys.prefetch(wish)
+        else:
+            self._journeys.flush(wish)
+
     def load(
         self,
         lease: Lease,
@@ -130,7 +157,7 @@ class Planner:
         deadline_s: float | None = None,
     ) -> Ticket:
         """Plan to bring tokens [start, stop) of a lease into engine pages."""
-        return self._journeys.load(lease, pages, start, stop, priority, deadline_s)
+        return self._planned(LoadWish.of(lease, pages, start, stop, priority, deadline_s))
 
     def store(
         self,
@@ -146,21 +173,33 @@ class Planner:
         Raises:
             ConfigError: ``keys`` are of blocks of another size.
         """
-        self._check(keys)
-        ticket = self._stores.store(keys, pages, start, lineage, durability)
-        self._commits.pump()
-        return ticket
+        self.check_keys(keys)
+        return self._planned(StoreWish.of(keys, pages, start, lineage, durability))
 
     def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
-        """Plan to bring what is only on disk into host memory."""
-        self._check(keys)
-        return self._journeys.prefetch(keys, deadline_s)
+        """Plan to bring what is only on disk into host memory; raises as ``store``."""
+        self.check_keys(keys)
+        return self._planned(PrefetchWish.of(keys, deadline_s))
 
     def flush(self, durability: Durability) -> Ticket:
         """Everything stored so far reaches ``durability``."""
-        ticket = self._journeys.flush(durability)
-        self._commits.pump()
-        return ticket
+        return self._planned(FlushWish.of(durability))
+
+    def _planned(self, wish: Wish) -> Ticket:
+        self.plan((wish,))
+        return wish.ticket
+
+    def check_keys(self, keys: Keys) -> None:
+        """Refuse keys of another cache. Changes nothing, so any thread may call it at any time.
+
+        Raises:
+            ConfigError: they are of blocks of another size.
+        """
+        if keys.block_tokens != self._state.layout.block_tokens:
+            raise ConfigError(
+                f"these keys are of blocks of {keys.block_tokens} tokens, the cache's have"
+                f" {self._state.layout.block_tokens}: make keys with cache.keys()"
+            )
 
     # --- hearing ----------------------------------------------------------------------------------------------------
 
@@ -250,16 +289,9 @@ class Planner:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _check(self, keys: Keys) -> None:
-        if keys.block_tokens != self._state.layout.block_tokens:
-            raise ConfigError(
-                f"these keys are of blocks of {keys.block_tokens} tokens, the cache's have"
-                f" {self._state.layout.block_tokens}: make keys with cache.keys()"
-            )
-
     def _wanted(self, keys: Keys, start: int) -> range:
         """Blocks that may hit: from the one that ``start`` lies in, so far that a token is left to compute."""
-        self._check(keys)
+        self.check_keys(keys)
         first = start // keys.block_tokens
         if keys.root.weights_version != self._state.version:
             return range(first, first)

@@ -6,32 +6,34 @@ from typing import Final
 
 import numpy as np
 
-from kvtier.core.keys import KEY_BYTES, Keys
+from kvtier.core.keys import KEY_BYTES
 from kvtier.core.plan import NOWHERE, ROW, ROW_STRUCT, Table
 from kvtier.index.cells import Cells
 from kvtier.planner.hops import Hop
 
+NO_PARENTS: Final = b""
+"""Of rows whose parents nobody has to write down."""
 _NO_KEY: Final = bytes(KEY_BYTES)
 _EMPTY_ROW: Final = np.zeros(1, ROW)
 for _place in ("host_page", "disk_segment", "target_page"):
     _EMPTY_ROW[_place] = NOWHERE
 
 
-def plan_rows(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
-    """The rows of ``hop`` for ``rank``, dtype ``ROW``; with ``keys``, those that its blocks extend."""
+def plan_rows(index: Cells, hop: Hop, rank: int, parents: bytes) -> Table:
+    """The rows of ``hop`` for ``rank``, dtype ``ROW``; ``parents``: the keys that they extend, 32 bytes each."""
     if len(hop.entries) == 1:
-        return _one_row(index, hop, rank, keys)
-    return _many_rows(index, hop, rank, keys)
+        return _one_row(index, hop, rank, parents or _NO_KEY)
+    return _many_rows(index, hop, rank, parents)
 
 
-def _one_row(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
+def _one_row(index: Cells, hop: Hop, rank: int, parent: bytes) -> Table:
     entry, block = hop.entries.item(), hop.blocks.item()
     on_host = index.host_ranks_at[entry] >> rank & 1
     on_disk = index.disk_ranks_at[entry] >> rank & 1
     target = hop.targets.get(rank)
     packed = ROW_STRUCT.pack(
         index.cells.key(entry),
-        keys.parent(block) if keys is not None else _NO_KEY,
+        parent,
         index.cells.groups_at[entry],
         index.lineage_at[entry],
         0,
@@ -50,14 +52,14 @@ def _one_row(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
     return np.frombuffer(packed, ROW)
 
 
-def _many_rows(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
+def _many_rows(index: Cells, hop: Hop, rank: int, parents: bytes) -> Table:
     entries = hop.entries
     rows: Table = _EMPTY_ROW.repeat(len(entries))
     if not len(entries):
         return rows
     rows["key"] = index.table.keys[entries]
-    if keys is not None:
-        _fill_parents(rows, hop, keys)
+    if parents:
+        rows["parent"] = np.frombuffer(parents, np.uint8).reshape(-1, KEY_BYTES)
     rows["group"] = index.table.groups[entries]
     rows["lineage"] = index.lineage[entries]
     rows["depth"] = index.depth[entries]
@@ -67,15 +69,6 @@ def _many_rows(index: Cells, hop: Hop, rank: int, keys: Keys | None) -> Table:
     if (target := hop.targets.get(rank)) is not None:
         rows["target_page"], rows["target_pages"] = target.page, target.pages
     return rows
-
-
-def _fill_parents(rows: Table, hop: Hop, keys: Keys) -> None:
-    parents, root = rows["parent"], np.frombuffer(keys.root_digest, np.uint8)
-    if not keys.chained:
-        parents[:] = root
-        return
-    parents[:] = keys.rows()[hop.blocks - 1]
-    parents[hop.blocks == 0] = root
 
 
 def _fill_copies(rows: Table, index: Cells, entries: np.ndarray[tuple[int], np.dtype[np.int32]], rank: int) -> None:

@@ -17,7 +17,7 @@ class Stages:
         """Everything is kept in ``state``."""
         self._state = state
 
-    def advance(self, ticket: Ticket) -> Ticket:
+    def advance(self, ticket: Ticket) -> None:
         """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it."""
         while not ticket.waits and not ticket.finished:
             if ticket.stage == ticket.durability:
@@ -28,7 +28,6 @@ class Stages:
             else:
                 ticket.stage = Durability.DURABLE
                 self._state.sync_hop(ticket)
-        return ticket
 
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state

@@ -8,7 +8,6 @@ from typing import Final, Literal
 import numpy as np
 
 from kvtier.config import Config
-from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import Plan, PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import Cells
@@ -19,8 +18,8 @@ from kvtier.planner.events import ControlEvents
 from kvtier.planner.hops import Hop
 from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
-from kvtier.planner.rows import plan_rows
-from kvtier.planner.tickets import Ticket, TicketKind
+from kvtier.planner.rows import NO_PARENTS, plan_rows
+from kvtier.planner.tickets import Ticket
 from kvtier.policy import EVICTION_POLICIES
 
 _COUNTER: Final = {(change, tier): f"{change}_{tier.label}_blocks" for change in ("stored", "removed") for tier in Tier}
@@ -72,13 +71,9 @@ class ControlState:
         return int(np.array(sizes)[self.index.table.groups[entries]].sum())
 
     def next_number(self) -> int:
-        """A number that no plan or ticket of this planner has had."""
+        """A number that no plan of this planner has had."""
         self._next_number += 1
         return self._next_number
-
-    def new_ticket(self, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
-        """A ticket over ``blocks`` blocks."""
-        return Ticket.of(self.next_number(), kind, first_block, blocks)
 
     def may_go(self, entry: int) -> bool:
         """Whether the host copies of ``entry`` may be evicted: nothing is lost by it that could have been kept."""
@@ -93,7 +88,7 @@ class ControlState:
         hop: Hop,
         *,
         priority: Priority,
-        keys: Keys | None = None,
+        parents: bytes = NO_PARENTS,
         chain: str = "raw",
         pages: PageTable | None = None,
         start: int = 0,
@@ -101,19 +96,24 @@ class ControlState:
         durable: bool = False,
         deadline_s: float | None = None,
     ) -> None:
-        """Pin the entries of ``hop`` and put one plan per rank into the outbox; a store tells the ``keys`` it is of."""
+        """Pin the entries of ``hop`` and put one plan per rank into the outbox.
+
+        ``parents`` are the keys that the rows of a store extend, one after another.
+        """
         self.index.pin(hop.entries)
         self.hops[hop.plan_id] = hop
         self.in_flight_bytes[hop.kind] += hop.nbytes
         if hop.ticket is not None:
             hop.ticket.plan_ids.append(hop.plan_id)
             hop.ticket.waits += 1
+        for share in hop.shares:
+            share.ticket.waits += 1
         chains = ("raw",) if chain == "raw" else (chain, "raw")
         for rank in hop.unanswered:
             self.plans.append(
                 Plan(
                     plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
-                    rows=plan_rows(self.index, hop, rank, keys), chains=chains, pages=pages, start=start, stop=stop,
+                    rows=plan_rows(self.index, hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
                     durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
                 )
             )  # fmt: skip

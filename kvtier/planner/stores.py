@@ -15,7 +15,8 @@ from kvtier.index.entries import MISSING, EntryRows
 from kvtier.planner.hops import STORE_HOP_BYTES, WRITE_HOP_BYTES, Hop, Ints, Join, Targets, stretches
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
-from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+from kvtier.planner.tickets import Durability, Outcome, Ticket
+from kvtier.planner.wishes import StoreWish
 
 _EXACT: Final = int(Lineage.EXACT)
 _WAITING: Final = bytes((Outcome.WAITING,))
@@ -45,49 +46,67 @@ class Stores:
         self._state = state
         self._stages = stages
 
-    def store(self, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> Ticket:
-        """Keep the full blocks of ``keys`` from ``start`` on: new ones are gathered, pending ones are joined."""
-        state = self._state
-        first = -(-start // keys.block_tokens)
-        ticket = state.new_ticket(TicketKind.STORE, first, max(0, len(keys) - first))
-        ticket.durability = durability
+    def store(self, wish: StoreWish) -> None:
+        """Plan what is wished for: new blocks are gathered, pending ones are joined."""
+        state, ticket, keys, lineage = self._state, wish.ticket, wish.keys, wish.lineage
+        first = ticket.first_block
         if keys.root.weights_version != state.version or not state.attached:
             ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
-            return self._stages.advance(ticket)
-        if (
-            len(ticket.outcome) == 1
-            and durability == Durability.MEMORY
-            and self._store_one(ticket, keys, pages, start, lineage)
-        ):
-            return ticket
+            self._stages.advance(ticket)
+            return
+        is_short = len(ticket.outcome) == 1 and ticket.durability == Durability.MEMORY
+        if is_short and self._store_one(wish):
+            return
+        span = slice(first, wish.stop)
         new: list[_NewRows] = []
         shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
-            entries = state.index.find_blocks(keys.rows()[first:], keys.digests[first:], group)
+            entries = state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
             wanted = self._wanted(ticket, entries, first, lineage, shields)
             new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
-            if durability > Durability.MEMORY:
+            if ticket.durability > Durability.MEMORY:
                 self._hold(ticket, entries, first)
         self._mark_existing(ticket, new)
-        self._send_store(ticket, keys, new, pages, start)
+        self._send_store(wish, new)
         for shield in shields:
             state.unpinned(state.index.unpin(shield))
-        return self._stages.advance(ticket)
+        self._stages.advance(ticket)
 
-    def _store_one(self, ticket: Ticket, keys: Keys, pages: PageTable, start: int, lineage: Lineage) -> bool:
+    def has_room_for(self, blocks: int) -> bool:
+        """Whether so many new blocks, of all groups, may be entered and be under way."""
+        return blocks <= min(self._state.index.table.free, self._store_room(self._state.block_bytes))
+
+    def before(self, keys: Keys, group: int, block: int) -> int:
+        """The entry that ``block`` extends, or MISSING."""
+        return self._state.index.table.find_one(keys.digests[block - 1], group) if block else MISSING
+
+    def send(self, hop: Hop, parents: bytes, pages: PageTable, start: int, stop: int) -> None:
+        """One STORE plan for each rank: tokens [start, stop) of ``pages``; ``parents`` are the keys the rows extend."""
+        state, ticket = self._state, hop.ticket
+        hop.nbytes = state.nbytes_of(hop.entries)
+        if ticket is not None:
+            ticket.sources += 1
+        for entry in hop.entries.tolist():
+            state.storing[entry] = hop
+        state.send(
+            hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
+            stop=stop, durable=ticket is not None and ticket.durability > Durability.MEMORY,
+        )  # fmt: skip
+
+    def _store_one(self, wish: StoreWish) -> bool:
         """The commonest store: one block that nobody knows, and there is room for it. False for any other."""
-        state, index, block = self._state, self._state.index, ticket.first_block
+        state, index, keys, block = self._state, self._state.index, wish.keys, wish.ticket.first_block
         key = keys.digests[block]
         if not state.is_plain or index.table.find_one(key, 0) >= 0 or not index.table.free:
             return False
         if self._store_room(state.block_bytes) < 1 or (page := state.host.take_one()) < 0:
             return False
-        before = self._before(keys, 0, block) if keys.chained else MISSING
-        entry = index.add_one(key, before, depth=block, tokens=keys.block_tokens, lineage=lineage)
+        before = self.before(keys, 0, block) if keys.chained else MISSING
+        entry = index.add_one(key, before, depth=block, tokens=keys.block_tokens, lineage=wish.lineage)
         one = np.array((entry, block, page, state.layout.record_pages[0]), np.int32)
-        hop = Hop(state.next_number(), PlanKind.STORE, one[:1], one[1:2], 1, state.version, ticket)
+        hop = Hop(state.next_number(), PlanKind.STORE, one[:1], one[1:2], 1, state.version, wish.ticket)
         hop.targets = {0: Targets(one[2:3], one[3:])}
-        self._send_stretch(hop, keys, pages, start)
+        self.send(hop, keys.parent(block), wish.pages, wish.start, wish.stop * keys.block_tokens)
         return True
 
     def _wanted(
@@ -190,7 +209,7 @@ class Stores:
         rows = keys.rows()[first : first + count]
         entries = wide(index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)))
         if keys.chained:
-            before = np.array((self._before(keys, group, first),), np.int32)
+            before = np.array((self.before(keys, group, first),), np.int32)
             index.link(entries, np.concatenate((before, entries[:-1])))
         return entries
 
@@ -204,7 +223,7 @@ class Stores:
                 keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)
             )
             if keys.chained:
-                before = np.array((self._before(keys, group, first),), np.int32)
+                before = np.array((self.before(keys, group, first),), np.int32)
                 index.link(entries[missing], np.concatenate((before, entries[:-1]))[missing])
         index.lineage[entries[wanted]] = int(lineage)
 
@@ -214,12 +233,8 @@ class Stores:
         room = (self._state.config.host.store_queue - under_way) // block_bytes
         return max(room, 0 if under_way else 1)
 
-    def _before(self, keys: Keys, group: int, first: int) -> int:
-        """The entry that block ``first`` extends."""
-        return self._state.index.table.find_one(keys.digests[first - 1], group) if first else MISSING
-
-    def _send_store(self, ticket: Ticket, keys: Keys, new: list[_NewRows], pages: PageTable, start: int) -> None:
-        state = self._state
+    def _send_store(self, wish: StoreWish, new: list[_NewRows]) -> None:
+        state, ticket, keys = self._state, wish.ticket, wish.keys
         new = [part for part in new if len(part.entries)]
         if not new:
             ticket.source_free = True
@@ -232,20 +247,8 @@ class Stores:
             ranks, number = state.index.every_rank, state.next_number()
             hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
             hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
-            self._send_stretch(hop, keys, pages, start)
-
-    def _send_stretch(self, hop: Hop, keys: Keys, pages: PageTable, start: int) -> None:
-        state = self._state
-        hop.nbytes = state.nbytes_of(hop.entries)
-        if hop.ticket is not None:
-            hop.ticket.sources += 1
-        for entry in hop.entries.tolist():
-            state.storing[entry] = hop
-        stop = len(keys) * keys.block_tokens
-        state.send(
-            hop, priority=Priority.SPILL, keys=keys, chain=state.config.host.codec, pages=pages, start=start,
-            stop=stop, durable=hop.ticket is not None and hop.ticket.durability > Durability.MEMORY,
-        )  # fmt: skip
+            parents = keys.parents(hop.blocks.tolist())
+            self.send(hop, parents, wish.pages, wish.start, wish.stop * keys.block_tokens)
 
     def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
         """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""

@@ -49,7 +49,6 @@ class Ticket:
     ``stage`` is the durability that is being waited for; ``waits`` counts what is missing for it.
     """
 
-    number: int
     kind: TicketKind
     first_block: int
     outcome: bytearray
@@ -68,9 +67,14 @@ class Ticket:
     """(entries, their blocks) that are pinned until the ticket ends, because it follows them down to disk."""
 
     @classmethod
-    def of(cls, number: int, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
+    def of(cls, kind: TicketKind, first_block: int, blocks: int) -> Ticket:
         """A ticket over ``blocks`` blocks, none of which has ended."""
-        return cls(number, kind, first_block, bytearray(blocks), bytearray(blocks), bytearray(blocks))
+        return cls(kind, first_block, bytearray(blocks), bytearray(blocks), bytearray(blocks))
+
+    def cover(self, blocks: int, outcome: Outcome) -> None:
+        """It turns out to be over ``blocks`` blocks, all of which ended so."""
+        self.outcome = bytearray((outcome,)) * blocks
+        self.reason, self.tiers = bytearray(blocks), bytearray(blocks)
 
     def fail(self, block: int, reason: int) -> None:
         """Block ``block`` of the sequence failed; the first reason stands."""

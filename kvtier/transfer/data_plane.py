@@ -43,7 +43,7 @@ from kvtier.transfer.scattering import LoadRun
 from kvtier.transfer.spilling import SpillRun
 from kvtier.transfer.staging import Staging
 from kvtier.transfer.syncing import SyncRun
-from kvtier.transfer.work import SPOT_BYTES, Piece
+from kvtier.transfer.work import Piece
 
 _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.STORE: StoreRun,
@@ -92,7 +92,7 @@ class DataPlane:
         self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
         self._closed = self._gone = False
-        self._on_the_spot = 0
+        self._called_back = False
         self._tables_are_checked = tables_are_checked
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
@@ -144,22 +144,17 @@ class DataPlane:
     # --- plans ------------------------------------------------------------------------------------------------------
 
     def submit(self, plans: Iterable[Plan]) -> None:
-        """Begin plans; never blocks. After ``close`` their rows fail. A few small records are moved on the spot."""
-        kept: list[Piece] = []
-        try:
-            with self._lock:
-                self._equipment.work.keep(SPOT_BYTES)
-                try:
-                    for plan in plans:
-                        self._begin(plan)
-                    self._equipment.kick()
-                finally:
-                    kept = self._equipment.work.take_kept()
-                    self._on_the_spot += len(kept)
-            for piece in kept:
-                self._perform(piece)
-        finally:
-            self._leave_the_spot(kept)
+        """Begin plans; never blocks, and moves nothing itself. After ``close`` their rows fail."""
+        with self._lock:
+            for plan in plans:
+                self._begin(plan)
+            self._equipment.kick()
+
+    def call_back(self) -> None:
+        """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then."""
+        if not self._called_back:
+            self._called_back = True
+            self._equipment.work.wake_one()
 
     def _begin(self, plan: Plan) -> None:
         run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
@@ -169,15 +164,6 @@ class DataPlane:
             run.end(Reason.REFUSED)
         else:
             run.begin()
-
-    def _leave_the_spot(self, kept: list[Piece]) -> None:
-        """What an interrupt kept the submitting thread from doing is left to the copy threads."""
-        if kept:
-            with self._lock:
-                self._on_the_spot -= len(kept)
-                for piece in kept:
-                    if not piece.done:
-                        self._equipment.work.put(piece)
 
     def cancel(self, plan_id: int, reason: Reason = Reason.ABANDONED) -> None:
         """Nobody waits for ``plan_id`` any more; its rows end as soon as nothing touches engine memory for them."""
@@ -238,7 +224,7 @@ class DataPlane:
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
         stopped = [worker.stop(timeout_s) for worker in self._workers]
-        if stuck or not all(stopped) or self._on_the_spot:
+        if stuck or not all(stopped):
             return False
         with self._lock:
             for path in self._equipment.paths:
@@ -291,7 +277,7 @@ class DataPlane:
             if piece is None:
                 # What ended before this thread was known to wait woke nobody: look once more.
                 reaped += sum(path.lane.reap() for path in self._equipment.paths)
-            news = bool(self._equipment.outbox)
+            news = self._has_news()
         if news:
             self._on_news()
         if piece is None:
@@ -306,11 +292,17 @@ class DataPlane:
             result = error
             self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
         with self._lock:
-            piece.done = True
             piece.finish(result)
             self._equipment.kick()
-            news = bool(self._equipment.outbox)
+            news = self._has_news()
         self._tell(news)
+
+    def _has_news(self) -> bool:
+        """Whether ``on_news`` is to be called. Who asks for that from here on asks again."""
+        if self._called_back:
+            self._called_back = False
+            return True
+        return bool(self._equipment.outbox)
 
     def _tell(self, news: bool) -> None:
         if news:
@@ -331,7 +323,7 @@ class DataPlane:
             for path in self._equipment.paths:
                 path.lane.reap()
             self._equipment.kick()
-            news = bool(self._equipment.outbox)
+            news = self._has_news()
         self._tell(news)
         return any(busy)
 

@@ -65,7 +65,7 @@ class StoreRun(Run):
             if not self._gathers_left:
                 self.free_source()
 
-        self.equipment.work.put(Piece(Rank.GATHER, len(rows) * shape.pages * PAGE_BYTES, work, finish))
+        self.equipment.work.put(Piece(Rank.GATHER, work, finish))
 
     def _queue_seal(self, shape: RecordShape, rows: list[int]) -> None:
         def work() -> None:
@@ -78,7 +78,7 @@ class StoreRun(Run):
                 self._sealed(shape, rows)
             self.settle()
 
-        self.equipment.work.put(Piece(Rank.BACKGROUND, len(rows) * shape.pages * PAGE_BYTES, work, finish))
+        self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
 
     def _records(self, shape: RecordShape, rows: list[int]) -> list[Buffer]:
         view = self.equipment.host.view

@@ -141,8 +141,7 @@ class LoadRun(Run):
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
-        nbytes = sum(record.nbytes for record in records)
-        self.equipment.work.put(Piece(self._work_rank, nbytes, work, finish))
+        self.equipment.work.put(Piece(self._work_rank, work, finish))
 
     def _deliver_now(self, rows: list[int], records: list[Buffer], origin: Tier) -> list[Reason]:
         """On a copy thread: what came of each row."""

@@ -92,7 +92,7 @@ class SpillRun(Run):
                 pages, coded = result
                 self._write([Outgoing(row, out[: pages * PAGE_BYTES], buffer, chain=int(not coded))])
 
-        self.equipment.work.put(Piece(Rank.BACKGROUND, self._pages[row] * PAGE_BYTES, work, finish))
+        self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
 
     def _write(self, records: list[Outgoing]) -> None:
         path = min(self.equipment.paths, key=DiskPath.reluctance)

@@ -13,9 +13,6 @@ from kvtier.runtime.seam import Event
 PIECE_BYTES: Final = 8 << 20
 """Payload of one piece of work: long enough to hide its price, short enough that a demand load soon gets a thread."""
 
-SPOT_BYTES: Final = 64 << 10
-"""Records that whoever submits them moves on the spot: waking a thread takes longer than copying them."""
-
 
 class Rank(IntEnum):
     """Order of service. Gathers come before checksums: the engine waits for its pages and for nothing else."""
@@ -30,14 +27,12 @@ class Rank(IntEnum):
 class Piece:
     """``work`` runs on some thread without any lock and returns what ``finish`` gets, under the lock again.
 
-    ``work`` may raise: ``finish`` then gets the exception. ``nbytes`` is the size of its records.
+    ``work`` may raise: ``finish`` then gets the exception.
     """
 
     rank: Rank
-    nbytes: int
     work: Callable[[], Any]
     finish: Callable[[Any], None]
-    done: bool = False
 
 
 class WorkQueue:
@@ -47,24 +42,9 @@ class WorkQueue:
         """Nothing to do, nobody waits."""
         self._queues: tuple[deque[Piece], ...] = tuple(deque() for _ in Rank)
         self._idle: list[Event] = []
-        self._kept: list[Piece] = []
-        self._room_bytes = 0
-
-    def keep(self, nbytes: int) -> None:
-        """From now until ``take_kept``, set pieces of up to ``nbytes`` together aside for the caller."""
-        self._room_bytes = nbytes
-
-    def take_kept(self) -> list[Piece]:
-        """What was set aside: the caller runs it."""
-        kept, self._kept, self._room_bytes = self._kept, [], 0
-        return kept
 
     def put(self, piece: Piece) -> None:
         """Queue ``piece`` and wake one thread that waits."""
-        if piece.nbytes <= self._room_bytes:
-            self._room_bytes -= piece.nbytes
-            self._kept.append(piece)
-            return
         self._queues[piece.rank].append(piece)
         self.wake_one()
 

@@ -107,6 +107,9 @@ class PipeChannel:
             self.sent_bytes += len(data)
             self.plans.send_bytes(data)
 
+    def call_back(self) -> bool:
+        return False
+
     def cancel(self, plan_id: int) -> None:
         raise AssertionError("not used here")
 

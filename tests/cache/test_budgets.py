@@ -11,7 +11,6 @@ from kvtier.testing.contents import PseudoEngine, tiny_layout
 LAYOUT = tiny_layout()
 SIZE, BLOCK_BYTES = LAYOUT.block_tokens, LAYOUT.block_bytes[0]
 BLOCKS = 16
-"""More than is moved on the spot."""
 
 
 def opened(**host: Any) -> TieredCache:
@@ -43,12 +42,52 @@ def test_loads_over_the_load_queue_are_refused_and_one_alone_always_runs() -> No
         assert cache.submit_load(hit, engine.pages).result(1).ok_tokens == BLOCKS * SIZE
 
 
-def test_a_few_small_blocks_are_moved_before_submit_returns() -> None:
-    """On a simulated machine nobody else has moved anything by then."""
-    cache, engine = opened(), PseudoEngine(LAYOUT, 5)
+def test_submit_moves_nothing_itself_and_plans_nothing() -> None:
+    """On a simulated machine nobody else has done anything by then."""
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
+    jobs = [cache.submit_store([number] * SIZE + [0], engine.pages) for number in range(2)]
+    assert not any(job.done for job in jobs)
+    assert cache.stats()["entries"] == 0
+    assert [job.result(1).stored for job in jobs] == [SIZE, SIZE]
+
+
+def test_what_was_wished_for_before_a_lookup_is_pending_in_it() -> None:
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
     tokens = [1] * (4 * SIZE) + [0]
-    assert cache.submit_store(tokens, engine.pages).done
+    job = cache.submit_store(tokens, engine.pages)
     with cache.lookup(tokens) as hit:
-        assert hit.num_tokens == 4 * SIZE
-        assert cache.submit_load(hit, engine.pages).done
-    assert not cache.submit_store([2] * (BLOCKS * SIZE), PseudoEngine(LAYOUT, BLOCKS).pages).done
+        assert (hit.num_tokens, hit.pending) == (0, 4 * SIZE)
+    assert job.result(1).stored == 4 * SIZE
+
+
+def test_a_load_may_be_wished_for_and_its_hit_released_before_anybody_plans_it() -> None:
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
+    tokens = [1] * (4 * SIZE) + [0]
+    cache.submit_store(tokens, engine.pages).result(1)
+    with cache.lookup(tokens) as hit:
+        job = cache.submit_load(hit, engine.pages)
+    assert job.result(1).ok_tokens == 4 * SIZE
+
+
+def test_a_version_that_is_retired_after_a_wish_ends_it_as_a_miss() -> None:
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
+    job = cache.submit_store([1] * SIZE, engine.pages)
+    cache.set_weights_version("next")
+    assert job.result(1).failed == {"retired": SIZE}
+
+
+def test_keys_that_grow_after_a_wish_do_not_change_it() -> None:
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
+    keys = cache.keys([1] * SIZE)
+    job = cache.submit_store(keys, engine.pages)
+    keys.append([2] * SIZE)
+    assert job.result(1).stored == SIZE
+    assert cache.match(keys) == SIZE
+
+
+def test_a_wish_that_nobody_plans_before_the_end_ends_with_it() -> None:
+    cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
+    job = cache.submit_store([1] * SIZE, engine.pages)
+    assert cache.close()
+    assert job.done
+    assert cache.stats()["jobs"] == 0

@@ -46,6 +46,9 @@ class AnsweringChannel:
     def send(self, plans: Sequence[Plan]) -> None:
         self.plans += plans
 
+    def call_back(self) -> bool:
+        return False
+
     def cancel(self, plan_id: int) -> None:
         pass
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, Message, Plan, PlanKind, Priority, Status, Tier
 from kvtier.core.wire import decode, encode
 from kvtier.models import KVGroup, KVLayout, Part
-from kvtier.planner import Durability, Lease, Planner, Ticket
+from kvtier.planner import Durability, Lease, Planner, Ticket, Wish
 from kvtier.planner.hops import SILENT
 from tests.planner.fake_plane import FakePlane, Place
 
@@ -129,6 +129,12 @@ class Bench:
 
     def flush(self, durability: Durability = Durability.PROCESS) -> Ticket:
         return self._note(self.planner.flush(durability))
+
+    def plan(self, wishes: Sequence[Wish]) -> None:
+        """Plan wishes that come together, and send what follows."""
+        self.planner.plan(wishes)
+        self.tickets += [wish.ticket for wish in wishes]
+        self.send()
 
     def match(self, keys: Keys, **how: Any) -> int:
         """Blocks that would hit."""

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvtier.core.keys import Keys, Root
-from kvtier.core.plan import Hello, Lineage, PlanKind, Reason, Status, Tier
-from kvtier.planner import Durability, Lease, Outcome, Ticket, TicketKind
-from tests.planner.bench import BLOCK, Bench
+from kvtier.core.plan import Hello, Lineage, PlanKind, Priority, Reason, Status, Tier
+from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish, Ticket, TicketKind, Wish
+from tests.planner.bench import BLOCK, PAGES, Bench
 
 FAILURES = [Reason.DAMAGED, Reason.IO_ERROR, Reason.NO_SPACE, Reason.GONE]
 
@@ -27,10 +27,11 @@ class Storm:
         self.versions = ["", "v1"]
         self.leases: list[Lease] = []
         self.tenants = ["", "acme"]
-        self.checked: set[int] = set()
+        self.checked: set[Ticket] = set()
         self.followed: set[tuple[bytes, str]] = set()
         self.bench.planner.events.listening = True
-        self.keys_of: dict[int, Keys] = {}
+        self.keys_of: dict[Ticket, Keys] = {}
+        self.joint: dict[Ticket, tuple[int, int]] = {}
 
     # --- wishes -----------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ class Storm:
         durability = random.choice([Durability.MEMORY, Durability.MEMORY, Durability.PROCESS, Durability.DURABLE])
         start = random.choice([0, 0, 0, random.randint(0, max(0, keys.num_tokens))])
         ticket = self.bench.store(keys, start=start, lineage=lineage, durability=durability)
-        self.keys_of[ticket.number] = keys
+        self.keys_of[ticket] = keys
 
     def lookup(self) -> None:
         keys, random, bench = self.some_keys(), self.random, self.bench
@@ -98,7 +99,27 @@ class Storm:
             low, high = lease.first_block * BLOCK, (lease.first_block + lease.blocks) * BLOCK
             start = self.random.randint(low, high - 1)
             ticket = self.bench.load(lease, start, self.random.randint(start + 1, high))
-            self.keys_of[ticket.number] = lease.keys
+            self.keys_of[ticket] = lease.keys
+
+    def burst(self) -> None:
+        """Small wishes of all kinds at once; where in which joint plan their blocks stand is noted."""
+        wishes: list[Wish] = []
+        for _ in range(self.random.randint(2, 8)):
+            leases = [lease for lease in self.leases if lease.blocks]
+            if leases and self.random.random() < 0.5:
+                lease = self.random.choice(leases)
+                first = self.random.randrange(lease.first_block, lease.first_block + lease.blocks)
+                stop = min(first + self.random.randint(1, 2), lease.first_block + lease.blocks)
+                wishes.append(LoadWish.of(lease, PAGES, first * BLOCK, stop * BLOCK, Priority.DEMAND, None))
+                self.keys_of[wishes[-1].ticket] = lease.keys
+            else:
+                keys = self.some_keys()
+                start = max(0, len(keys) - self.random.randint(1, 2)) * BLOCK
+                wishes.append(StoreWish.of(keys, PAGES, start, Lineage.EXACT, Durability.MEMORY))
+                self.keys_of[wishes[-1].ticket] = keys
+        self.bench.plan(wishes)
+        for number, hop in self.bench.planner._state.hops.items():
+            self.joint.update({share.ticket: (number, share.rows.start) for share in hop.shares})
 
     def prefetch(self) -> None:
         self.bench.prefetch(self.some_keys())
@@ -178,8 +199,9 @@ class Storm:
 
     def step(self) -> None:
         wishes = (
-            [self.store] * 6 + [self.lookup] * 6 + [self.release] * 5 + [self.load] * 4 + [self.prefetch, self.flush]
-        )
+            [self.store] * 5 + [self.lookup] * 6 + [self.release] * 5 + [self.load] * 3 + [self.burst] * 2
+            + [self.prefetch, self.flush]
+        )  # fmt: skip
         answers = [self.move] * 20 + [self.deliver] * 25
         rare = [self.lose, self.restart, self.disk_off_and_on, self.change_version]
         roll = self.random.random()
@@ -205,8 +227,8 @@ class Storm:
     def check_tickets(self) -> None:
         """A block that was loaded really came, on every rank and in every group; what was acknowledged is on disk."""
         for ticket in self.bench.tickets:
-            if ticket.finished and ticket.number not in self.checked:
-                self.checked.add(ticket.number)
+            if ticket.finished and ticket not in self.checked:
+                self.checked.add(ticket)
                 assert Outcome.WAITING not in ticket.outcome
                 if ticket.kind == TicketKind.LOAD:
                     self.check_loaded(ticket)
@@ -214,16 +236,18 @@ class Storm:
                     self.check_written(ticket)
 
     def check_loaded(self, ticket: Ticket) -> None:
-        keys = self.keys_of[ticket.number]
+        keys = self.keys_of[ticket]
         for at, outcome in enumerate(ticket.outcome):
             for plane in self.bench.planes if outcome == Outcome.DONE else ():
                 block = ticket.first_block + at
-                came = {c.group for n, b, c in plane.loaded if n in ticket.plan_ids and b == block
+                plan, row = self.joint.get(ticket, (None, 0))
+                numbers, place = (ticket.plan_ids, block) if plan is None else ([plan], row + at)
+                came = {c.group for n, b, c in plane.loaded if n in numbers and b == place
                         and c.key == keys.digests[block]}  # fmt: skip
                 assert came == set(range(len(self.bench.layout.groups)))
 
     def check_written(self, ticket: Ticket) -> None:
-        keys = self.keys_of[ticket.number]
+        keys = self.keys_of[ticket]
         for at, outcome in enumerate(ticket.outcome):
             for plane in self.bench.planes if outcome != Outcome.FAILED else ():
                 wanted = keys.digests[ticket.first_block + at]

@@ -1,4 +1,4 @@
-"""The queue of the copy threads: order of service, who is woken, and what is kept for whoever submits."""
+"""The queue of the copy threads: order of service, and who is woken."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from kvtier.runtime import system_machine
 from kvtier.transfer.work import Piece, Rank, WorkQueue
 
 
-def _piece(rank: Rank, nbytes: int = 1) -> Piece:
-    return Piece(rank, nbytes, lambda: None, lambda result: None)
+def _piece(rank: Rank) -> Piece:
+    return Piece(rank, lambda: None, lambda result: None)
 
 
 def _event() -> Any:
@@ -42,23 +42,3 @@ def test_a_thread_that_takes_one_of_several_pieces_wakes_another() -> None:
     queue.put(_piece(Rank.LOAD))
     assert queue.take(second) is not None
     assert first.wait(0) or len(queue) == 0
-
-
-def test_small_pieces_are_kept_for_the_caller_as_long_as_there_is_room() -> None:
-    queue, wake = WorkQueue(), _event()
-    queue.keep(10)
-    pieces = [_piece(Rank.LOAD, nbytes) for nbytes in (6, 5, 4, 1)]
-    for piece in pieces:
-        queue.put(piece)
-    assert queue.take_kept() == [pieces[0], pieces[2]]
-    assert [queue.take(wake), queue.take(wake)] == [pieces[1], pieces[3]]
-
-
-def test_nothing_is_kept_before_or_after() -> None:
-    queue = WorkQueue()
-    queue.put(_piece(Rank.LOAD))
-    queue.keep(10)
-    assert queue.take_kept() == []
-    queue.put(_piece(Rank.LOAD))
-    assert len(queue) == 2
-    assert queue.take_kept() == []

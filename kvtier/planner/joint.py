@@ -1,0 +1,194 @@
+"""Joint plans: many small stores, or loads, as one hop. What a plan costs is paid once for all of them.
+
+The blocks of all of them stand one after another in one table of pages, as if they were those of a single request.
+Anything out of the ordinary is left to be planned alone: blocks that are known already, rows on disk, no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from typing import Final, TypeGuard
+
+import numpy as np
+
+from kvtier.core.memory import GroupPages, PageTable
+from kvtier.core.plan import PAGE_BYTES, PlanKind, Tier
+from kvtier.index.cells import wide
+from kvtier.index.entries import MISSING, EntryRows
+from kvtier.planner.hops import Hop, Share, Targets
+from kvtier.planner.state import ControlState
+from kvtier.planner.stores import Stores
+from kvtier.planner.tickets import Durability
+from kvtier.planner.wishes import LoadWish, StoreWish, Wish
+
+SMALL_BYTES: Final = 32 << 10
+"""Records of one wish, up to which it shares a plan: a larger one is worth a plan of its own."""
+_DEADLINES_A_SECOND: Final = 100
+"""Loads share a plan when their deadlines are less than a hundredth of a second apart; the first one counts."""
+
+
+class JointPlans:
+    """Plans small wishes together."""
+
+    def __init__(self, state: ControlState, stores: Stores) -> None:
+        """Everything is kept in ``state``; stores are sent through ``stores``."""
+        self._state = state
+        self._stores = stores
+        layout = state.layout
+        self._most_blocks = SMALL_BYTES // (PAGE_BYTES * max(layout.record_pages)) if state.is_plain else 0
+        self._block_pages = layout.block_tokens // layout.page_tokens
+
+    def likeness(self, wish: Wish) -> Hashable:
+        """Equal for neighbours that may share a plan; the wish itself, equal to no other, where it has to be alone."""
+        blocks = len(wish.ticket.outcome)
+        if not 0 < blocks <= self._most_blocks:
+            return wish
+        if isinstance(wish, StoreWish):
+            if wish.ticket.durability != Durability.MEMORY or not wish.keys.chained:
+                return wish
+            return StoreWish, wish.pages.memory_id, wish.keys.root.weights_version, wish.lineage
+        if isinstance(wish, LoadWish):
+            size, due = wish.lease.keys.block_tokens, wish.deadline_s
+            if wish.start % size or wish.stop % size:
+                return wish
+            moment = None if due is None else int(due * _DEADLINES_A_SECOND)
+            return LoadWish, wish.pages.memory_id, wish.lease.keys.root.weights_version, wish.priority, moment
+        return wish
+
+    def plan(self, wishes: Sequence[Wish]) -> Sequence[Wish]:
+        """Plan ``wishes``, all of one likeness, as one hop; returns those that have to be planned alone."""
+        if _are_stores(wishes):
+            return self._plan_stores(wishes)
+        if _are_loads(wishes):
+            return self._plan_loads(wishes)
+        return wishes
+
+    # --- stores -----------------------------------------------------------------------------------------------------
+
+    def _plan_stores(self, wishes: Sequence[StoreWish]) -> Sequence[StoreWish]:
+        state = self._state
+        if not state.attached or wishes[0].keys.root.weights_version != state.version:
+            return wishes
+        joint, alone = self._new_and_known(wishes)
+        count = sum(len(wish.ticket.outcome) for wish in joint)
+        if len(joint) < 2 or not self._stores.has_room_for(count):
+            return wishes
+        fit, starts = state.host.reserve(0, count, state.may_go)
+        if fit < count:
+            pages = state.layout.record_pages[0]
+            state.host.free((rank, start, pages) for rank, own in starts.items() for start in own)
+            return wishes
+        self._send_stores(joint, count, starts[0])
+        return alone
+
+    def _new_and_known(self, wishes: Sequence[StoreWish]) -> tuple[list[StoreWish], list[StoreWish]]:
+        """Those whose blocks nobody has, and nobody before them wants to store; and the others."""
+        find, wanted = self._state.index.table.find_one, set[bytes]()
+        new: list[StoreWish] = []
+        known: list[StoreWish] = []
+        for wish in wishes:
+            own = wish.keys.digests[wish.ticket.first_block : wish.stop]
+            if wanted.isdisjoint(own) and all(find(key, 0) == MISSING for key in own):
+                wanted.update(own)
+                new.append(wish)
+            else:
+                known.append(wish)
+        return new, known
+
+    def _send_stores(self, wishes: Sequence[StoreWish], count: int, starts: Sequence[int]) -> None:
+        state = self._state
+        spans = [(wish.keys, range(wish.ticket.first_block, wish.stop)) for wish in wishes]
+        keys = b"".join([key for keys, span in spans for key in keys.digests[span.start : span.stop]])
+        entries = wide(
+            state.index.add(
+                np.frombuffer(keys, np.uint8).reshape(count, -1), 0,
+                depths=np.fromiter(chain.from_iterable(span for _, span in spans), np.int32, count),
+                tokens=state.layout.block_tokens, lineage=int(wishes[0].lineage),
+            )
+        )  # fmt: skip
+        shares = _shares(wishes)
+        before = np.empty(count, np.int32)
+        before[1:] = entries[:-1]
+        for share, (own, span) in zip(shares, spans, strict=True):
+            before[share.rows.start] = self._stores.before(own, 0, span.start)
+        state.index.link(entries, before)
+        hop = self._hop(PlanKind.STORE, entries, shares)
+        pages = np.full(count, state.layout.record_pages[0], np.int32)
+        hop.targets = {0: Targets(np.array(starts, np.int32), pages)}
+        parents = b"".join([own.parents(span) for own, span in spans])
+        self._stores.send(hop, parents, self._table(wishes), 0, count * state.layout.block_tokens)
+
+    # --- loads ------------------------------------------------------------------------------------------------------
+
+    def _plan_loads(self, wishes: Sequence[LoadWish]) -> Sequence[LoadWish]:
+        state, first = self._state, wishes[0]
+        if first.lease.keys.root.weights_version != state.version:
+            return wishes
+        joint, alone, entries = self._at_hand(wishes)
+        nbytes = len(entries) * state.block_bytes
+        if len(joint) < 2 or not state.has_room_for(PlanKind.LOAD, nbytes, state.config.host.load_queue):
+            return wishes
+        for wish in joint:
+            wish.ticket.tiers = bytearray((Tier.HOST,)) * len(wish.ticket.outcome)
+        hop = self._hop(PlanKind.LOAD, wide(np.array(entries, np.int32)), _shares(joint))
+        hop.nbytes = nbytes
+        due = min((wish.deadline_s for wish in joint if wish.deadline_s is not None), default=None)
+        state.send(
+            hop, priority=first.priority, pages=self._table(joint), stop=len(entries) * state.layout.block_tokens,
+            deadline_s=due,
+        )  # fmt: skip
+        return alone
+
+    def _at_hand(self, wishes: Sequence[LoadWish]) -> tuple[list[LoadWish], list[LoadWish], list[int]]:
+        """Those whose blocks are in host memory and no earlier one's, the others, and the entries of the first."""
+        at_hand, every_rank = self._state.index.host_ranks_at, self._state.index.every_rank
+        joint: list[LoadWish] = []
+        alone: list[LoadWish] = []
+        entries: list[int] = []
+        wanted = set[int]()
+        for wish in wishes:
+            first = wish.ticket.first_block - wish.lease.first_block
+            own = wish.lease.groups[0][first : first + len(wish.ticket.outcome)].tolist()
+            is_here = not wish.lease.released and all(at_hand[entry] == every_rank for entry in own)
+            if is_here and wanted.isdisjoint(own):
+                wanted.update(own)
+                entries += own
+                joint.append(wish)
+            else:
+                alone.append(wish)
+        return joint, alone, entries
+
+    # --- both -------------------------------------------------------------------------------------------------------
+
+    def _hop(self, kind: PlanKind, entries: EntryRows, shares: list[Share]) -> Hop:
+        state, blocks = self._state, np.arange(len(entries), dtype=np.int32)
+        hop = Hop(state.next_number(), kind, entries, blocks, state.index.every_rank, state.version)
+        hop.shares = shares
+        return hop
+
+    def _table(self, wishes: Sequence[StoreWish] | Sequence[LoadWish]) -> PageTable:
+        """The pages of all blocks, as if they were one request's from token 0 on."""
+        layout, ids = self._state.layout, []
+        for wish in wishes:
+            own, ticket = wish.pages.groups[0], wish.ticket
+            first = (ticket.first_block * layout.block_tokens - own.first_token) // layout.page_tokens
+            ids.append(own.ids[first : first + len(ticket.outcome) * self._block_pages])
+        return PageTable(wishes[0].pages.memory_id, (GroupPages(0, np.concatenate(ids)),))
+
+
+def _shares(wishes: Sequence[StoreWish] | Sequence[LoadWish]) -> list[Share]:
+    shares, row = [], 0
+    for wish in wishes:
+        rows = range(row, row + len(wish.ticket.outcome))
+        shares.append(Share(wish.ticket, rows))
+        row = rows.stop
+    return shares
+
+
+def _are_stores(wishes: Sequence[Wish]) -> TypeGuard[Sequence[StoreWish]]:
+    return isinstance(wishes[0], StoreWish)
+
+
+def _are_loads(wishes: Sequence[Wish]) -> TypeGuard[Sequence[LoadWish]]:
+    return isinstance(wishes[0], LoadWish)

@@ -1,0 +1,88 @@
+"""Wishes: what callers want moved, each with the ticket that they wait for. Made without a lock, planned in batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kvtier.core.keys import Keys
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import Lineage, Priority
+from kvtier.planner.leases import Lease
+from kvtier.planner.tickets import Durability, Ticket, TicketKind
+
+
+@dataclass(slots=True, eq=False)
+class StoreWish:
+    """Keep the full blocks [ticket.first_block, stop) of ``keys``, which may grow meanwhile."""
+
+    ticket: Ticket
+    keys: Keys
+    stop: int
+    pages: PageTable
+    start: int
+    """The first token that was asked for: it may lie inside the block before."""
+    lineage: Lineage
+
+    @classmethod
+    def of(cls, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> StoreWish:
+        """From token ``start`` on, all that is full now."""
+        first, stop = -(-start // keys.block_tokens), len(keys)
+        ticket = Ticket.of(TicketKind.STORE, first, max(0, stop - first))
+        ticket.durability = durability
+        return cls(ticket, keys, stop, pages, start, lineage)
+
+
+@dataclass(slots=True, eq=False)
+class LoadWish:
+    """Bring tokens [start, stop) of ``lease`` into engine pages. ``deadline_s`` is on the planner's clock."""
+
+    ticket: Ticket
+    lease: Lease
+    pages: PageTable
+    start: int
+    stop: int
+    priority: Priority
+    deadline_s: float | None
+
+    @classmethod
+    def of(
+        cls, lease: Lease, pages: PageTable, start: int, stop: int, priority: Priority, deadline_s: float | None
+    ) -> LoadWish:
+        """The blocks that hold any of these tokens."""
+        size = lease.keys.block_tokens
+        first = start // size
+        ticket = Ticket.of(TicketKind.LOAD, first, -(-stop // size) - first)
+        return cls(ticket, lease, pages, start, stop, priority, deadline_s)
+
+
+@dataclass(slots=True, eq=False)
+class PrefetchWish:
+    """Bring those of the first ``stop`` blocks of ``keys`` that are only on disk into host memory."""
+
+    ticket: Ticket
+    keys: Keys
+    stop: int
+    deadline_s: float | None
+
+    @classmethod
+    def of(cls, keys: Keys, deadline_s: float | None) -> PrefetchWish:
+        """All blocks that are full now; how many of them are stored is found out when it is planned."""
+        return cls(Ticket.of(TicketKind.PREFETCH, 0, 0), keys, len(keys), deadline_s)
+
+
+@dataclass(slots=True, eq=False)
+class FlushWish:
+    """Everything that is stored when it is planned reaches the durability of the ticket."""
+
+    ticket: Ticket
+
+    @classmethod
+    def of(cls, durability: Durability) -> FlushWish:
+        """To that level."""
+        ticket = Ticket.of(TicketKind.FLUSH, 0, 1)
+        ticket.durability = durability
+        return cls(ticket)
+
+
+Wish: TypeAlias = StoreWish | LoadWish | PrefetchWish | FlushWish
