@@ -336,23 +336,28 @@ def test_a_store_from_beyond_the_last_full_block_has_nothing_to_do(memory_cache:
     assert (result.stored, result.refused, result.failed) == (0, 0, {})
 
 
-def test_an_interrupt_in_the_middle_of_a_small_store_leaves_it_to_the_copy_threads(memory_cache: TieredCache) -> None:
-    """Ctrl-C reaches the thread that submits, and that copies small blocks itself."""
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_engine_memory_that_throws_anything_fails_its_blocks_and_costs_no_thread(
+    memory_cache: TieredCache, error: type[BaseException]
+) -> None:
     engine = PseudoEngine(LAYOUT, 4)
     keys = memory_cache.keys(TOKENS)
     engine.write(keys, range(4))
-    memory = Interrupting(engine.memory)
-    with pytest.raises(KeyboardInterrupt):
-        memory_cache.submit_store(keys, KVPages(memory, engine.pages.table))
+    for number in range(4):
+        memory = Throwing(engine.memory, error)
+        result = memory_cache.submit_store([number] * SIZE, KVPages(memory, engine.pages.table)).result(30)
+        assert (result.stored, result.refused) == (0, SIZE)
     assert memory_cache.submit_store(keys, engine.pages).result(30).refused == 0
     assert still_there(memory_cache)
+    assert memory_cache.stats()[f"failed_pieces{{error={error.__name__}}}"] == 4
 
 
-class Interrupting:
-    """Engine memory that is interrupted in its first copy."""
+class Throwing:
+    """Engine memory whose first copy fails."""
 
-    def __init__(self, memory: PagedTensors) -> None:
+    def __init__(self, memory: PagedTensors, error: type[BaseException]) -> None:
         self._memory = memory
+        self._error = error
         self._left = 1
 
     def __getattr__(self, name: str) -> Any:
@@ -361,7 +366,7 @@ class Interrupting:
     def gather(self, *arguments: Any) -> None:
         self._left -= 1
         if self._left >= 0:
-            raise KeyboardInterrupt
+            raise self._error
         self._memory.gather(*arguments)
 
     def scatter(self, *arguments: Any) -> None:
