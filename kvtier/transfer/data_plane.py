@@ -92,6 +92,7 @@ class DataPlane:
         self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
         self._closed = self._gone = False
+        self._working = True
         self._called_back = False
         self._tables_are_checked = tables_are_checked
         self._workers: list[Worker] = []
@@ -220,9 +221,11 @@ class DataPlane:
                     run.abandon(Reason.CLOSED)
             self._equipment.kick()
         self._on_news()
-        self._drain(timeout_s)
+        if self._working:
+            self._drain(timeout_s)
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
+        self._working = False  # whoever closes a second time waits for the engines alone: nobody drains any more
         stopped = [worker.stop(timeout_s) for worker in self._workers]
         if stuck or not all(stopped):
             return False
