@@ -284,14 +284,16 @@ class DataPlane:
         if news:
             self._on_news()
         if piece is None:
-            return news or reaped > 0
+            return reaped > 0  # whatever the news brings wakes a thread that waits
         self._perform(piece)
         return True
 
     def _perform(self, piece: Piece) -> None:
         try:
             result = piece.work()
-        except BaseException as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
+        except (
+            BaseException
+        ) as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
             result = RuntimeError(f"a piece of work failed: {error!r}")
             self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
         with self._lock:
