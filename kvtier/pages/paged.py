@@ -189,13 +189,17 @@ class _GroupRows:
         space, block_pages = RowSpace([part.pages for part in parts]), layout.block_tokens // layout.page_tokens
         counts = space.rows_a_page
         zeros = np.zeros(block_pages, np.intp)
+        first, second = (
+            np.concatenate([space.rows_of(number, zeros + page).reshape(-1) for number in range(len(parts))])
+            for page in (0, 1)
+        )
         return cls(
             parts=parts,
             block_pages=block_pages,
             space=space,
-            first=np.concatenate([space.rows_of(number, zeros).reshape(-1) for number in range(len(parts))]),
+            first=first,
             page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
-            step=np.repeat(counts, [block_pages * count for count in counts]),
+            step=second - first,
             begins=tuple(accumulate((block_pages * count for count in counts), initial=0)),
         )
 
