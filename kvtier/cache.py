@@ -8,6 +8,7 @@ thread. Plans are sent and callers told after the lock is released, completions 
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -16,15 +17,19 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias, TypeVar
 
 from kvtier.arguments import (
-    check_start,
     checked_deadline_s,
     checked_model_id,
+    checked_name,
+    checked_owner,
+    checked_session,
+    checked_start,
     checked_version,
     durability_of,
     priority_of,
 )
 from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
+from kvtier.core.checks import flag, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage, Plan
@@ -165,9 +170,9 @@ class TieredCache:
     def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
+        start, exact = checked_start(keys, start), flag("exact", exact)
+        self._check_open()
         with self._lock:
-            self._check_open()
             return self._planner.match(keys, start=start, exact=exact)
 
     def lookup(
@@ -186,7 +191,8 @@ class TieredCache:
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
         """
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
+        start, exact = checked_start(keys, start), flag("exact", exact)
+        session, owner = checked_session(session), checked_owner(owner)
         self._check_open()
         now_s = self._clock.monotonic()
 
@@ -198,6 +204,8 @@ class TieredCache:
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
+        if checked_session(session) is None:
+            raise ConfigError("session = None: must be a string that names a conversation")
         with self._lock:
             return Session(self._planner.sessions.hints(session))
 
@@ -223,8 +231,9 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         self._check_hit(hit)
-        start = hit.start if start is None else start
-        stop = max(hit.num_tokens, start) if stop is None else stop
+        self._check_client(client)
+        start = hit.start if start is None else whole("start", start)
+        stop = max(hit.num_tokens, start) if stop is None else whole("stop", stop)
         self._check_hit_range(hit, start, stop)
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         service = priority_of(priority)
@@ -256,8 +265,8 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
-        level = durability_of(durability)
+        start, level, session = checked_start(keys, start), durability_of(durability), checked_session(session)
+        self._check_client(client)
         lineage = Lineage.EXACT
         if derived_from is not None:
             self._check_hit(derived_from)
@@ -283,16 +292,18 @@ class TieredCache:
 
         Without ``deadline_s`` it may take as long as ``[prefetch]`` says; what is not there by then is left on disk.
         """
-        if to != "host":
+        if not isinstance(to, str) or to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
+        self._check_client(client)
         self._check_open()
         return self._submit(PrefetchWish.of(keys, deadline), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
+        self._check_client(client)
         self._check_open()
         return self._submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
@@ -307,8 +318,10 @@ class TieredCache:
 
         ``KVPages`` of memory that was not registered are registered for the time of each job.
         """
+        if not isinstance(memory, KVMemory):
+            raise ConfigError(f"memory = {memory!r}: want engine memory, such as PagedTensors or DenseKV")
+        self._check_open()
         with self._lock:
-            self._check_open()
             return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
@@ -476,9 +489,7 @@ class TieredCache:
         self._decide(lambda: self._planner.release(lease))
 
     def _root(self, tenant: str, adapter: str) -> Root:
-        for name, value in (("tenant", tenant), ("adapter", adapter)):
-            if not isinstance(value, str) or not value.isprintable():
-                raise ConfigError(f"{name} = {value!r}: must be a string of printable characters")
+        tenant, adapter = checked_name("tenant", tenant), checked_name("adapter", adapter)
         return Root(self.model_id, self._planner.weights_version, adapter, tenant)
 
     def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
@@ -489,16 +500,17 @@ class TieredCache:
 
     def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable]:
         if isinstance(pages, PageTable):
-            memory = self._memories.find(pages.memory_id)
+            memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
             if memory is not None and start < stop:
                 memory.check(pages, start, stop)
             elif memory is None and self._is_local:
                 raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
             self._check_open()
             return None, pages
-        if not isinstance(pages, KVPages):
+        is_whole = isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "check")
+        if not is_whole:
             raise ConfigError(
-                f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {type(pages).__name__}"
+                f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {reprlib.repr(pages)}"
             )
         if start < stop:  # else no block is full, and the table need not reach as far as the next one
             pages.memory.check(pages.table, start, stop)
@@ -516,6 +528,10 @@ class TieredCache:
     def _check_hit(self, hit: Hit) -> None:
         if not isinstance(hit, Hit) or hit.origin is not self:
             raise ConfigError(f"hit = {hit!r}: want a hit that lookup() of this very cache returned")
+
+    def _check_client(self, client: Client | None) -> None:
+        if client is not None and not isinstance(client, Client):
+            raise ConfigError(f"client = {client!r}: want what client() of this cache returned, or None")
 
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens

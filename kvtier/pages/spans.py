@@ -36,10 +36,21 @@ def cut(start: int, stop: int, page_tokens: int) -> tuple[range, tuple[Edge, ...
     return range(first, last), tuple(edges)
 
 
-def check_count(groups: tuple[GroupPages, ...], want: int) -> None:
-    """Refuse a table for another number of groups than the layout has."""
+def check_groups(groups: tuple[GroupPages, ...], want: int) -> None:
+    """Refuse what is no table, or one for another number of groups than the layout has.
+
+    Raises:
+        ConfigError: naming what was given, and what it takes.
+    """
+    if not isinstance(groups, tuple) or not all(isinstance(pages, GroupPages) for pages in groups):
+        raise ConfigError(f"page table: groups = {groups!r}, want a tuple of GroupPages")
     if len(groups) != want:
         raise ConfigError(f"page table: has {len(groups)} groups, the layout has {want}")
+    for pages in groups:
+        if type(pages.first_token) is not int:
+            raise ConfigError(f"page table: first_token = {pages.first_token!r}, want an int")
+        if not isinstance(pages.ids, np.ndarray) or pages.ids.ndim != 1 or pages.ids.dtype != np.int32:
+            raise ConfigError(f"page table: ids = {pages.ids!r}, want an array of one dimension of int32")
 
 
 def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
@@ -48,7 +59,10 @@ def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
     Raises:
         ConfigError: they are not one dimension of integers that fit.
     """
-    given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    try:
+        given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    except ValueError as error:  # lists of different lengths
+        raise ConfigError(f"{what}: want one dimension of integers, got {ids!r}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
     if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):
