@@ -290,16 +290,19 @@ class TieredCache:
     ) -> Job[PrefetchResult]:
         """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
 
-        Without ``deadline_s`` it may take as long as ``[prefetch]`` says; what is not there by then is left on disk.
+        It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
+        left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
+        loads them takes those that have come from host memory, and reads the others itself.
         """
         if not isinstance(to, str) or to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
+        waits = deadline_s is not None or self.config.prefetch.policy != "best_effort"
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
         self._check_client(client)
         self._check_open()
-        return self._submit(PrefetchWish.of(keys, deadline), _NO_SPAN, None, client)
+        return self._submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""

@@ -182,11 +182,12 @@ class PolicyConfig(_Section):
 
 
 class PrefetchConfig(_Section):
-    """How long a prefetch may hold up the request that asked for it."""
+    """How long a prefetch without deadline_s= may hold up the request that asked for it."""
 
     policy: Literal["best_effort", "wait_complete", "timeout"] = Field(
         "timeout",
-        description="best_effort: take what is there; wait_complete: wait for all; timeout: wait as long as below",
+        description="best_effort: nobody waits, blocks come in the background; wait_complete: wait for all; "
+        "timeout: wait as long as below, what has not come by then stays on disk",
     )
     timeout_base_s: Seconds = Field(1.0, description="seconds that every prefetch may take")
     timeout_per_1k_tokens_s: Seconds = Field(0.25, description="seconds more per 1024 tokens")

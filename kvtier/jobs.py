@@ -48,12 +48,16 @@ class StoreResult:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchResult:
-    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason."""
+    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason.
+
+    ``pending`` tokens are still on their way: with ``prefetch.policy = "best_effort"`` nobody waits for them.
+    """
 
     fetched: int
     existing: int
     failed: dict[str, int] = field(default_factory=dict)
 
+    pending: int = 0
 
 @dataclass(frozen=True, slots=True)
 class FlushResult:
@@ -250,7 +254,7 @@ def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
     done, existing = (ticket.count(outcome) * block_tokens for outcome in (Outcome.DONE, Outcome.EXISTING))
     if ticket.kind == TicketKind.STORE:
         return StoreResult(done, existing, ticket.count(Outcome.FAILED) * block_tokens, failed, ticket.moved_bytes)
-    return PrefetchResult(done, existing, failed)
+    return PrefetchResult(done, existing, failed, ticket.count(Outcome.PENDING) * block_tokens)
 
 
 def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:
