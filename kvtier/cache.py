@@ -52,7 +52,7 @@ from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish, Ticket, Wish
 from kvtier.planner.events import BlockEvent
-from kvtier.runtime import system_machine
+from kvtier.runtime import system_machine, this_process
 from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
@@ -69,7 +69,10 @@ _WISHES_A_TURN: Final = 128
 
 
 class TieredCache:
-    """A cache for synchronous callers, in as many threads as they like. A context manager that closes."""
+    """A cache for synchronous callers, in as many threads as they like. A context manager that closes.
+
+    It is of the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
+    """
 
     def __init__(
         self,
@@ -94,10 +97,11 @@ class TieredCache:
         self.layout = layout
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
+        self._process = this_process()
         runtime = self._machine.runtime
         self._clock = runtime.clock
         self._lock = runtime.lock()
-        self._control = JobControl(runtime, self._cancel)
+        self._control = JobControl(runtime, self._cancel, self._check_here)
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
         self._on_attach: list[Event] = []
@@ -125,6 +129,7 @@ class TieredCache:
         Raises:
             TimeoutError: a rank is missing.
         """
+        self._check_here()
         deadline = self._clock.monotonic() + timeout_s
         while True:
             with self._lock:
@@ -206,6 +211,7 @@ class TieredCache:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
         if checked_session(session) is None:
             raise ConfigError("session = None: must be a string that names a conversation")
+        self._check_here()
         with self._lock:
             return Session(self._planner.sessions.hints(session))
 
@@ -329,6 +335,7 @@ class TieredCache:
 
     def unregister(self, memory: KVMemory) -> None:
         """Forget ``memory`` once no job uses it."""
+        self._check_here()
         with self._lock:
             self._memories.let_go(memory)
 
@@ -346,12 +353,14 @@ class TieredCache:
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen."""
+        self._check_here()
         with self._lock:
             self._planner.events.listening = True
             return self._planner.events.take()
 
     def samples(self) -> list[Sample]:
         """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``."""
+        self._check_here()
         with self._lock:
             counters, levels = self._planner.counters(), self._planner.levels()
             levels |= {"jobs": len(self._jobs), "memories": len(self._memories)}
@@ -368,7 +377,12 @@ class TieredCache:
         return {str(sample): sample.value for sample in self.samples()}
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind."""
+        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
+
+        In a child of the process that opened it nothing happens: all of it is the parent's.
+        """
+        if not self._process.is_here:
+            return True
         with self._lock:
             first = not self._closed
         if first and self.config.disk.directories:
@@ -483,15 +497,18 @@ class TieredCache:
         return jobs
 
     def _cancel(self, job: AnyJob) -> None:
+        self._check_here()
         self._decide(lambda: None)
         for plan_id in job.ticket.plan_ids:
             for channel in self._channels:
                 channel.cancel(plan_id)
 
     def _release(self, lease: Lease) -> None:
-        self._decide(lambda: self._planner.release(lease))
+        if self._process.is_here:
+            self._decide(lambda: self._planner.release(lease))
 
     def _root(self, tenant: str, adapter: str) -> Root:
+        self._check_here()
         tenant, adapter = checked_name("tenant", tenant), checked_name("adapter", adapter)
         return Root(self.model_id, self._planner.weights_version, adapter, tenant)
 
@@ -541,6 +558,11 @@ class TieredCache:
         if not low <= start <= stop <= max(hit.num_tokens, start):
             raise ConfigError(f"load [{start}, {stop}): the hit holds tokens [{low}, {hit.num_tokens})")
 
+    def _check_here(self) -> None:
+        if not self._process.is_here:
+            raise ClosedError("this cache is of another process, which forked this one: open a cache of your own here")
+
     def _check_open(self) -> None:
+        self._check_here()
         if self._closed:
             raise ClosedError("the cache is closed; open a new one")
