@@ -83,28 +83,27 @@ def checked_name(name: str, value: str) -> str:
     return value
 
 
-def checked_session(session: str | None) -> str | None:
+def checked_session(session: str) -> str:
     """``session``.
 
     Raises:
-        ConfigError: it is neither a string nor None.
+        ConfigError: it is no string.
     """
-    if session is not None and not isinstance(session, str):
-        raise ConfigError(f"session = {session!r}: must be a string that names a conversation, or None")
+    if not isinstance(session, str):
+        raise ConfigError(f"session = {session!r}: must be a string that names a conversation")
     return session
 
 
-def checked_owner(owner: Hashable | None) -> Hashable | None:
-    """``owner``.
+def check_owner(owner: Hashable) -> None:
+    """Refuse an ``owner`` that could not be found again.
 
     Raises:
-        ConfigError: it cannot be found again, because it cannot be hashed.
+        ConfigError: it cannot be hashed.
     """
     try:
         hash(owner)
     except TypeError:
         raise ConfigError(f"owner = {owner!r}: must be hashable, such as a request's id") from None
-    return owner
 
 
 def priority_of(word: str) -> Priority:

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias, TypeVar
 
 from kvtier.arguments import (
+    check_owner,
     checked_deadline_s,
     checked_model_id,
     checked_name,
-    checked_owner,
     checked_session,
     checked_start,
     checked_version,
@@ -197,7 +197,10 @@ class TieredCache:
         """
         keys = self._keys(tokens, tenant, adapter)
         start, exact = checked_start(keys, start), flag("exact", exact)
-        session, owner = checked_session(session), checked_owner(owner)
+        if session is not None:
+            checked_session(session)
+        if owner is not None:
+            check_owner(owner)
         self._check_open()
         now_s = self._clock.monotonic()
 
@@ -209,11 +212,10 @@ class TieredCache:
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
-        if checked_session(session) is None:
-            raise ConfigError("session = None: must be a string that names a conversation")
         self._check_here()
+        name = checked_session(session)
         with self._lock:
-            return Session(self._planner.sessions.hints(session))
+            return Session(self._planner.sessions.hints(name))
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,8 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         self._check_hit(hit)
-        self._check_client(client)
+        if client is not None:
+            _check_client(client)
         start = hit.start if start is None else whole("start", start)
         stop = max(hit.num_tokens, start) if stop is None else whole("stop", stop)
         self._check_hit_range(hit, start, stop)
@@ -271,8 +274,11 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         keys = self._keys(tokens, tenant, adapter)
-        start, level, session = checked_start(keys, start), durability_of(durability), checked_session(session)
-        self._check_client(client)
+        start, level = checked_start(keys, start), durability_of(durability)
+        if session is not None:
+            checked_session(session)
+        if client is not None:
+            _check_client(client)
         lineage = Lineage.EXACT
         if derived_from is not None:
             self._check_hit(derived_from)
@@ -306,13 +312,15 @@ class TieredCache:
         waits = deadline_s is not None or self.config.prefetch.policy != "best_effort"
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
-        self._check_client(client)
+        if client is not None:
+            _check_client(client)
         self._check_open()
         return self._submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
-        self._check_client(client)
+        if client is not None:
+            _check_client(client)
         self._check_open()
         return self._submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
@@ -549,10 +557,6 @@ class TieredCache:
         if not isinstance(hit, Hit) or hit.origin is not self:
             raise ConfigError(f"hit = {hit!r}: want a hit that lookup() of this very cache returned")
 
-    def _check_client(self, client: Client | None) -> None:
-        if client is not None and not isinstance(client, Client):
-            raise ConfigError(f"client = {client!r}: want what client() of this cache returned, or None")
-
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens
         if not low <= start <= stop <= max(hit.num_tokens, start):
@@ -563,6 +567,11 @@ class TieredCache:
             raise ClosedError("this cache is of another process, which forked this one: open a cache of your own here")
 
     def _check_open(self) -> None:
-        self._check_here()
-        if self._closed:
+        if self._closed or not self._process.is_here:
+            self._check_here()
             raise ClosedError("the cache is closed; open a new one")
+
+
+def _check_client(client: object) -> None:
+    if not isinstance(client, Client):
+        raise ConfigError(f"client = {client!r}: want what client() of this cache returned, or None")
