@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Hashable
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from kvtier.config import MOST_SECONDS
+from kvtier.core.checks import whole
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability
 
+T = TypeVar("T")
 _PRIORITIES: Final = {"demand": Priority.DEMAND, "prefetch": Priority.PREFETCH}
 _DURABILITIES: Final = {level.name.lower(): level for level in Durability}
 
@@ -33,13 +37,16 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
     """Seconds from now.
 
     Raises:
-        ConfigError: not a number above zero.
+        ConfigError: not a number above zero, or one of which nobody lives to see the end.
     """
     if deadline_s is None:
         return default_s
-    if not isinstance(deadline_s, (int, float)) or not deadline_s > 0:
-        raise ConfigError(f"deadline_s = {deadline_s!r}: must be a number of seconds above 0, or None")
-    return deadline_s
+    is_number = isinstance(deadline_s, (int, float, np.integer, np.floating)) and not isinstance(deadline_s, bool)
+    if not is_number or not 0 < deadline_s <= MOST_SECONDS:
+        raise ConfigError(
+            f"deadline_s = {deadline_s!r}: must be a number of seconds above 0 and up to {MOST_SECONDS:g}, or None"
+        )
+    return float(deadline_s)
 
 
 def checked_version(version: str) -> str:
@@ -53,28 +60,64 @@ def checked_version(version: str) -> str:
     return version
 
 
-def check_start(keys: Keys, start: int) -> None:
-    """Refuse a ``start`` outside the sequence.
+def checked_start(keys: Keys, start: int) -> int:
+    """``start``.
 
     Raises:
-        ConfigError: it is not in [0, num_tokens].
+        ConfigError: it is no integer in [0, num_tokens].
     """
-    stop = keys.num_tokens
-    if not isinstance(start, (int, np.integer)) or not 0 <= start <= stop:
+    start, stop = whole("start", start), keys.num_tokens
+    if not 0 <= start <= stop:
         raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
+    return start
+
+
+def checked_name(name: str, value: str) -> str:
+    """``value``, called ``name``: a tenant, an adapter.
+
+    Raises:
+        ConfigError: it is no string of printable characters.
+    """
+    if not isinstance(value, str) or not value.isprintable():
+        raise ConfigError(f"{name} = {value!r}: must be a string of printable characters")
+    return value
+
+
+def checked_session(session: str) -> str:
+    """``session``.
+
+    Raises:
+        ConfigError: it is no string.
+    """
+    if not isinstance(session, str):
+        raise ConfigError(f"session = {session!r}: must be a string that names a conversation")
+    return session
+
+
+def check_owner(owner: Hashable) -> None:
+    """Refuse an ``owner`` that could not be found again.
+
+    Raises:
+        ConfigError: it cannot be hashed.
+    """
+    try:
+        hash(owner)
+    except TypeError:
+        raise ConfigError(f"owner = {owner!r}: must be hashable, such as a request's id") from None
 
 
 def priority_of(word: str) -> Priority:
     """The class of service called ``word``; ConfigError for any other."""
-    try:
-        return _PRIORITIES[word]
-    except KeyError:
-        raise ConfigError(f"priority = {word!r}: one of 'demand', 'prefetch'") from None
+    return _found("priority", _PRIORITIES, word)
 
 
 def durability_of(word: str) -> Durability:
     """The level of acknowledgement called ``word``; ConfigError for any other."""
+    return _found("durability", _DURABILITIES, word)
+
+
+def _found(name: str, words: dict[str, T], word: Any) -> T:
     try:
-        return _DURABILITIES[word]
-    except KeyError:
-        raise ConfigError(f"durability = {word!r}: one of 'memory', 'process', 'durable'") from None
+        return words[word]
+    except (KeyError, TypeError):
+        raise ConfigError(f"{name} = {word!r}: one of {', '.join(map(repr, words))}") from None

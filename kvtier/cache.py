@@ -8,6 +8,7 @@ thread. Plans are sent and callers told after the lock is released, completions 
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
@@ -16,15 +17,19 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias, TypeVar
 
 from kvtier.arguments import (
-    check_start,
+    check_owner,
     checked_deadline_s,
     checked_model_id,
+    checked_name,
+    checked_session,
+    checked_start,
     checked_version,
     durability_of,
     priority_of,
 )
 from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
+from kvtier.core.checks import flag, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage, Plan
@@ -47,7 +52,7 @@ from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish, Ticket, Wish
 from kvtier.planner.events import BlockEvent
-from kvtier.runtime import system_machine
+from kvtier.runtime import system_machine, this_process
 from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
@@ -64,7 +69,10 @@ _WISHES_A_TURN: Final = 128
 
 
 class TieredCache:
-    """A cache for synchronous callers, in as many threads as they like. A context manager that closes."""
+    """A cache for synchronous callers, in as many threads as they like. A context manager that closes.
+
+    It is of the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
+    """
 
     def __init__(
         self,
@@ -89,10 +97,11 @@ class TieredCache:
         self.layout = layout
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
+        self._process = this_process()
         runtime = self._machine.runtime
         self._clock = runtime.clock
         self._lock = runtime.lock()
-        self._control = JobControl(runtime, self._cancel)
+        self._control = JobControl(runtime, self._cancel, self._check_here)
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
         self._on_attach: list[Event] = []
@@ -120,6 +129,7 @@ class TieredCache:
         Raises:
             TimeoutError: a rank is missing.
         """
+        self._check_here()
         deadline = self._clock.monotonic() + timeout_s
         while True:
             with self._lock:
@@ -165,9 +175,9 @@ class TieredCache:
     def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
         """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
+        start, exact = checked_start(keys, start), flag("exact", exact)
+        self._check_open()
         with self._lock:
-            self._check_open()
             return self._planner.match(keys, start=start, exact=exact)
 
     def lookup(
@@ -186,7 +196,11 @@ class TieredCache:
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
         """
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
+        start, exact = checked_start(keys, start), flag("exact", exact)
+        if session is not None:
+            checked_session(session)
+        if owner is not None:
+            check_owner(owner)
         self._check_open()
         now_s = self._clock.monotonic()
 
@@ -198,8 +212,10 @@ class TieredCache:
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
+        self._check_here()
+        name = checked_session(session)
         with self._lock:
-            return Session(self._planner.sessions.hints(session))
+            return Session(self._planner.sessions.hints(name))
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -223,8 +239,10 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         self._check_hit(hit)
-        start = hit.start if start is None else start
-        stop = max(hit.num_tokens, start) if stop is None else stop
+        if client is not None:
+            _check_client(client)
+        start = hit.start if start is None else whole("start", start)
+        stop = max(hit.num_tokens, start) if stop is None else whole("stop", stop)
         self._check_hit_range(hit, start, stop)
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         service = priority_of(priority)
@@ -256,8 +274,11 @@ class TieredCache:
             ClosedError: the cache is closed.
         """
         keys = self._keys(tokens, tenant, adapter)
-        check_start(keys, start)
-        level = durability_of(durability)
+        start, level = checked_start(keys, start), durability_of(durability)
+        if session is not None:
+            checked_session(session)
+        if client is not None:
+            _check_client(client)
         lineage = Lineage.EXACT
         if derived_from is not None:
             self._check_hit(derived_from)
@@ -281,18 +302,25 @@ class TieredCache:
     ) -> Job[PrefetchResult]:
         """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
 
-        Without ``deadline_s`` it may take as long as ``[prefetch]`` says; what is not there by then is left on disk.
+        It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
+        left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
+        loads them takes those that have come from host memory, and reads the others itself.
         """
-        if to != "host":
+        if not isinstance(to, str) or to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
         keys = self._keys(tokens, tenant, adapter)
+        waits = deadline_s is not None or self.config.prefetch.policy != "best_effort"
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
         deadline = None if patience_s is None else self._clock.monotonic() + patience_s
+        if client is not None:
+            _check_client(client)
         self._check_open()
-        return self._submit(PrefetchWish.of(keys, deadline), _NO_SPAN, None, client)
+        return self._submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
+        if client is not None:
+            _check_client(client)
         self._check_open()
         return self._submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
@@ -307,12 +335,15 @@ class TieredCache:
 
         ``KVPages`` of memory that was not registered are registered for the time of each job.
         """
+        if not isinstance(memory, KVMemory):
+            raise ConfigError(f"memory = {memory!r}: want engine memory, such as PagedTensors or DenseKV")
+        self._check_open()
         with self._lock:
-            self._check_open()
             return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
         """Forget ``memory`` once no job uses it."""
+        self._check_here()
         with self._lock:
             self._memories.let_go(memory)
 
@@ -330,12 +361,14 @@ class TieredCache:
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen."""
+        self._check_here()
         with self._lock:
             self._planner.events.listening = True
             return self._planner.events.take()
 
     def samples(self) -> list[Sample]:
         """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``."""
+        self._check_here()
         with self._lock:
             counters, levels = self._planner.counters(), self._planner.levels()
             levels |= {"jobs": len(self._jobs), "memories": len(self._memories)}
@@ -352,7 +385,12 @@ class TieredCache:
         return {str(sample): sample.value for sample in self.samples()}
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind."""
+        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
+
+        In a child of the process that opened it nothing happens: all of it is the parent's.
+        """
+        if not self._process.is_here:
+            return True
         with self._lock:
             first = not self._closed
         if first and self.config.disk.directories:
@@ -467,18 +505,19 @@ class TieredCache:
         return jobs
 
     def _cancel(self, job: AnyJob) -> None:
+        self._check_here()
         self._decide(lambda: None)
         for plan_id in job.ticket.plan_ids:
             for channel in self._channels:
                 channel.cancel(plan_id)
 
     def _release(self, lease: Lease) -> None:
-        self._decide(lambda: self._planner.release(lease))
+        if self._process.is_here:
+            self._decide(lambda: self._planner.release(lease))
 
     def _root(self, tenant: str, adapter: str) -> Root:
-        for name, value in (("tenant", tenant), ("adapter", adapter)):
-            if not isinstance(value, str) or not value.isprintable():
-                raise ConfigError(f"{name} = {value!r}: must be a string of printable characters")
+        self._check_here()
+        tenant, adapter = checked_name("tenant", tenant), checked_name("adapter", adapter)
         return Root(self.model_id, self._planner.weights_version, adapter, tenant)
 
     def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
@@ -489,16 +528,17 @@ class TieredCache:
 
     def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable]:
         if isinstance(pages, PageTable):
-            memory = self._memories.find(pages.memory_id)
+            memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
             if memory is not None and start < stop:
                 memory.check(pages, start, stop)
             elif memory is None and self._is_local:
                 raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
             self._check_open()
             return None, pages
-        if not isinstance(pages, KVPages):
+        is_whole = isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "check")
+        if not is_whole:
             raise ConfigError(
-                f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {type(pages).__name__}"
+                f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {reprlib.repr(pages)}"
             )
         if start < stop:  # else no block is full, and the table need not reach as far as the next one
             pages.memory.check(pages.table, start, stop)
@@ -522,6 +562,16 @@ class TieredCache:
         if not low <= start <= stop <= max(hit.num_tokens, start):
             raise ConfigError(f"load [{start}, {stop}): the hit holds tokens [{low}, {hit.num_tokens})")
 
+    def _check_here(self) -> None:
+        if not self._process.is_here:
+            raise ClosedError("this cache is of another process, which forked this one: open a cache of your own here")
+
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or not self._process.is_here:
+            self._check_here()
             raise ClosedError("the cache is closed; open a new one")
+
+
+def _check_client(client: object) -> None:
+    if not isinstance(client, Client):
+        raise ConfigError(f"client = {client!r}: want what client() of this cache returned, or None")

@@ -29,6 +29,8 @@ LEAST_SEGMENTS: Final = 4
 """How many segment files every disk directory must have room for."""
 LEAST_SEGMENT_BYTES: Final = 20 * 4096
 """A segment file with eight of the smallest records: no layout can do with less."""
+MOST_SECONDS: Final = 1e9
+"""No time limit is longer than thirty years: sums of times stay numbers."""
 _SIZE_EXAMPLES: Final = 'write it as "8GiB", "512MiB", "1.5TiB", or a number of bytes'
 
 
@@ -83,7 +85,7 @@ Directory: TypeAlias = Annotated[str, AfterValidator(_directory)]
 """An absolute path; ``~`` and paths relative to the working directory are resolved when the configuration is read."""
 
 Fraction1: TypeAlias = Annotated[float, Field(gt=0, le=1)]
-Seconds: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -180,11 +182,12 @@ class PolicyConfig(_Section):
 
 
 class PrefetchConfig(_Section):
-    """How long a prefetch may hold up the request that asked for it."""
+    """How long a prefetch without deadline_s= may hold up the request that asked for it."""
 
     policy: Literal["best_effort", "wait_complete", "timeout"] = Field(
         "timeout",
-        description="best_effort: take what is there; wait_complete: wait for all; timeout: wait as long as below",
+        description="best_effort: nobody waits, blocks come in the background; wait_complete: wait for all; "
+        "timeout: wait as long as below, what has not come by then stays on disk",
     )
     timeout_base_s: Seconds = Field(1.0, description="seconds that every prefetch may take")
     timeout_per_1k_tokens_s: Seconds = Field(0.25, description="seconds more per 1024 tokens")
@@ -196,7 +199,11 @@ class ReadConfig(_Section):
     verify_memory: bool = Field(True, description="check the checksum of blocks read from host memory too")
     promote: bool = Field(True, description="keep a copy in host memory of what was loaded from a slower tier")
     deadline_s: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="seconds after which a load without deadline_s= gives up"
+        10.0,
+        gt=0,
+        le=MOST_SECONDS,
+        allow_inf_nan=False,
+        description="seconds after which a load without deadline_s= gives up",
     )
 
 

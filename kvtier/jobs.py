@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from kvtier.core.plan import Reason, Tier
-from kvtier.errors import KVTierError
+from kvtier.errors import ClosedError, KVTierError
 from kvtier.planner.tickets import Outcome, Ticket, TicketKind
 from kvtier.runtime.notify import Notifier
+from kvtier.runtime.process import this_process
 from kvtier.runtime.seam import Lock, Runtime
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ class StoreResult:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchResult:
-    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason."""
+    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason.
+
+    ``pending`` tokens are still on their way: with ``prefetch.policy = "best_effort"`` nobody waits for them.
+    """
 
     fetched: int
     existing: int
     failed: dict[str, int] = field(default_factory=dict)
+    pending: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ class Job(Generic[R]):
 
         Raises:
             TimeoutError: it has not ended in time; the job goes on.
+            ClosedError: this is another process than that of the cache.
         """
         if not self._done:
             self._wait(lambda: self._done, timeout_s)
@@ -181,6 +187,7 @@ class Job(Generic[R]):
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         if ready():
             return
+        self._control.check_here()
         clock = self._control.runtime.clock
         deadline = None if timeout_s is None else clock.monotonic() + timeout_s
         while not ready():
@@ -191,12 +198,13 @@ class Job(Generic[R]):
 
 
 class JobControl:
-    """What jobs share with their cache."""
+    """What jobs share with their cache. ``check_here`` raises where nobody would ever end a job."""
 
-    def __init__(self, runtime: Runtime, cancel: Callable[[AnyJob], object]) -> None:
+    def __init__(self, runtime: Runtime, cancel: Callable[[AnyJob], object], check_here: Callable[[], object]) -> None:
         self.runtime = runtime
         self.lock: Lock = runtime.lock()
         self.cancel = cancel
+        self.check_here = check_here
 
 
 def tell(jobs: Iterable[AnyJob]) -> None:
@@ -216,6 +224,7 @@ class Client:
     def __init__(self) -> None:
         self._done: deque[AnyJob] = deque()
         self._notifier = Notifier()
+        self._process = this_process()
         self._told = False  # since the last poll: telling once is enough
 
     def fileno(self) -> int:
@@ -223,7 +232,9 @@ class Client:
         return self._notifier.fileno()
 
     def poll(self) -> list[AnyJob]:
-        """Jobs that ended since the last call, in order; never blocks."""
+        """Jobs that ended since the last call, in order; never blocks. ClosedError after a fork, in the child."""
+        if not self._process.is_here:  # to look would be to take the parent's wake-up
+            raise ClosedError("this client is of another process, which forked this one: open a cache of your own here")
         self._notifier.clear()
         self._told = False  # from here on a new job tells again; those before are taken below
         done = self._done
@@ -250,7 +261,7 @@ def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:
     done, existing = (ticket.count(outcome) * block_tokens for outcome in (Outcome.DONE, Outcome.EXISTING))
     if ticket.kind == TicketKind.STORE:
         return StoreResult(done, existing, ticket.count(Outcome.FAILED) * block_tokens, failed, ticket.moved_bytes)
-    return PrefetchResult(done, existing, failed)
+    return PrefetchResult(done, existing, failed, ticket.count(Outcome.PENDING) * block_tokens)
 
 
 def _load_result(ticket: Ticket, span: range, block_tokens: int, failed: dict[str, int]) -> LoadResult:

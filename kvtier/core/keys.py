@@ -23,10 +23,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.checks import flag, whole
 from kvtier.errors import ConfigError
 
 KEY_BYTES = 32
 MAX_TOKEN_ID = 2**31 - 1
+_MAX_POSITION = 2**62
 
 TokenIds: TypeAlias = Any
 """A sequence of ints, a numpy integer array or a torch integer tensor; one-dimensional, ids in [0, 2^31)."""
@@ -80,7 +82,8 @@ class Keys:
         self.root = root
         self.root_digest = root.digest()
         self.block_tokens = block_tokens
-        self.extra = tuple(sorted(_checked_extra(position, item) for position, item in enumerate(extra)))
+        items = enumerate(_items("extra", extra))
+        self.extra = tuple(sorted(_checked_extra(position, item) for position, item in items))
         self.foreign_engine: str | None = None
         self.chained = True
         self.digests: list[bytes] = []
@@ -111,19 +114,23 @@ class Keys:
         ``num_tokens`` is the length of the sequence; without it every block may hit (one token more than the blocks).
 
         Raises:
-            ConfigError: a raw key is no bytes, or comes twice.
+            ConfigError: a raw key is no bytes, or comes twice; ``engine`` is no name, ``chained`` neither True nor
+                False, or ``num_tokens`` not the length of a sequence of so many full blocks.
         """
+        if not isinstance(engine, str) or not engine.isprintable():
+            raise ConfigError(f"engine = {engine!r}: must be a string of printable characters")
         keys = cls(root, block_tokens)
         keys.foreign_engine = engine
         tag = engine.encode()
-        raw = [_checked_raw(position, item) for position, item in enumerate(raw_keys)]
+        raw = [_checked_raw(position, item) for position, item in enumerate(_items("raw_keys", raw_keys))]
         if len(set(raw)) < len(raw):
             first = {item: at for at, item in reversed(list(enumerate(raw)))}
             twice = next(at for at, item in enumerate(raw) if first[item] != at)
             raise ConfigError(f"raw_keys[{twice}] = {raw[twice].hex()}: comes twice; a sequence has a block only once")
         keys.digests = [_digest(b"kvtier-foreign-1", keys.root_digest, tag, item) for item in raw]
-        keys.chained = chained
-        keys.num_tokens = len(raw_keys) * block_tokens + 1 if num_tokens is None else num_tokens
+        keys.chained = flag("chained", chained)
+        least = len(raw) * block_tokens
+        keys.num_tokens = least + 1 if num_tokens is None else _checked_length(num_tokens, least, block_tokens)
         return keys
 
     def append(self, tokens: TokenIds) -> None:
@@ -238,9 +245,25 @@ def _checked_extra(position: int, item: Any) -> Extra:
         checked = index(start), index(stop), bytes(memoryview(digest))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"extra[{position}] = {item!r}: want (start, stop, digest as bytes)") from error
-    if not 0 <= checked[0] < checked[1]:
-        raise ConfigError(f"extra[{position}] = {item!r}: want 0 <= start < stop")
+    if not 0 <= checked[0] < checked[1] <= _MAX_POSITION or isinstance(start, bool) or isinstance(stop, bool):
+        raise ConfigError(f"extra[{position}] = {item!r}: want positions 0 <= start < stop <= 2^62")
     return checked
+
+
+def _items(name: str, given: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(f"{name} = {given!r}: want a list")
+    return given
+
+
+def _checked_length(num_tokens: int, least: int, block_tokens: int) -> int:
+    num_tokens = whole("num_tokens", num_tokens)
+    if not least <= num_tokens < least + block_tokens:
+        raise ConfigError(
+            f"num_tokens = {num_tokens}: {least // block_tokens} keys of blocks of {block_tokens} tokens are those of"
+            f" {least} to {least + block_tokens - 1} tokens; pass one key per full block"
+        )
+    return num_tokens
 
 
 def _checked_raw(position: int, raw: Any) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from math import gcd
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,20 @@ Pages2D: TypeAlias = npt.NDArray[np.uint8]
 Rows: TypeAlias = npt.NDArray[np.intp]
 
 
+_LEAST_ROW_BYTES: Final = 512
+"""Shorter rows than this cost more in calls of the copy routine than in bytes."""
+_RUN_BYTES: Final = 512 << 10
+"""What is gathered at once where rows overlap: it passes through a core's own cache on its way."""
+
+
 class RowSpace:
     """Several arrays of pages, wherever they lie, as one table of equal rows.
 
-    A row is the largest piece that fits every page and every distance between two arrays: a whole page where the
-    arrays are cut from one allocation, 4 KiB or so where each is mapped on its own. Arrays at odd distances, as small
-    ones from a heap are, have rows of 16 to 64 bytes and copy two to six times slower. Between the arrays the table
-    covers memory that is not theirs, so only rows that ``rows_of`` names may be asked for. The arrays must outlive it.
+    A row begins at every multiple of what divides all pages and all distances between two arrays: a whole page where
+    the arrays are cut from one allocation, 4 KiB or so where each is mapped on its own, 16 to 64 bytes where they come
+    from a heap. Where that is long enough it is a row; else rows are as long as pages allow, and overlap. Between the
+    arrays the table covers memory that is not theirs, so only rows that ``rows_of`` names may be asked for. The arrays
+    must outlive it.
     """
 
     def __init__(self, arrays: Sequence[Pages2D]) -> None:
@@ -36,17 +43,21 @@ class RowSpace:
         starts = [_address(array) for array in arrays]
         base = min(starts)
         sizes = [array.shape[1] for array in arrays]
-        self.row_bytes = gcd(*sizes, *(start - base for start in starts))
+        unit = gcd(*sizes, *(start - base for start in starts))
+        self.row_bytes = unit if unit >= _LEAST_ROW_BYTES else gcd(*sizes)
         stop = max(start + array.nbytes for start, array in zip(starts, arrays, strict=True))
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * (stop - base)).from_address(base))
-        self._rows: Pages2D = memory.reshape(-1, self.row_bytes)
-        self._first = [(start - base) // self.row_bytes for start in starts]
+        count = max(0, (stop - base - self.row_bytes) // unit + 1)
+        self._rows: Pages2D = np.ndarray((count, self.row_bytes), np.uint8, memory, strides=(unit, 1))
+        self._first = [(start - base) // unit for start in starts]
+        self._page_step = [size // unit for size in sizes]
+        self._row_step = self.row_bytes // unit
         self.rows_a_page = [size // self.row_bytes for size in sizes]
 
     def rows_of(self, array: int, pages: npt.NDArray[np.integer[Any]]) -> Rows:
         """The rows of ``pages`` of array number ``array``: intp ``[*pages.shape, rows_a_page]``."""
-        count = self.rows_a_page[array]
-        rows: Rows = (self._first[array] + pages.astype(np.intp) * count)[..., None] + np.arange(count)
+        first = self._first[array] + pages.astype(np.intp) * self._page_step[array]
+        rows: Rows = first[..., None] + self._row_step * np.arange(self.rows_a_page[array])
         return rows
 
     def gather(self, rows: Rows, out: npt.NDArray[np.uint8]) -> None:
@@ -54,12 +65,17 @@ class RowSpace:
         if not out.flags.c_contiguous:
             raise ValueError(f"out has strides {out.strides}, want contiguous bytes")
         rows = rows.reshape(-1)
-        # Any other mode copies through a buffer of its own.
-        np.take(self._rows, rows, axis=0, out=out.reshape(-1, self.row_bytes), mode="clip")
+        table = out.reshape(len(rows), self.row_bytes)
+        if self._row_step == 1:
+            np.take(self._rows, rows, axis=0, out=table, mode="clip")  # another mode copies through a buffer of its own
+            return
+        run = max(1, _RUN_BYTES // self.row_bytes)  # of rows that overlap, ``take`` would first copy the whole table
+        for at in range(0, len(rows), run):
+            table[at : at + run] = self._rows[rows[at : at + run]]
 
     def scatter(self, rows: Rows, source: npt.NDArray[np.uint8]) -> None:
         """Copy ``source`` to ``rows`` (of any shape); undoes ``gather`` where no row is named twice."""
-        self._rows[rows.reshape(-1)] = source.reshape(-1, self.row_bytes)
+        self._rows[rows.reshape(-1)] = source.reshape(rows.size, self.row_bytes)
 
 
 def _address(array: npt.NDArray[np.uint8]) -> int:

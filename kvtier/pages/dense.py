@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.checks import whole
 from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
-from kvtier.pages.spans import check_count
-from kvtier.pages.tensors import Tensor, bytes_of, dtype_of
+from kvtier.pages.spans import check_groups, frozen_ids
+from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
 
 
 class DenseKV:
@@ -33,10 +34,10 @@ class DenseKV:
         """
         self.layout = layout
         layers = {layer: row for row, layer in enumerate(sorted({p.layer for g in layout.groups for p in g.parts}))}
-        for name, given in (("keys", keys), ("values", values)):
+        sides = {"k": listed("keys", keys), "v": listed("values", values)}
+        for name, given in zip(("keys", "values"), sides.values(), strict=True):
             if len(given) != len(layers):
                 raise ConfigError(f"{name}: got {len(given)} tensors, the layout has {len(layers)} layers")
-        sides = {"k": keys, "v": values}
         self._groups = tuple(
             tuple(
                 _DensePart.of(group, part, _side(sides, group, part)[layers[part.layer]], layout)
@@ -44,6 +45,8 @@ class DenseKV:
             )
             for group in layout.groups
         )
+        if len({id(tensor) for given in sides.values() for tensor in given}) < 2 * len(layers):
+            raise ConfigError("keys, values: one tensor is there twice; every part needs a tensor of its own")
         sizes = {(part.data.shape[0], part.data.shape[2]) for parts in self._groups for part in parts}
         if len(sizes) != 1:
             raise ConfigError(f"keys, values: tensors differ in (batch, tokens): {sorted(sizes)}")
@@ -60,15 +63,14 @@ class DenseKV:
         Raises:
             ConfigError: no such row.
         """
-        ids = np.array([batch_index], np.int32)
-        ids.flags.writeable = False
+        ids, first_token = frozen_ids([batch_index], "batch_index"), whole("first_token", first_token)
         table = PageTable(-1, tuple(GroupPages(first_token, ids) for _ in self.layout.groups))
         self.check(table, first_token, first_token)
         return KVPages(self, table)
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
         """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
-        check_count(table.groups, len(self.layout.groups))
+        check_groups(table.groups, len(self.layout.groups))
         for group, pages in zip(self.layout.groups, table.groups, strict=True):
             where = f"page table of group {group.name!r}"
             if len(pages.ids) != 1 or not 0 <= int(pages.ids[0]) < self.batch_size:
@@ -156,7 +158,7 @@ class _DensePart:
             yield mine, block[page, :, low - page * size : high - page * size]
 
 
-def _side(sides: dict[str, Sequence[Tensor]], group: KVGroup, part: Part) -> Sequence[Tensor]:
+def _side(sides: dict[str, list[Tensor]], group: KVGroup, part: Part) -> list[Tensor]:
     if part.kind not in sides:
         raise ConfigError(f"group {group.name!r}, {part.label}: dense tensors hold keys and values only")
     return sides[part.kind]

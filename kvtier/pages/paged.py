@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from kvtier.core.checks import whole
 from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.kernels import Rows, RowSpace
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
-from kvtier.pages.spans import check_count, cut, frozen_ids
-from kvtier.pages.tensors import Tensor, bytes_of, dtype_of
+from kvtier.pages.spans import check_groups, cut, frozen_ids
+from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 _SHORT: Final = 32
@@ -60,8 +61,8 @@ class PagedTensors:
         Raises:
             ConfigError: no such pages, or ``first_token`` is not a multiple of ``page_tokens``.
         """
-        groups = self.layout.groups
-        lists = [ids] if len(groups) == 1 else list(ids)
+        groups, first_token = self.layout.groups, whole("first_token", first_token)
+        lists = [ids] if len(groups) == 1 else listed("page ids", ids)
         if len(lists) != len(groups):
             raise ConfigError(f"page ids: got {len(lists)} lists, the layout has {len(groups)} groups")
         per_group = tuple(
@@ -75,7 +76,7 @@ class PagedTensors:
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
         """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
-        check_count(table.groups, len(self.layout.groups))
+        check_groups(table.groups, len(self.layout.groups))
         for group, pages, num_pages in zip(self.layout.groups, table.groups, self.num_pages, strict=True):
             self._check_group(group, pages, num_pages, start, stop)
 
@@ -129,8 +130,6 @@ class PagedTensors:
         where = f"page table of group {group.name!r}"
         if pages.first_token < 0 or pages.first_token % size:
             raise ConfigError(f"{where}: first_token = {pages.first_token}, want a multiple of page_tokens = {size}")
-        if pages.ids.ndim != 1 or pages.ids.dtype != np.int32:
-            raise ConfigError(f"{where}: ids are {pages.ids.dtype} {pages.ids.shape}, want one dimension of int32")
         covered = pages.first_token + len(pages.ids) * size
         if start < pages.first_token or stop > covered:
             first = start // size * size
@@ -194,13 +193,17 @@ class _GroupRows:
         space, block_pages = RowSpace([part.pages for part in parts]), layout.block_tokens // layout.page_tokens
         counts = space.rows_a_page
         zeros = np.zeros(block_pages, np.intp)
+        first, second = (
+            np.concatenate([space.rows_of(number, zeros + page).reshape(-1) for number in range(len(parts))])
+            for page in (0, 1)
+        )
         return cls(
             parts=parts,
             block_pages=block_pages,
             space=space,
-            first=np.concatenate([space.rows_of(number, zeros).reshape(-1) for number in range(len(parts))]),
+            first=first,
             page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
-            step=np.repeat(counts, [block_pages * count for count in counts]),
+            step=second - first,
             begins=tuple(accumulate((block_pages * count for count in counts), initial=0)),
         )
 
@@ -221,6 +224,7 @@ def _range_of(ids: Ids) -> tuple[int, int, bool]:
 
 
 def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
+    _check_apart(group, parts)
     counts = [len(part.pages) for part in parts]
     if len(set(counts)) > 1:
         other = next(number for number, count in enumerate(counts) if count != counts[0])
@@ -231,12 +235,26 @@ def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
     return counts[0]
 
 
+def _check_apart(group: KVGroup, parts: tuple[_PartPages, ...]) -> None:
+    """Refuse tensors that share memory: what is loaded into one part would overwrite another."""
+    starts = [part.pages.__array_interface__["data"][0] for part in parts]
+    in_memory = sorted(range(len(parts)), key=starts.__getitem__)
+    for one, other in pairwise(in_memory):
+        if starts[one] + parts[one].pages.nbytes > starts[other]:
+            first, second = sorted((one, other))
+            raise ConfigError(
+                f"tensors of group {group.name!r}: {group.parts[first].label} and {group.parts[second].label} share"
+                " memory; every part needs a tensor of its own"
+            )
+
+
 def _in_order(layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> Sequence[Tensor]:
     parts = [part for group in layout.groups for part in group.parts]
     if not isinstance(tensors, Mapping):
-        if len(tensors) != len(parts):
-            raise ConfigError(f"tensors: got {len(tensors)}, the layout has {len(parts)} parts")
-        return tensors
+        given = listed("tensors", tensors)
+        if len(given) != len(parts):
+            raise ConfigError(f"tensors: got {len(given)}, the layout has {len(parts)} parts")
+        return given
     names = [(part.layer, part.kind) for part in parts]
     if len(set(names)) != len(names):
         raise ConfigError(

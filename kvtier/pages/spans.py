@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtier.core.memory import GroupPages
 from kvtier.errors import ConfigError
+
+_INT32: Final = np.dtype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,31 @@ def cut(start: int, stop: int, page_tokens: int) -> tuple[range, tuple[Edge, ...
     return range(first, last), tuple(edges)
 
 
-def check_count(groups: tuple[GroupPages, ...], want: int) -> None:
-    """Refuse a table for another number of groups than the layout has."""
+def check_groups(groups: tuple[GroupPages, ...], want: int) -> None:
+    """Refuse what is no table, or one for another number of groups than the layout has.
+
+    Raises:
+        ConfigError: naming what was given, and what it takes.
+    """
+    if not isinstance(groups, tuple):
+        raise ConfigError(f"page table: groups are a {type(groups).__name__}, want a tuple of GroupPages")
     if len(groups) != want:
         raise ConfigError(f"page table: has {len(groups)} groups, the layout has {want}")
+    for pages in groups:
+        if not isinstance(pages, GroupPages):
+            raise ConfigError(f"page table: has a {type(pages).__name__}, want GroupPages")
+        ids = pages.ids
+        if not isinstance(ids, np.ndarray) or ids.dtype is not _INT32 or ids.ndim != 1:
+            _check_ids(ids)
+        if type(pages.first_token) is not int:
+            raise ConfigError(f"page table: first_token = {pages.first_token!r}, want an int")
+
+
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, np.ndarray):
+        raise ConfigError(f"page table: ids are a {type(ids).__name__}, want an array of int32")
+    if ids.dtype != _INT32 or ids.ndim != 1:  # equal types need not be the same object
+        raise ConfigError(f"page table: ids are {ids.dtype} {ids.shape}, want one dimension of int32")
 
 
 def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
@@ -48,7 +71,10 @@ def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
     Raises:
         ConfigError: they are not one dimension of integers that fit.
     """
-    given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    try:
+        given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
+    except ValueError as error:  # lists of different lengths
+        raise ConfigError(f"{what}: want one dimension of integers, got {ids!r}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
     if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):

@@ -14,6 +14,18 @@ Tensor: TypeAlias = Any
 """A ``torch.Tensor`` or a ``numpy.ndarray``."""
 
 
+def listed(name: str, given: Any) -> list[Any]:
+    """``given``, called ``name``, one after another.
+
+    Raises:
+        ConfigError: there is nothing to go through.
+    """
+    try:
+        return list(given)
+    except TypeError as error:
+        raise ConfigError(f"{name}: got a {type(given).__name__}, want a list") from error
+
+
 def dtype_of(tensor: Tensor) -> str:
     """``"bfloat16"`` and the like."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -58,12 +58,13 @@ class Journeys:
         wanted = keys.rows()[: 0 if stale else wish.stop]
         groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
         blocks = min(map(len, groups))
-        hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, ticket)
+        waiting = ticket if wish.waits else None
+        hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, waiting)
         elsewhere = state.index.host_ranks[hop.entries] == 0
         ticket.cover(blocks, Outcome.EXISTING)
         for block in hop.blocks[elsewhere].tolist():
-            ticket.outcome[block] = Outcome.WAITING
-        hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, ticket)
+            ticket.outcome[block] = Outcome.WAITING if wish.waits else Outcome.PENDING
+        hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, waiting)
         placed = self._target(hop)
         for block in hop.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
@@ -84,7 +85,7 @@ class Journeys:
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
-    def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket) -> Hop:
+    def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket | None) -> Hop:
         state = self._state
         entries = groups[0] if len(groups) == 1 else np.concatenate(groups)
         blocks = np.arange(first, first + len(groups[0]), dtype=np.int32)

@@ -33,12 +33,13 @@ class Durability(IntEnum):
 
 @direct_members
 class Outcome(IntEnum):
-    """How one block of a ticket ended. WAITING is not an end."""
+    """How one block of a ticket ended. WAITING is not an end; what is PENDING comes later, and nobody waits for it."""
 
     WAITING = 0
     DONE = 1
     EXISTING = 2
     FAILED = 3
+    PENDING = 4
 
 
 @dataclass(slots=True, eq=False)

@@ -58,17 +58,21 @@ class LoadWish:
 
 @dataclass(slots=True, eq=False)
 class PrefetchWish:
-    """Bring those of the first ``stop`` blocks of ``keys`` that are only on disk into host memory."""
+    """Bring those of the first ``stop`` blocks of ``keys`` that are only on disk into host memory.
+
+    ``waits``: the ticket ends when they are there, or when ``deadline_s`` is over; else as soon as they are under way.
+    """
 
     ticket: Ticket
     keys: Keys
     stop: int
     deadline_s: float | None
+    waits: bool
 
     @classmethod
-    def of(cls, keys: Keys, deadline_s: float | None) -> PrefetchWish:
+    def of(cls, keys: Keys, deadline_s: float | None, *, waits: bool = True) -> PrefetchWish:
         """All blocks that are full now; how many of them are stored is found out when it is planned."""
-        return cls(Ticket.of(TicketKind.PREFETCH, 0, 0), keys, len(keys), deadline_s)
+        return cls(Ticket.of(TicketKind.PREFETCH, 0, 0), keys, len(keys), deadline_s, waits)
 
 
 @dataclass(slots=True, eq=False)

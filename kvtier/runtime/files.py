@@ -13,6 +13,8 @@ from kvtier.runtime.seam import Buffer
 
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
+_locked: set[int] = set()
+"""Descriptors with a lock on them. The lock is one with that of a child after a fork, until both have closed it."""
 
 
 class SystemFiles:
@@ -54,6 +56,7 @@ class SystemFiles:
 
     def close(self, fd: int) -> None:
         """Close it; locks on it go."""
+        _locked.discard(fd)
         os.close(fd)
 
     def size(self, fd: int) -> int:
@@ -106,6 +109,7 @@ class SystemFiles:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        _locked.add(fd)
         return True
 
     def free_bytes(self, path: str) -> int:
@@ -130,3 +134,12 @@ def _allow_more_files() -> bool:
         return False
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return True
+
+
+def _forked() -> None:
+    """A child that lives on must not keep what its parent gave back, or lost with its life."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_forked)

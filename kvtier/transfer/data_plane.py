@@ -291,9 +291,7 @@ class DataPlane:
     def _perform(self, piece: Piece) -> None:
         try:
             result = piece.work()
-        except (
-            BaseException
-        ) as error:  # the one boundary: whatever a codec or an engine's memory throws is a failed row
+        except BaseException as error:  # the one boundary: what a codec or engine memory throws is a failed row
             result = RuntimeError(f"a piece of work failed: {error!r}")
             self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
         with self._lock:

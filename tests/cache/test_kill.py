@@ -17,6 +17,7 @@ from tests.cache.kill_writer import LAYOUT, SIZE, settings, write_until_killed
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.cache.kill_writer"])
 RECORD_BYTES = 2 * 4096
+PAGES = 64
 CYCLES = int(os.environ.get("KVTIER_KILL_CYCLES", "50"))
 
 
@@ -50,24 +51,29 @@ def killed_writer(directories: list[str], seed: int, rng: random.Random) -> list
     return keys
 
 
-def single(key: bytes) -> Keys:
-    """``key`` alone, without the chain that it was stored in."""
+def without_chain(digests: list[bytes]) -> Keys:
+    """``digests`` by themselves, without the chain that they were stored in."""
     keys = Keys(Root("kill"), SIZE)
-    keys.digests, keys.chained, keys.num_tokens = [key], False, SIZE + 1
+    keys.digests, keys.chained, keys.num_tokens = digests, False, len(digests) * SIZE + 1
     return keys
 
 
-def found_and_exact(cache: TieredCache, engine: PseudoEngine, key: bytes) -> bool:
-    """Whether ``key`` is found; what is found must be exact."""
-    keys = single(key)
-    with cache.lookup(keys) as hit:
-        if not hit.num_tokens:
-            return False
+def found_and_exact(cache: TieredCache, engine: PseudoEngine, digests: list[bytes]) -> list[bytes]:
+    """Those of ``digests`` that are found, each looked up alone; what is found must be exact."""
+    found: list[bytes] = []
+    for at in range(0, len(digests), PAGES):
+        keys = without_chain(digests[at : at + PAGES])
         engine.wipe()
-        loaded = cache.submit_load(hit, engine.pages).result(60)
-        assert loaded.ok_tokens == SIZE, loaded
-    assert engine.wrong_blocks(keys, range(1)) == []
-    return True
+        hits = [cache.lookup(without_chain([digest])) for digest in keys.digests]
+        there = [page for page, hit in enumerate(hits) if hit.num_tokens]
+        jobs = [cache.submit_load(hits[page], engine.memory.pages([page])) for page in there]
+        assert [job.result(60).ok_tokens for job in jobs] == [SIZE] * len(jobs)
+        for hit in hits:
+            hit.release()
+        for page in there:
+            assert engine.wrong_blocks(keys, range(page, page + 1)) == []
+            found.append(keys.digests[page])
+    return found
 
 
 @pytest.mark.timeout(900)
@@ -76,7 +82,7 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_is_ever_wrong(
     tmp_path: Path, count: int, cycles: int
 ) -> None:
     """Everything acknowledged among the newest bytes is found by key and exact; older blocks may be gone."""
-    rng, engine = random.Random(7), PseudoEngine(LAYOUT, 1)
+    rng, engine = random.Random(7), PseudoEngine(LAYOUT, PAGES)
     directories = [str(tmp_path / f"tier-{number}") for number in range(count)]
     keys: list[bytes] = []
     lost: list[int] = []
@@ -84,10 +90,9 @@ def test_what_was_acknowledged_survives_kill_9_and_nothing_is_ever_wrong(
         keys += killed_writer(directories, cycle, rng)
         recent = newest_bytes(directories) // RECORD_BYTES
         with TieredCache(settings(directories), LAYOUT, "kill") as cache:
-            for age, key in enumerate(reversed(keys)):
-                found = found_and_exact(cache, engine, key) if age < recent or rng.random() < 0.05 else None
-                if age < recent and not found:
-                    lost.append(cycle)
+            older = [key for key in keys[:-recent] if rng.random() < 0.05]
+            found = set(found_and_exact(cache, engine, keys[-recent:] + older))
+            lost += [cycle for key in keys[-recent:] if key not in found]
             assert cache.stats()["leases"] == 0
         keys = keys[-4 * recent :]
     assert not lost

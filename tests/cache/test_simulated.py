@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvtier import TieredCache
+from kvtier import PrefetchResult, TieredCache
 from kvtier.core.keys import Keys, Root
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
@@ -121,18 +121,63 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     assert stats["staging_free"] == stats["staging_buffers"]
 
 
-def test_a_prefetch_takes_no_longer_than_its_policy_says() -> None:
-    """From a disk that takes seconds, ``timeout`` gives up in time and ``wait_complete`` brings everything."""
-    for policy, complete in (("timeout", False), ("wait_complete", True)):
-        world = World(4)
-        world.cache.close()
-        world.config = SETTINGS | {"prefetch": {"policy": policy, "timeout_base_s": 1.0}, "read": {"promote": False}}
-        world.cache = world.open()
-        keys = [world.cache.keys([number] * (SIZE * BLOCKS)) for number in range(8)]
-        for own in keys:
-            world.engine.write(own, range(BLOCKS))
-            world.cache.submit_store(own, world.engine.pages, durability="process").result(600)
-        world.world.disk.latency_s = 30.0
-        result = world.cache.submit_prefetch(keys[0]).result(600)
-        assert (result.fetched == SIZE * BLOCKS) is complete
-        assert (world.cache.lookup(keys[0]).by_tier["host"] > 0) is complete
+class Prefetching(World):
+    """A prompt whose blocks are only on a disk that takes half a minute for anything, and a prefetch policy."""
+
+    def __init__(self, policy: str) -> None:
+        super().__init__(4)
+        self.cache.close()
+        self.config = SETTINGS | {"prefetch": {"policy": policy, "timeout_base_s": 1.0}, "read": {"promote": False}}
+        self.cache = self.open()
+        documents = [self.cache.keys([number] * (SIZE * BLOCKS)) for number in range(8)]
+        for own in documents:
+            self.engine.write(own, range(BLOCKS))
+            self.cache.submit_store(own, self.engine.pages, durability="process").result(600)
+        self.keys = documents[0]
+        self.world.disk.latency_s = 30.0
+        self.started_s = self.world.clock.monotonic()
+
+    def prefetch(self, deadline_s: float | None = None) -> PrefetchResult:
+        assert self.on_host() == 0
+        return self.cache.submit_prefetch(self.keys, deadline_s=deadline_s).result(600)
+
+    def took_s(self) -> float:
+        return self.world.clock.monotonic() - self.started_s
+
+    def on_host(self) -> int:
+        with self.cache.lookup(self.keys) as hit:
+            return hit.by_tier["host"]
+
+
+def test_a_prefetch_that_may_time_out_leaves_the_rest_on_disk() -> None:
+    world = Prefetching("timeout")
+    assert world.prefetch() == PrefetchResult(0, 0, {"abandoned": SIZE * BLOCKS})
+    assert 1.0 < world.took_s() < 2.0
+    world.world.run_for(600)
+    assert world.on_host() == 0
+
+
+def test_a_prefetch_that_waits_for_all_brings_all() -> None:
+    world = Prefetching("wait_complete")
+    assert world.prefetch() == PrefetchResult(SIZE * BLOCKS, 0)
+    assert world.took_s() >= 30.0
+    assert world.on_host() == SIZE * (BLOCKS - 1)
+
+
+def test_nobody_waits_for_a_prefetch_that_does_its_best_and_it_goes_on_all_the_same() -> None:
+    world = Prefetching("best_effort")
+    assert world.prefetch() == PrefetchResult(0, 0, {}, pending=SIZE * BLOCKS)
+    assert world.took_s() < 1.0
+    assert world.on_host() == 0
+    world.world.run_for(600)
+    assert world.on_host() == SIZE * (BLOCKS - 1)
+    assert world.cache.submit_prefetch(world.keys).result(600) == PrefetchResult(0, SIZE * BLOCKS)
+    stats = world.cache.stats()
+    assert (stats["hops"], stats["jobs"], stats["pinned_entries"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("policy", ["best_effort", "wait_complete"])
+def test_a_deadline_of_its_own_is_how_long_a_prefetch_may_take(policy: str) -> None:
+    world = Prefetching(policy)
+    assert world.prefetch(deadline_s=3.0) == PrefetchResult(0, 0, {"abandoned": SIZE * BLOCKS})
+    assert 3.0 < world.took_s() < 4.0

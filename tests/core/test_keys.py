@@ -402,3 +402,30 @@ def test_raw_keys_may_be_any_bytes(bytes_like: Any) -> None:
         Keys.foreign(ROOT, [bytes_like], 4, engine="e", chained=True).digests
         == Keys.foreign(ROOT, [b"raw"], 4, engine="e", chained=True).digests
     )
+
+
+@pytest.mark.parametrize("num_tokens", [-5, 0, 7, 12, 100, 8.0, True, "8"])
+def test_the_length_of_a_sequence_of_foreign_keys_is_that_of_so_many_full_blocks(num_tokens):
+    with pytest.raises(ConfigError, match=r"^num_tokens = "):
+        Keys.foreign(ROOT, [b"a", b"b"], 4, engine="e", chained=True, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"engine": None}, "engine"), ({"engine": "\ud800"}, "engine"), ({"chained": "no"}, "chained")],
+)
+def test_foreign_keys_of_no_engine_or_with_odd_flags_are_refused(arguments, name):
+    with pytest.raises(ConfigError, match=rf"^{name} = "):
+        Keys.foreign(ROOT, [b"a"], 4, **{"engine": "e", "chained": True} | arguments)
+
+
+@pytest.mark.parametrize("raw_keys", [None, 5, "ab", b"ab", ["a"], [1], [None]])
+def test_raw_keys_are_a_list_of_bytes(raw_keys):
+    with pytest.raises(ConfigError, match=r"^raw_keys"):
+        Keys.foreign(ROOT, raw_keys, 4, engine="e", chained=True)
+
+
+@pytest.mark.parametrize("extra", [None, 5, "ab", [(True, 2, b"x")], [(0, 10**30, b"x")], [(0, 2**63, b"x")]])
+def test_extra_is_a_list_of_positions_that_fit(extra):
+    with pytest.raises(ConfigError, match=r"^extra"):
+        Keys.from_tokens(ROOT, [1, 2, 3, 4], 4, extra)

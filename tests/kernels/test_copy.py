@@ -76,12 +76,39 @@ def test_pages_of_different_sizes_share_the_largest_row_that_fits_both():
     assert space.rows_a_page == [4, 1]
 
 
-def test_bytes_that_are_not_as_long_as_the_rows_are_refused():
-    space = RowSpace([np.zeros((8, 48), np.uint8)])
+@pytest.mark.parametrize("gap", [16, 64, 48 + 4096])
+def test_arrays_at_odd_distances_have_rows_of_a_whole_page_all_the_same(gap):
+    """Arrays from a heap lie so; what all distances share, 16 bytes, would be very short rows."""
+    pool = np.zeros(2 * (10 * 4096) + gap, np.uint8)
+    space = RowSpace([pool[: 10 * 4096].reshape(10, 4096), pool[10 * 4096 + gap :].reshape(10, 4096)])
+    assert space.row_bytes == 4096
+    assert space.rows_a_page == [1, 1]
+
+
+def test_many_pages_at_odd_distances_are_copied_in_their_order():
+    """More than go through a core's cache at once."""
+    pool = np.random.default_rng(2).integers(0, 256, 2 * (16 << 16) + 16, np.uint8)
+    arrays = [pool[: 16 << 16].reshape(16, 1 << 16), pool[(16 << 16) + 16 :].reshape(16, 1 << 16)]
+    space, wanted = RowSpace(arrays), [np.array([3, 15, 0, *range(5, 14)])] * 2
+    rows, out = _rows(space, wanted), np.zeros(24 << 16, np.uint8)
+    space.gather(rows, out)
+    assert out.tobytes() == b"".join(array[wanted[0]].tobytes() for array in arrays)
+    before = [array.copy() for array in arrays]
+    space.scatter(rows, ~out)
+    for array, old in zip(arrays, before, strict=True):
+        old[wanted[0]] = ~old[wanted[0]]
+        assert np.array_equal(array, old)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bytes_that_are_not_as_long_as_the_rows_are_refused(count):
+    arrays = _arrays([(8, 48)] * count, shared=True)
+    space = RowSpace(arrays)
     with pytest.raises(ValueError):
         space.gather(np.array([1, 2]), np.zeros(3 * 48, np.uint8))
-    with pytest.raises(ValueError):
-        space.scatter(np.array([1, 2]), np.zeros(3 * 48, np.uint8))
+    for pages in (1, 3):
+        with pytest.raises(ValueError):
+            space.scatter(np.array([1, 2]), np.zeros(pages * 48, np.uint8))
 
 
 def test_bytes_that_do_not_lie_side_by_side_are_refused():

@@ -172,3 +172,25 @@ def test_a_row_that_is_not_in_the_batch_is_refused_at_once():
     layout = _layout()
     with pytest.raises(ConfigError, match="one row of the batch"):
         DenseKV(layout, *_keys_values(layout)).row(2)
+
+
+def test_a_tensor_that_is_there_twice_is_refused():
+    layout = _layout()
+    keys, values = _keys_values(layout)
+    for wrong in ([keys, [keys[0], values[1]]], [[keys[0]] * 2, values]):
+        with pytest.raises(ConfigError, match="twice"):
+            DenseKV(layout, *wrong)
+
+
+@pytest.mark.parametrize("batch_index", [1.0, True, "0", None, [0], 2**40])
+def test_a_row_that_is_no_number_is_refused(batch_index):
+    layout = _layout()
+    with pytest.raises(ConfigError, match="batch_index"):
+        DenseKV(layout, *_keys_values(layout)).row(batch_index)
+
+
+@pytest.mark.parametrize("first_token", [1.5, True, "0", None])
+def test_a_first_token_that_is_no_integer_is_refused(first_token):
+    layout = _layout()
+    with pytest.raises(ConfigError, match="first_token"):
+        DenseKV(layout, *_keys_values(layout)).row(0, first_token)

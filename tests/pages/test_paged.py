@@ -250,3 +250,31 @@ def test_pages_that_do_not_exist_are_refused_when_the_table_is_made():
         memory.pages([0, 24])
     with pytest.raises(ConfigError, match="first_token = 3"):
         memory.pages([0, 1], first_token=3)
+
+
+def test_parts_that_share_memory_are_refused():
+    """What is loaded into one would overwrite the other."""
+    layout = _layout()
+    tensors = _tensors(layout)
+    pool = torch.zeros((PAGES + 1, *layout.groups[0].parts[0].shape), dtype=torch.bfloat16)
+    for first, second in ((tensors[0], tensors[0]), (pool[1:], pool[:-1])):
+        with pytest.raises(ConfigError, match="layer 0 k and layer 1 k share memory"):
+            PagedTensors(layout, [first, tensors[1], second, tensors[3]])
+
+
+def test_parts_may_lie_side_by_side_in_one_allocation():
+    layout = _layout()
+    pool = torch.zeros((4 * PAGES, *layout.groups[0].parts[0].shape), dtype=torch.bfloat16)
+    assert PagedTensors(layout, pool.chunk(4)).num_pages == (PAGES,)
+
+
+@pytest.mark.parametrize("tensors", [None, 5])
+def test_something_else_than_a_list_of_tensors_is_refused(tensors):
+    with pytest.raises(ConfigError, match=r"^tensors: got a"):
+        PagedTensors(_layout(), tensors)
+
+
+@pytest.mark.parametrize("first_token", [1.0, True, "0", None])
+def test_a_first_token_that_is_no_integer_is_refused(first_token):
+    with pytest.raises(ConfigError, match=r"^first_token = "):
+        PagedTensors(_layout(), _tensors(_layout())).pages([0, 1, 2, 3], first_token=first_token)

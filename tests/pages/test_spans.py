@@ -32,7 +32,7 @@ def test_ids_of_any_kind_become_an_own_frozen_int32_array(ids):
     assert not np.shares_memory(own, np.asarray(ids))
 
 
-@pytest.mark.parametrize("ids", [[[1]], [1.5], [-1], [2**31], "12", [True, False]])
+@pytest.mark.parametrize("ids", [[[1]], [1.5], [-1], [2**31], "12", [True, False], [[1, 2], [3]], None, 1])
 def test_ids_that_are_no_page_numbers_are_refused(ids):
     with pytest.raises(ConfigError, match=r"^ids: "):
         frozen_ids(ids, "ids")

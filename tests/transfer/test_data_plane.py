@@ -1,0 +1,130 @@
+"""A data plane by itself, with plans made by hand: how it ends when something keeps it from ending."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from kvtier import load_config
+from kvtier.core.memory import PageTable
+from kvtier.core.plan import NOWHERE, ROW, Completion, Message, Plan, PlanKind, Priority, Reason, Status
+from kvtier.runtime import system_machine
+from kvtier.runtime.seam import Machine
+from kvtier.testing import Simulation
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.transfer import DataPlane
+from kvtier.transfer.spilling import _WRITE_PATIENCE_S
+
+LAYOUT = tiny_layout()
+PAGES = LAYOUT.record_pages[0]
+PATIENCE_S = 30.0
+Ends = tuple[int, Counter[tuple[Status, Reason]]]
+
+
+class Opened:
+    """A data plane, and what it said; whoever has news for us takes it out at once."""
+
+    def __init__(self, machine: Machine, **settings: Any) -> None:
+        self.messages: list[Message] = []
+        self.is_made = False
+        config = load_config({"host": {"capacity": "1MiB", "staging": "1MiB"}} | settings)
+        self.plane = DataPlane(config, LAYOUT, machine, on_news=self.listen)
+        self.is_made = True
+        self.listen()
+
+    def listen(self) -> None:
+        if self.is_made:
+            self.messages += self.plane.poll()
+
+    def ends(self) -> list[Ends]:
+        """Per plan that ended since the last call, how many of its rows ended how."""
+        messages, self.messages = self.messages, []
+        ended = [message for message in messages if isinstance(message, Completion) and message.final]
+        return [(message.plan_id, Counter(map(end_of, message.rows))) for message in ended]
+
+
+def end_of(row: Any) -> tuple[Status, Reason]:
+    return Status(row["status"]), Reason(row["reason"])
+
+
+def all_well(number: int, count: int) -> list[Ends]:
+    return [(number, Counter({(Status.OK, Reason.NONE): count}))]
+
+
+def rows(count: int) -> np.ndarray:
+    """Blocks of one sequence, with nothing that could be read or written."""
+    table = np.zeros(count, ROW)
+    table["block"], table["tokens"] = np.arange(count), LAYOUT.block_tokens
+    for column in ("host_page", "disk_segment", "target_page"):
+        table[column] = NOWHERE
+    return table
+
+
+def store(plane: DataPlane, memory: Any, engine: PseudoEngine) -> Plan:
+    """Block 0 of ``engine`` to host page 0."""
+    table = rows(1)
+    table["target_page"], table["target_pages"] = 0, PAGES
+    pages = PageTable(plane.register(memory), engine.pages.table.groups)
+    return Plan(1, 0, PlanKind.STORE, Priority.SPILL, table, pages=pages, stop=LAYOUT.block_tokens)
+
+
+def spill(number: int, count: int) -> Plan:
+    """What is in host page 0, ``count`` times."""
+    table = rows(count)
+    table["host_page"], table["host_pages"] = 0, PAGES
+    return Plan(number, 0, PlanKind.SPILL, Priority.SPILL, table)
+
+
+class Stuck:
+    """Engine memory whose copies do not return before they may."""
+
+    def __init__(self, engine: PseudoEngine) -> None:
+        self.memory = engine.memory
+        self.entered, self.may_return = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+    def gather(self, *arguments: Any) -> None:
+        self.entered.set()
+        assert self.may_return.wait(PATIENCE_S)
+        self.memory.gather(*arguments)
+
+
+def test_closing_gives_nothing_back_while_a_thread_still_copies() -> None:
+    """The buffers stay where they are; calling again goes on waiting, and the copy is whole."""
+    opened, engine = Opened(system_machine()), PseudoEngine(LAYOUT, 1)
+    plane, stuck = opened.plane, Stuck(engine)
+    plane.submit([store(plane, stuck, engine)])
+    assert stuck.entered.wait(PATIENCE_S)
+    for _ in range(2):
+        assert plane.close(0.0) is False
+        assert opened.ends() == []
+    stuck.may_return.set()
+    assert plane.close(PATIENCE_S) is True
+    assert opened.ends() == all_well(1, 1)
+
+
+def test_a_write_waits_for_a_clean_segment_and_not_for_ever() -> None:
+    """Nobody reclaims a segment here, so what does not fit the first time never will."""
+    world = Simulation(1)
+    opened = Opened(world.machine(), disk={"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB"})
+    plane, engine = opened.plane, PseudoEngine(LAYOUT, 1)
+    plane.submit([store(plane, engine.memory, engine)])
+    world.run_for(1)
+    assert opened.ends() == all_well(1, 1)
+    most = 4 * (1 << 20) // (PAGES * 4096)
+    plane.submit([spill(2, most)])
+    world.run_for(0.9 * _WRITE_PATIENCE_S)
+    assert opened.ends() == []
+    world.run_for(0.2 * _WRITE_PATIENCE_S)
+    [(number, counts)] = opened.ends()
+    written, refused = counts[Status.OK, Reason.NONE], counts[Status.FAILED, Reason.NO_SPACE]
+    assert number == 2
+    assert written + refused == most
+    assert written > most // 2
+    assert refused > 0
+    assert plane.close(PATIENCE_S)
