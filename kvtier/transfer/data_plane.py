@@ -56,7 +56,6 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
 _IDLE_THREADS_S: Final = 5.0
-_QUEUED_A_THREAD: Final = 2  # an I/O thread has its next request while the copy threads are busy
 
 
 class DataPlane:
@@ -353,9 +352,7 @@ class DataPlane:
                 rows["segment"] = global_segment(number, 0) + rows["segment"]
                 recovered.append(Recovered(self.rank, equipment.incarnation, rows))
             engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
-            equipment.paths.append(
-                DiskPath(tier, Lane(f"disk-{number}", engine, depth=_QUEUED_A_THREAD * config.disk.io_threads))
-            )
+            equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, threads=config.disk.io_threads)))
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
         tiers = [path.tier for path in equipment.paths]

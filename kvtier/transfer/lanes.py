@@ -2,49 +2,89 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-from kvtier.core.plan import DIRECTORY_SHIFT, Priority
-from kvtier.runtime.seam import IODone, IOEngine, IORequest
+from kvtier.core.plan import DIRECTORY_SHIFT, PAGE_BYTES, Priority
+from kvtier.errors import ClosedError
+from kvtier.runtime.seam import Buffer, IODone, IOEngine, IORequest
 
 MAX_ROWS_A_MOVE: Final = 64
 """Records that one system call may carry; each takes up to two of its buffers."""
 
+REQUEST_BYTES: Final = (8 << 20) + (64 << 10)
+"""Payload of the longest request, and headers: few long ones keep a disk busier than many short ones."""
+
+SHORT_REQUEST_BYTES: Final = (2 << 20) + (64 << 10)
+"""The same for the last reads of a queue: the engine's threads work on one move together, and it ends before the next,
+so that not all of them are left to be verified at once when the last byte is there."""
+
+_QUEUED_A_THREAD: Final = 2  # an I/O thread has its next request while the copy threads are busy
 _RATE_WEIGHT: Final = 0.4
 
 
 class Move(Protocol):
-    """Adjacent slices of one lane: one system call."""
+    """Adjacent slices of one lane: one system call, or a few."""
 
     priority: Priority
     nbytes: int
 
     def prepare(self) -> IORequest | None:
-        """The request to submit, tagged with this move; None while a buffer or a clean segment is missing.
+        """The request to submit, whole; None while a buffer or a clean segment is missing.
 
         ``finish`` is called instead of a submit when ``prepare`` found that there is nothing left to do.
         """
 
     def finish(self, done: IODone) -> None:
-        """The request ended."""
+        """The request ended, all of it: no buffer is touched any more. Of several errors it has the first."""
 
     @property
     def wanted(self) -> bool:
         """False once nobody waits for it any more: it is passed over."""
 
 
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """A move on its way: how many of the requests that it was cut into have not ended, and how the others did."""
+
+    move: Move
+    whole: IORequest
+    left: int = 0
+    elapsed_s: float = 0.0
+    error: OSError | None = None
+
+    def cut(self, limit_bytes: int) -> list[IORequest]:
+        """The requests to submit, in order."""
+        whole = self.whole
+        parts = [
+            IORequest(whole.op, whole.fd, whole.offset + at, buffers, self)
+            for at, buffers in _cut(whole.buffers, whole.nbytes, limit_bytes)
+        ]
+        self.left = len(parts)
+        return parts
+
+    def ended(self, done: IODone) -> None:
+        """One of them did."""
+        self.left -= 1
+        self.elapsed_s += done.elapsed_s
+        self.error = self.error or done.error
+
+
 class Lane:
     """Runs moves through one I/O engine; called under the data plane's lock."""
 
-    def __init__(self, name: str, engine: IOEngine, *, depth: int) -> None:
-        """At most ``depth`` requests of loads and prefetches, and as many writes, are in flight."""
+    def __init__(self, name: str, engine: IOEngine, *, threads: int) -> None:
+        """``engine`` runs ``threads`` requests at once; as many again wait in it, reads and writes each."""
         self.name = name
         self.engine = engine
-        self.depth = depth
         self.queued_bytes = 0
         self.bytes_per_s = 0.0
+        self._threads = threads
         self._queues: dict[Priority, deque[Move]] = {priority: deque() for priority in Priority}
+        self._cut: dict[Priority, deque[IORequest]] = {priority: deque() for priority in Priority}
         self._in_flight: dict[Priority, int] = dict.fromkeys(Priority, 0)
 
     def put(self, move: Move) -> None:
@@ -58,30 +98,58 @@ class Lane:
 
     def submit(self) -> None:
         """Hand as much as the limits allow to the engine, demand first."""
-        for priority, queue in self._queues.items():
-            while queue and self._has_room(priority):
-                move = queue[0]
-                request = move.prepare() if move.wanted else None
-                if request is None:
-                    if move.wanted:
-                        break
-                    self._forget(queue.popleft())
-                    continue
-                queue.popleft()
+        for priority in self._queues:
+            while self._has_room(priority) and (request := self._next(priority)) is not None:
                 self._in_flight[priority] += 1
-                self.engine.submit(request)
+                self._hand_over(request)
 
     def reap(self) -> int:
         """Finish what the engine is done with; returns how many."""
         ended = self.engine.reap()
         for done in ended:
-            move: Move = done.request.tag
-            self._in_flight[move.priority] -= 1
-            self._forget(move)
-            if done.error is None and done.elapsed_s > 0:
-                self._learn(done.request.nbytes / done.elapsed_s)
-            move.finish(done)
+            self._end(done)
         return len(ended)
+
+    def _next(self, priority: Priority) -> IORequest | None:
+        """The next request: of the move that was begun last, or of the first that is ready to begin."""
+        cut, queue = self._cut[priority], self._queues[priority]
+        while queue and not cut:
+            move = queue[0]
+            request = move.prepare() if move.wanted else None
+            if request is not None:
+                queue.popleft()
+                cut.extend(_Transfer(move, request).cut(self._request_bytes(priority)))
+            elif move.wanted:
+                break
+            else:
+                self._forget(queue.popleft())
+        return cut.popleft() if cut else None
+
+    def _request_bytes(self, priority: Priority) -> int:
+        """How long a request may be. Nothing is left to be done with the bytes of a write: those are always long."""
+        is_last = priority != Priority.SPILL and len(self._queues[priority]) < self._threads
+        return SHORT_REQUEST_BYTES if is_last else REQUEST_BYTES
+
+    def _hand_over(self, request: IORequest) -> None:
+        try:
+            self.engine.submit(request)
+        except ClosedError:  # while a move that was cut was on its way
+            self._end(IODone(request, OSError(errno.ECANCELED, "the I/O engine is closed"), 0.0))
+
+    def _end(self, done: IODone) -> None:
+        transfer: _Transfer = done.request.tag
+        priority = transfer.move.priority
+        self._in_flight[priority] -= 1
+        transfer.ended(done)
+        if done.error is None and done.elapsed_s > 0:
+            self._learn(done.request.nbytes / done.elapsed_s)
+        cut = self._cut[priority]
+        if transfer.error is not None and cut and cut[0].tag is transfer:
+            transfer.left -= len(cut)  # the rest would be of no use
+            cut.clear()
+        if not transfer.left:
+            self._forget(transfer.move)
+            transfer.move.finish(IODone(transfer.whole, transfer.error, transfer.elapsed_s))
 
     @property
     def in_flight(self) -> int:
@@ -90,9 +158,10 @@ class Lane:
 
     def _has_room(self, priority: Priority) -> bool:
         # Writes and reads each have all of the depth: a full write queue never keeps a load from the disk.
+        depth = _QUEUED_A_THREAD * self._threads
         if priority == Priority.SPILL:
-            return self._in_flight[priority] < self.depth
-        return self._in_flight[Priority.DEMAND] + self._in_flight[Priority.PREFETCH] < self.depth
+            return self._in_flight[priority] < depth
+        return self._in_flight[Priority.DEMAND] + self._in_flight[Priority.PREFETCH] < depth
 
     def _forget(self, move: Move) -> None:
         self.queued_bytes -= move.nbytes
@@ -101,6 +170,22 @@ class Lane:
         at_once = max(1, self.in_flight + 1)
         rate = bytes_per_s * at_once
         self.bytes_per_s = rate if not self.bytes_per_s else (1 - _RATE_WEIGHT) * self.bytes_per_s + _RATE_WEIGHT * rate
+
+
+def _cut(buffers: Sequence[Buffer], nbytes: int, limit_bytes: int) -> Iterator[tuple[int, list[Buffer]]]:
+    """``buffers`` in runs of whole pages, about equal and none above ``limit_bytes``, each with where it begins."""
+    count = max(1, -(-nbytes // limit_bytes))
+    size = -(-nbytes // (count * PAGE_BYTES)) * PAGE_BYTES
+    start, room = 0, size
+    run: list[Buffer] = []
+    for buffer in buffers:
+        rest = buffer
+        while rest.nbytes > room:
+            yield start, [*run, rest[:room]] if room else run
+            rest, start, room, run = rest[room:], start + size, size, []
+        run.append(rest)
+        room -= rest.nbytes
+    yield start, run
 
 
 def global_segment(lane: int, segment: int) -> int:

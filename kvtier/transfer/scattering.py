@@ -268,7 +268,7 @@ class LoadRun(Run):
 
 
 class ReadMove:
-    """Adjacent records of one segment, read with one call."""
+    """Adjacent records of one segment."""
 
     def __init__(self, run: LoadRun, rows: list[int], path: DiskPath) -> None:
         """``rows`` of ``run`` lie one after another in one segment of ``path``."""

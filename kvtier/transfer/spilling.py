@@ -129,7 +129,10 @@ class SpillRun(Run):
 
 
 class WriteMove:
-    """Records that go to adjacent places of one segment with one call, each behind its own header page."""
+    """Records that go to adjacent places of one segment, each behind its own header page.
+
+    Their pages reach the disk in any order, and after a crash some of them: recovery compares all of a record.
+    """
 
     priority = Priority.SPILL
 
