@@ -468,8 +468,15 @@ class TieredCache:
 
     def _plan_wishes(self, most: int) -> None:
         wishes = [self._wishes.popleft() for _ in range(min(most, len(self._wishes)))]
-        if wishes:
+        if not wishes:
+            return
+        try:
             self._planner.plan(wishes)
+        except (
+            Exception
+        ):  # a mistake of ours in one wish, and on whichever thread: nobody may wait for ever because of it
+            log.exception("planning %d wishes failed; those that were not planned are refused", len(wishes))
+            self._planner.give_up(wishes)
 
     def _submit(self, wish: Wish, span: range, memory: KVMemory | None, client: Client | None) -> Job[R]:
         job: Job[R] = Job(wish.ticket, span, self.layout.block_tokens, self._control, client)

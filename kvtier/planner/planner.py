@@ -25,6 +25,7 @@ from kvtier.core.plan import (
     Message,
     Plan,
     Priority,
+    Reason,
     Recovered,
     Tier,
 )
@@ -65,7 +66,7 @@ class Planner:
                     " rule 'all', which keeps the KV of every block"
                 )
         self._state = ControlState(config, layout, Cells(max_entries(config, layout), ranks))
-        stages = Stages(self._state)
+        stages = self._stages = Stages(self._state)
         self._journeys = Journeys(self._state, stages)
         self._stores = Stores(self._state, stages)
         self._joint = JointPlans(self._state, self._stores)
@@ -135,6 +136,15 @@ class Planner:
             for wish in group:
                 self._plan_one(wish)
         self._commits.pump()
+
+    def give_up(self, wishes: Iterable[Wish]) -> None:
+        """End those of ``wishes`` that nothing is under way for: planning them failed, and somebody waits."""
+        for wish in wishes:
+            ticket = wish.ticket
+            if not ticket.finished and not ticket.waits:
+                ticket.fail_from(ticket.first_block, Reason.REFUSED)
+                ticket.stage = ticket.durability
+                self._stages.advance(ticket)
 
     def _plan_one(self, wish: Wish) -> None:
         if isinstance(wish, StoreWish):

@@ -179,3 +179,22 @@ def test_the_asyncio_face_registers_forgets_and_counts_like_the_cache() -> None:
     manager.unregister(memory)
     assert {sample.name: sample.value for sample in manager.samples()}["memories"] == 0
     assert manager.core.close()
+
+
+def test_a_mistake_in_planning_ends_the_wishes_and_nothing_else(
+    cache: TieredCache, channel: AnsweringChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them was planned already; it ends as it would have."""
+
+    def fail(*_: object) -> None:
+        raise OverflowError("a mistake")
+
+    good = cache.submit_store(tokens(1), TABLE)
+    with monkeypatch.context() as broken:
+        broken.setattr("kvtier.planner.planner.Planner._plan_one", fail)
+        bad = cache.submit_store(tokens(2), TABLE)
+    assert bad.result(0).failed == {"refused": SIZE}
+    channel.answer()
+    cache.pump()
+    assert good.result(0).stored == SIZE
+    assert cache.stats()["jobs"] == 0
