@@ -42,6 +42,10 @@ class InstantChannel:
             rows["page"], rows["pages"] = plan.rows["target_page"], plan.rows["target_pages"]
             self._outbox.append(Completion(plan.plan_id, 0, 1, rows, plan.chains, source_free=True, final=True))
 
+    def call_back(self) -> bool:
+        """There are no threads here."""
+        return False
+
     def cancel(self, plan_id: int) -> None:
         """There is nothing under way."""
 

@@ -11,7 +11,7 @@ from kvtier.core.plan import ROW, ROW_STRUCT, PlanKind
 from kvtier.index import Index
 from kvtier.index.cells import Cells
 from kvtier.planner.hops import Hop
-from kvtier.planner.rows import _many_rows, _one_row
+from kvtier.planner.rows import NO_PARENTS, _many_rows, plan_rows
 from tests.planner.bench import Bench
 
 COLUMNS = ("parent", "children", "host_children", "depth", "tokens", "pins", "lineage", "linked", "host_ranks")
@@ -91,10 +91,11 @@ def test_a_row_that_is_packed_is_the_row_that_is_filled_in() -> None:
     for block in range(3):
         entries = np.array([bench.entry(keys, block)])
         places.add(bool(index.host_ranks[entries[0]]))
-        for known in (None, keys):
+        for parents in (NO_PARENTS, keys.parents([block])):
             hop = Hop(1, PlanKind.LOAD, entries, np.array([block], np.int32), 3, "")
             for rank in (0, 1):
-                assert _one_row(index, hop, rank, known).tobytes() == _many_rows(index, hop, rank, known).tobytes()
+                one, many = plan_rows(index, hop, rank, parents), _many_rows(index, hop, rank, parents)
+                assert one.tobytes() == many.tobytes()
     assert places == {True, False}
 
 
