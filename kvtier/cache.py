@@ -1,20 +1,14 @@
-"""The thread-safe core: joins one planner with the data planes of all ranks. The only file that knows both planes.
-
-What callers want moved is a wish in a queue: ``submit_*`` puts it there and returns. Whoever decides next, under the
-one lock and in memory, first plans all wishes, those that come together side by side. Nearly always that is a copy
-thread. Plans are sent and callers told after the lock is released, completions committed by whoever brings them.
-"""
+"""The thread-safe core: checks what callers pass, and turns it into wishes and decisions of one planner."""
 
 from __future__ import annotations
 
 import logging
 import reprlib
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 from kvtier.arguments import (
     check_owner,
@@ -32,40 +26,25 @@ from kvtier.config import Config, load_config
 from kvtier.core.checks import flag, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
-from kvtier.core.plan import Lineage, Plan
+from kvtier.core.plan import Lineage
+from kvtier.dispatch import Dispatch
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
-from kvtier.jobs import (
-    AnyJob,
-    Client,
-    FlushResult,
-    Job,
-    JobControl,
-    LoadResult,
-    PrefetchResult,
-    R,
-    StoreResult,
-    tell,
-)
-from kvtier.memories import Memories
+from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
-from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish, Ticket, Wish
+from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine, this_process
-from kvtier.runtime.seam import Event, Machine
+from kvtier.runtime.seam import Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
-from kvtier.turn import Turn
 
 Prompt: TypeAlias = TokenIds | Keys
 """What every verb takes: token ids, or the keys that were made of them."""
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _NO_SPAN: Final = range(0)
-_WISHES_A_TURN: Final = 128
-"""Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
 
 
 class TieredCache:
@@ -98,29 +77,23 @@ class TieredCache:
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
         self._process = this_process()
-        runtime = self._machine.runtime
-        self._clock = runtime.clock
-        self._lock = runtime.lock()
-        self._control = JobControl(runtime, self._cancel, self._check_here)
-        self._jobs: dict[Ticket, AnyJob] = {}
-        self._wishes: deque[Wish] = deque()
-        self._on_attach: list[Event] = []
-        self._closed = False
-        self._planner = Planner(self.config, layout, ranks=max(1, len(channels)))
-        self._planner.set_weights_version(checked_version(weights_version))
-        self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
+        self._clock = self._machine.runtime.clock
         self._is_local = not channels
-        self._channels = tuple(channels) or (self._local(),)
-        self._memories = Memories(self._channels)
-        self._take_turn()
+        planner = Planner(self.config, layout, ranks=max(1, len(channels)))
+        planner.set_weights_version(checked_version(weights_version))
+        self._dispatch = Dispatch(
+            planner, self._machine.runtime, layout.block_tokens,
+            make_channels=lambda pump: tuple(channels) or (self._local(pump),), check_here=self._check_here,
+        )  # fmt: skip
+        self._planner, self._memories, self._lock = planner, self._dispatch.memories, self._dispatch.lock
 
-    def _local(self) -> Channel:
+    def _local(self, pump: Callable[[], None]) -> Channel:
         pin_arena = partial(pin, mode=self.config.host.pin)
         return LocalChannel(
             lambda on_news: DataPlane(
                 self.config, self.layout, self._machine, on_news=on_news, pin=pin_arena, tables_are_checked=True
             ),
-            self.pump,
+            pump,
         )
 
     def wait_attached(self, timeout_s: float) -> None:
@@ -130,17 +103,7 @@ class TieredCache:
             TimeoutError: a rank is missing.
         """
         self._check_here()
-        deadline = self._clock.monotonic() + timeout_s
-        while True:
-            with self._lock:
-                if not self._planner.recovering:
-                    return
-                arrived = self._control.runtime.event()
-                self._on_attach.append(arrived)
-            left = deadline - self._clock.monotonic()
-            if left <= 0 or not arrived.wait(left):
-                ready = f"{self._planner.recovered_ranks} of {len(self._channels)} ranks"
-                raise TimeoutError(f"{ready} after {timeout_s} s")
+        self._dispatch.wait_attached(timeout_s)
 
     # --- names ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +170,7 @@ class TieredCache:
         def find() -> Lease:
             return self._planner.lookup(keys, now_s=now_s, start=start, exact=exact, session=session, owner=owner)
 
-        lease = self._decide(find)
+        lease = self._dispatch.decide(find)
         return Hit(lease, start, self._release, self)
 
     def session(self, session: str) -> Session:
@@ -248,7 +211,7 @@ class TieredCache:
         service = priority_of(priority)
         memory, table = self._table(pages, start, stop)
         wish = LoadWish.of(hit.lease, table, start, stop, service, deadline)
-        return self._submit(wish, range(start, stop), memory, client)
+        return self._dispatch.submit(wish, range(start, stop), memory, client)
 
     def submit_store(
         self,
@@ -288,7 +251,7 @@ class TieredCache:
         if session is not None:
             with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
-        return self._submit(StoreWish.of(keys, table, start, lineage, level), _NO_SPAN, memory, client)
+        return self._dispatch.submit(StoreWish.of(keys, table, start, lineage, level), _NO_SPAN, memory, client)
 
     def submit_prefetch(
         self,
@@ -315,14 +278,14 @@ class TieredCache:
         if client is not None:
             _check_client(client)
         self._check_open()
-        return self._submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
+        return self._dispatch.submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``."""
         if client is not None:
             _check_client(client)
         self._check_open()
-        return self._submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
+        return self._dispatch.submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
     def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
         """``submit_flush``, waited for; TimeoutError when it takes longer than ``timeout_s``."""
@@ -357,7 +320,7 @@ class TieredCache:
         """From now on KV of any other version is a miss, in every tier, at once."""
         checked = checked_version(version)
         self._check_open()
-        self._decide(lambda: self._planner.set_weights_version(checked))
+        self._dispatch.decide(lambda: self._planner.set_weights_version(checked))
 
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen."""
@@ -371,12 +334,13 @@ class TieredCache:
         self._check_here()
         with self._lock:
             counters, levels = self._planner.counters(), self._planner.levels()
-            levels |= {"jobs": len(self._jobs), "memories": len(self._memories)}
+            levels |= self._dispatch.levels()
         found = [Sample("counter", name, {}, value) for name, value in counters.items()]
         found += [Sample("gauge", name, {}, value) for name, value in levels.items()]
-        for rank, channel in enumerate(self._channels):
+        channels = self._dispatch.channels
+        for rank, channel in enumerate(channels):
             for sample in channel.samples():
-                labels = {"rank": str(rank)} if len(self._channels) > 1 else {}
+                labels = {"rank": str(rank)} if len(channels) > 1 else {}
                 found.append(replace(sample, labels=sample.labels | labels))
         return sorted(found, key=lambda sample: sample.name)
 
@@ -391,15 +355,9 @@ class TieredCache:
         """
         if not self._process.is_here:
             return True
-        with self._lock:
-            first = not self._closed
-        if first and self.config.disk.directories:
+        if self.config.disk.directories and not self._dispatch.closed:
             self._flush_at_close(timeout_s)
-        with self._lock:
-            self._closed = True
-        closed = [channel.close(timeout_s) for channel in self._channels]
-        self.pump()
-        return all(closed)
+        return self._dispatch.close(timeout_s)
 
     def _flush_at_close(self, timeout_s: float) -> None:
         try:
@@ -421,106 +379,12 @@ class TieredCache:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Commit what data planes report, send what follows, tell callers; from any thread, with no lock held.
-
-        One thread at a time does it; whoever comes meanwhile asks it to look again, and goes on with its own work.
-        """
-        if self._turn.ask():
-            self._take_turn()
-
-    def _take_turn(self) -> None:
-        try:
-            while self._turn.goes_on():
-                while self._take_in():
-                    pass
-        except BaseException:
-            self._turn.give_up()
-            raise
-
-    def _take_in(self) -> bool:
-        """What data planes have to say and callers wish for now; True when there may be more of it at once."""
-        messages = [message for channel in self._channels for message in channel.poll()]
-        if not messages and not self._wishes:
-            return False
-        with self._lock:
-            if messages:
-                self._planner.hear(messages)
-            self._plan_wishes(_WISHES_A_TURN)
-            plans, jobs = self._planner.take_plans(), self._jobs_with_news()
-            waiting, self._on_attach = self._on_attach, []
-        self._send(plans)
-        for event in waiting:
-            event.set()
-        tell(jobs)
-        return bool(plans) or bool(self._wishes)
-
-    def _decide(self, verb: Callable[[], T]) -> T:
-        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows."""
-        with self._lock:
-            self._plan_wishes(len(self._wishes))
-            answer = verb()
-            plans, jobs = self._planner.take_plans(), self._jobs_with_news()
-        self._send(plans)
-        tell(jobs)
-        if plans:
-            self.pump()
-        return answer
-
-    def _plan_wishes(self, most: int) -> None:
-        wishes = [self._wishes.popleft() for _ in range(min(most, len(self._wishes)))]
-        if not wishes:
-            return
-        try:
-            self._planner.plan(wishes)
-        except (
-            Exception
-        ):  # a mistake of ours in one wish, and on whichever thread: nobody may wait for ever because of it
-            log.exception("planning %d wishes failed; those that were not planned are refused", len(wishes))
-            self._planner.give_up(wishes)
-
-    def _submit(self, wish: Wish, span: range, memory: KVMemory | None, client: Client | None) -> Job[R]:
-        job: Job[R] = Job(wish.ticket, span, self.layout.block_tokens, self._control, client)
-        job.memory = memory
-        self._jobs[wish.ticket] = job
-        self._wishes.append(wish)
-        if self._closed or not self._channels[0].call_back():
-            self.pump()
-        return job
-
-    def _send(self, plans: list[Plan]) -> None:
-        if len(self._channels) == 1:
-            if plans:
-                self._channels[0].send(plans)
-            return
-        for rank, channel in enumerate(self._channels):
-            mine = [plan for plan in plans if plan.rank == rank]
-            if mine:
-                channel.send(mine)
-
-    def _jobs_with_news(self) -> list[AnyJob]:
-        jobs = []
-        for ticket in self._planner.take_finished():
-            job = self._jobs.get(ticket)
-            if job is None:
-                continue
-            jobs.append(job)
-            if ticket.finished:
-                del self._jobs[ticket]
-                if job.memory is not None:
-                    self._memories.let_go(job.memory)
-                    job.memory = None
-        return jobs
-
-    def _cancel(self, job: AnyJob) -> None:
-        self._check_here()
-        self._decide(lambda: None)
-        for plan_id in job.ticket.plan_ids:
-            for channel in self._channels:
-                channel.cancel(plan_id)
+        """Take in what channels have to say; for channels to call on news, from any thread, with no lock held."""
+        self._dispatch.pump()
 
     def _release(self, lease: Lease) -> None:
         if self._process.is_here:
-            self._decide(lambda: self._planner.release(lease))
+            self._dispatch.decide(lambda: self._planner.release(lease))
 
     def _root(self, tenant: str, adapter: str) -> Root:
         self._check_here()
@@ -574,9 +438,8 @@ class TieredCache:
             raise ClosedError("this cache is of another process, which forked this one: open a cache of your own here")
 
     def _check_open(self) -> None:
-        if self._closed or not self._process.is_here:
-            self._check_here()
-            raise ClosedError("the cache is closed; open a new one")
+        self._check_here()
+        self._dispatch.check_open()
 
 
 def _check_client(client: object) -> None:

@@ -1,0 +1,199 @@
+"""Between one planner and the data planes of all ranks: wishes come in, plans go out, callers hear how it ended.
+
+What callers want moved is a wish in a queue. Whoever decides next, under the one lock and in memory, first plans all
+wishes, those that come together side by side; nearly always that is a copy thread. Plans are sent and callers told
+after the lock is released, completions committed by whoever brings them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+from kvtier.channel import Channel
+from kvtier.core.memory import KVMemory
+from kvtier.core.plan import Plan
+from kvtier.errors import ClosedError
+from kvtier.jobs import AnyJob, Client, Job, JobControl, R, tell
+from kvtier.memories import Memories
+from kvtier.planner import Planner, Ticket, Wish
+from kvtier.runtime.seam import Event, Runtime
+from kvtier.turn import Turn
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_WISHES_A_TURN: Final = 128
+"""Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
+
+
+class Dispatch:
+    """Safe to call from any thread. ``planner`` and ``memories`` are to be used under ``lock`` only."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        runtime: Runtime,
+        block_tokens: int,
+        *,
+        make_channels: Callable[[Callable[[], None]], Sequence[Channel]],
+        check_here: Callable[[], None],
+    ) -> None:
+        """``make_channels`` gets ``pump``, to be called on news; ``check_here`` raises in another process."""
+        self.planner = planner
+        self.lock = runtime.lock()
+        self.closed = False
+        self._runtime = runtime
+        self._block_tokens = block_tokens
+        self._check_here = check_here
+        self._control = JobControl(runtime, self._cancel, check_here)
+        self._jobs: dict[Ticket, AnyJob] = {}
+        self._wishes: deque[Wish] = deque()
+        self._on_attach: list[Event] = []
+        self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
+        self.channels = tuple(make_channels(self.pump))
+        self.memories = Memories(self.channels)
+        self._take_turn()
+
+    # --- wishes and decisions ---------------------------------------------------------------------------------------
+
+    def submit(self, wish: Wish, span: range, memory: KVMemory | None, client: Client | None) -> Job[R]:
+        """Queue ``wish``, and see to it that somebody plans it soon. ``memory`` is let go when the job ends."""
+        job: Job[R] = Job(wish.ticket, span, self._block_tokens, self._control, client)
+        job.memory = memory
+        self._jobs[wish.ticket] = job
+        self._wishes.append(wish)
+        if self.closed or not self.channels[0].call_back():
+            self.pump()
+        return job
+
+    def decide(self, verb: Callable[[], T]) -> T:
+        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows."""
+        with self.lock:
+            self._plan_wishes(len(self._wishes))
+            answer = verb()
+            plans, jobs = self.planner.take_plans(), self._jobs_with_news()
+        self._send(plans)
+        tell(jobs)
+        if plans:
+            self.pump()
+        return answer
+
+    def pump(self) -> None:
+        """Commit what data planes report, plan wishes, send what follows, tell callers; with no lock held.
+
+        One thread at a time does it; whoever comes meanwhile asks it to look again, and goes on with its own work.
+        """
+        if self._turn.ask():
+            self._take_turn()
+
+    def wait_attached(self, timeout_s: float) -> None:
+        """Wait until every rank is there and has told what it found on disk.
+
+        Raises:
+            TimeoutError: a rank is missing.
+        """
+        clock = self._runtime.clock
+        deadline = clock.monotonic() + timeout_s
+        while True:
+            with self.lock:
+                if not self.planner.recovering:
+                    return
+                arrived = self._runtime.event()
+                self._on_attach.append(arrived)
+            left = deadline - clock.monotonic()
+            if left <= 0 or not arrived.wait(left):
+                ready = f"{self.planner.recovered_ranks} of {len(self.channels)} ranks"
+                raise TimeoutError(f"{ready} after {timeout_s} s")
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more wishes, end every job, close the data planes; True when nothing was left behind."""
+        with self.lock:
+            self.closed = True
+        closed = [channel.close(timeout_s) for channel in self.channels]
+        self.pump()
+        return all(closed)
+
+    def levels(self) -> dict[str, float]:
+        """How much of what is held here; under the lock."""
+        return {"jobs": len(self._jobs), "memories": len(self.memories)}
+
+    def check_open(self) -> None:
+        """Refuse what comes too late.
+
+        Raises:
+            ClosedError: it was closed.
+        """
+        if self.closed:
+            raise ClosedError("the cache is closed; open a new one")
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_turn(self) -> None:
+        try:
+            while self._turn.goes_on():
+                while self._take_in():
+                    pass
+        except BaseException:
+            self._turn.give_up()
+            raise
+
+    def _take_in(self) -> bool:
+        """What data planes have to say and callers wish for now; True when there may be more of it at once."""
+        messages = [message for channel in self.channels for message in channel.poll()]
+        if not messages and not self._wishes:
+            return False
+        with self.lock:
+            if messages:
+                self.planner.hear(messages)
+            self._plan_wishes(_WISHES_A_TURN)
+            plans, jobs = self.planner.take_plans(), self._jobs_with_news()
+            waiting, self._on_attach = self._on_attach, []
+        self._send(plans)
+        for event in waiting:
+            event.set()
+        tell(jobs)
+        return bool(plans) or bool(self._wishes)
+
+    def _plan_wishes(self, most: int) -> None:
+        wishes = [self._wishes.popleft() for _ in range(min(most, len(self._wishes)))]
+        if not wishes:
+            return
+        try:
+            self.planner.plan(wishes)
+        except Exception:  # a mistake of ours, on whichever thread: nobody may wait for ever because of it
+            log.exception("planning %d wishes failed; those that were not planned are refused", len(wishes))
+            self.planner.give_up(wishes)
+
+    def _send(self, plans: list[Plan]) -> None:
+        if len(self.channels) == 1:
+            if plans:
+                self.channels[0].send(plans)
+            return
+        for rank, channel in enumerate(self.channels):
+            mine = [plan for plan in plans if plan.rank == rank]
+            if mine:
+                channel.send(mine)
+
+    def _jobs_with_news(self) -> list[AnyJob]:
+        jobs = []
+        for ticket in self.planner.take_finished():
+            job = self._jobs.get(ticket)
+            if job is None:
+                continue
+            jobs.append(job)
+            if ticket.finished:
+                del self._jobs[ticket]
+                if job.memory is not None:
+                    self.memories.let_go(job.memory)
+                    job.memory = None
+        return jobs
+
+    def _cancel(self, job: AnyJob) -> None:
+        self._check_here()
+        plan_ids = self.decide(lambda: list(job.ticket.plan_ids))
+        for plan_id in plan_ids:
+            for channel in self.channels:
+                channel.cancel(plan_id)
