@@ -7,7 +7,6 @@ caller still wants it, touches engine memory.
 
 from __future__ import annotations
 
-from collections import deque
 from enum import IntEnum
 
 import numpy as np
@@ -46,20 +45,20 @@ class LoadRun(Run):
         self.generation = rows["disk_generation"].tolist()
         self.target_page = rows["target_page"].tolist()
         self.states = [_State.WAITING] * len(rows)
-        self._sources = [_sources(host, disk) for host, disk in zip(self.host_page, self.segment, strict=True)]
+        self._tried = [0] * len(rows)  # reads of any copy that were begun
         self._work_rank = Rank.LOAD if plan.priority == Priority.DEMAND else Rank.FETCH
 
     def begin(self) -> None:
         """Queue the rows that are in host memory for copying, the others for reading, adjacent ones together."""
-        first = [sources[0] if sources else None for sources in self._sources]
-        on_host = [row for row, source in enumerate(first) if source == Tier.HOST]
+        on_host = [row for row, page in enumerate(self.host_page) if page != NOWHERE]
+        elsewhere = [row for row, page in enumerate(self.host_page) if page == NOWHERE]
         for rows in self.pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES):
             for row in rows:
-                self._sources[row].popleft()
+                self._tried[row] += 1
             self._deliver(rows, [self._host_record(row) for row in rows], Tier.HOST, None)
-        self._read([row for row, source in enumerate(first) if source == Tier.DISK])
-        for row, source in enumerate(first):
-            if source is None:
+        self._read([row for row in elsewhere if self.segment[row] != NOWHERE])
+        for row in elsewhere:
+            if self.segment[row] == NOWHERE:
                 self._end(row, Reason.GONE)
         self.settle()
 
@@ -83,7 +82,7 @@ class LoadRun(Run):
         """Queue ``rows`` on their lanes in moves of adjacent records."""
         for run in self._adjacent(rows):
             for row in run:
-                self._sources[row].popleft()
+                self._tried[row] += 1
                 self.states[row] = _State.WAITING
             directory, _ = lane_of(self.segment[run[0]])
             if directory < len(self.equipment.paths):
@@ -212,16 +211,16 @@ class LoadRun(Run):
 
     def _try_again(self, row: int, origin: Tier, reason: Reason) -> None:
         """Read the same copy once more, or report it lost and take the other one, or give up."""
-        sources = self._sources[row]
         if self.abandoned:
             self._end(row, Reason.ABANDONED)
             return
-        if not sources or sources[0] != origin:
+        source = self._next_source(row)
+        if source != origin:
             self.report_lost([row], origin, reason)
-        if not sources:
+        if source is None:
             self._end(row, reason)
-        elif sources[0] == Tier.HOST:
-            sources.popleft()
+        elif source == Tier.HOST:
+            self._tried[row] += 1
             self._deliver([row], [self._host_record(row)], Tier.HOST, None)
         else:
             self._read([row])
@@ -229,8 +228,8 @@ class LoadRun(Run):
     def lost(self, rows: list[int], tier: Tier, reason: Reason) -> None:
         """The copies of ``rows`` in ``tier`` are not there any more: no use in reading them again."""
         for row in rows:
-            while self._sources[row] and self._sources[row][0] == tier:
-                self._sources[row].popleft()
+            while self._next_source(row) == tier:
+                self._tried[row] += 1
             self._try_again(row, tier, reason)
         self.settle()
 
@@ -248,6 +247,13 @@ class LoadRun(Run):
         equipment = self.equipment
         equipment.metrics.add("lost_copies", len(rows), tier=tier.label)
         equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
+
+    def _next_source(self, row: int) -> Tier | None:
+        """The copy to read next: the first one twice, then the other one once."""
+        copies = [tier for tier, at in ((Tier.HOST, self.host_page), (Tier.DISK, self.segment)) if at[row] != NOWHERE]
+        order = [*copies[:1], *copies]
+        tried = self._tried[row]
+        return order[tried] if tried < len(order) else None
 
     def _end(self, row: int, reason: Reason) -> None:
         self.states[row] = _State.ENDED
@@ -324,8 +330,3 @@ class ReadMove:
             self._staged.append(buffer)
             self._buffers.append(staging.view(buffer)[: run.disk_pages[row] * PAGE_BYTES])
         return True
-
-
-def _sources(host_page: int, segment: int) -> deque[Tier]:
-    copies = [tier for tier, place in ((Tier.HOST, host_page), (Tier.DISK, segment)) if place != NOWHERE]
-    return deque([copies[0], *copies] if copies else [])
