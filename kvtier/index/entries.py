@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvtier.core.columns import column
 from kvtier.core.plan import DIRECTORY_SHIFT, Lineage
-from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable
+from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable, Places
 
 Mask = npt.NDArray[np.bool_]
 
@@ -176,6 +176,13 @@ class Index:
             if ranks >> rank & 1
         ]
 
+    def leave_host(self, entries: EntryRows) -> list[tuple[EntryRows, EntryRows]]:
+        """Forget the host copies of ``entries``, all complete there; returns per rank the first pages and lengths."""
+        at = entries.astype(np.intp, copy=False)
+        self._count_child(self.host_children, self.parent[at], -1)
+        self.host_ranks[at] = 0
+        return [(self.host_page[rank][at], self.host_pages[rank][at]) for rank in range(self.ranks)]
+
     def add_disk(
         self,
         rank: int,
@@ -247,6 +254,38 @@ class Index:
                 self._children_at[parent] -= 1
             entry = parent
 
+    def release_many(self, entries: EntryRows) -> None:
+        """``release`` of each of ``entries``, all in use, in any order."""
+        at = entries.astype(np.intp, copy=False)
+        parents = self.parent[at]
+        self._count_child(self.children, parents, -1)  # as if all of them went
+        held = self.host_ranks[at] | self.disk_ranks[at] | self.pins[at].view(np.uint32)
+        held |= self.children[at].view(np.uint32)
+        if np.count_nonzero(held):
+            going = self._without_ancestors(at, at[held != 0].tolist())
+            at, parents = at[going], parents[going]
+        linked = self.linked[at]
+        self.table.unlink_many(at if np.count_nonzero(linked) == len(at) else at[linked])
+        self.linked[at] = False
+        self.table.recycle_many(at)
+        self.children[at] = _FREE
+        self.count -= len(at)
+        above = parents[parents >= 0]
+        for parent in above[self.children[above] == 0].tolist():
+            self.release(parent)
+
+    def _without_ancestors(self, entries: Places, held: list[int]) -> Mask:
+        """Which of ``entries`` go: not those ``held``, nor what these extend. Those that stay are children again."""
+        going = dict.fromkeys(entries.tolist(), True)
+        for first in held:
+            entry = first
+            while going.get(entry):
+                going[entry] = False
+                entry = self._parent_at[entry]
+                if entry >= 0:
+                    self._children_at[entry] += 1
+        return np.fromiter(going.values(), np.bool_, len(going))
+
     def _is_usable(self, entry: int, *, exact: bool) -> bool:
         if entry < 0 or self._host_ranks_at[entry] | self._disk_ranks_at[entry] != self._all_ranks:
             return False
@@ -261,13 +300,13 @@ class Index:
         return good
 
     @staticmethod
-    def _count_child(counts: npt.NDArray[np.int32], parents: EntryRows) -> None:
-        """One more child for each of ``parents``, some of which are MISSING and some there more than once."""
+    def _count_child(counts: npt.NDArray[np.int32], parents: EntryRows, change: int = 1) -> None:
+        """One child more (or less) for each of ``parents``, some of which are MISSING and some there more than once."""
         known = parents[parents >= 0].astype(np.intp)
         if len(known) == 1:
-            counts[known] += 1
+            counts[known] += change
         elif len(known):
-            np.add.at(counts, known, 1)
+            np.add.at(counts, known, change)
 
 
 __all__ = ["MAX_RANKS", "MISSING", "EntryRows", "Index", "KeyRows", "Mask"]

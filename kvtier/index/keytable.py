@@ -28,6 +28,9 @@ _SCALAR_LIMIT = 8
 
 _GROUP_MIX = 0x9E3779B97F4A7C15
 
+_GOING = -1
+"""In place of the link of an entry that is about to be unlinked."""
+
 
 class KeyTable:
     """Entries in [0, capacity) by (key, group)."""
@@ -39,8 +42,10 @@ class KeyTable:
         self.groups = column(capacity, np.uint16)
         buckets = 1 << max(4, (capacity - 1).bit_length())
         self._mask = buckets - 1
-        self._heads = column(buckets, np.int32)  # entry + 1, so that untouched memory reads as empty
-        self._next = column(capacity, np.int32)
+        # Chains of entry + 1, so that untouched memory reads as empty. What points to an entry is another one's link or
+        # its bucket's: they stand in one array, so that unlinking does not tell them apart.
+        self._links = column(capacity + buckets, np.int32)
+        self._next, self._heads = self._links[:capacity], self._links[capacity:]
         self._heads_at = self._heads.data
         self._next_at = self._next.data
         self._keys_at = self.keys.reshape(-1).data
@@ -116,6 +121,33 @@ class KeyTable:
             at = self._next_at[at] - 1
         self._next_at[at] = self._next_at[entry]
 
+    def unlink_many(self, entries: EntryRows | Places) -> None:
+        """``unlink`` of each of ``entries``."""
+        at = entries.astype(np.intp, copy=False)
+        links, wanted = self._links, at + 1
+        before = self._buckets_of(at) + self.capacity
+        rows = (links[before] != wanted).nonzero()[0]
+        while len(rows):
+            before[rows] = links[before[rows]] - 1
+            rows = rows[links[before[rows]] != wanted[rows]]
+        behind = links[at]
+        links[at] = _GOING
+        # What stands behind another one that goes has to wait until that one is out of the way.
+        late = (links[before] == _GOING).nonzero()[0]
+        links[at] = behind
+        if not len(late):
+            links[before] = behind
+            return
+        now = np.delete(np.arange(len(at)), late)
+        links[before[now]] = behind[now]
+        for entry in at[late].tolist():
+            self.unlink(entry)
+
+    def recycle_many(self, entries: EntryRows | Places) -> None:
+        """``recycle`` of each of ``entries``."""
+        self._released[self._released_count : self._released_count + len(entries)] = entries
+        self._released_count += len(entries)
+
     def recycle(self, entry: int) -> None:
         """Give the number of an unlinked entry away again."""
         self._released[self._released_count] = entry
@@ -151,6 +183,14 @@ class KeyTable:
         others |= self.groups[entries] != group
         others &= entries >= 0  # MISSING indexes the last entry, whatever that holds
         return others
+
+    def _buckets_of(self, entries: Places) -> Places:
+        """The bucket of every entry, whatever its group."""
+        mixed: npt.NDArray[np.uint64] = self._words[entries, 0]
+        groups = self.groups[entries]
+        if np.count_nonzero(groups):
+            mixed ^= groups * np.uint64(_GROUP_MIX)
+        return (mixed & np.uint64(self._mask)).view(np.intp)
 
     def _buckets(self, words: npt.NDArray[np.uint64], group: int) -> Places:
         mixed = words[:, 0] ^ np.uint64((group * _GROUP_MIX) & 0xFFFFFFFFFFFFFFFF)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from itertools import islice
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 NO_ROOM: Final = -1
 _LOOK_AT: Final = 32
 
@@ -70,6 +73,16 @@ class Space:
             pages += self._remove(before)
             start = before
         self._add(start, pages)
+
+    def give_back_many(self, starts: npt.NDArray[np.int32], pages: npt.NDArray[np.int32]) -> None:
+        """Free extents [starts[i], starts[i] + pages[i]), all of which are taken; neighbours come back as one."""
+        order = starts.argsort()
+        firsts = starts[order]
+        ends = firsts + pages[order]
+        breaks = (firsts[1:] != ends[:-1]).nonzero()[0]
+        lasts = ends[breaks].tolist() + ends[-1:].tolist()
+        for first, last in zip(firsts[:1].tolist() + firsts[breaks + 1].tolist(), lasts, strict=True):
+            self.give_back(first, last - first)
 
     def free_runs(self) -> list[tuple[int, int]]:
         """(first page, pages) of every free run in order: for checks and for ``stat``."""

@@ -300,7 +300,7 @@ class Commits:
         """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it."""
         state, low = self._state, self._state.config.host.low_watermark
         free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
-        gone = state.host.make_room(free_pages, state.may_go, _EVICTED_A_TURN)
+        gone = state.host.make_room(free_pages, _EVICTED_A_TURN)
         if gone == _EVICTED_A_TURN or not state.disk.usable:
             return
         surplus = free_pages - state.host.free_pages

@@ -8,7 +8,9 @@ from typing import Final
 
 import numpy as np
 
+from kvtier.core.columns import column
 from kvtier.core.plan import DIRECTORY_SHIFT, DiskState, Hello
+from kvtier.index.entries import EntryRows, Mask
 
 _NOT_QUEUED: Final = 0
 _WAITING: Final = 1
@@ -55,8 +57,9 @@ class DiskBook:
         self._queue: deque[int] = deque()
         self._awaited: deque[int] = deque()
         # Flags in columns: a set of millions of entries stands still for 90 ms when it grows.
-        self._queued = np.zeros(capacity, np.uint8)
-        self._refused = np.zeros(capacity, np.bool_)
+        self._queued = column(capacity, np.uint8)
+        self._refused = column(capacity, np.bool_)
+        self._queued_at, self._refused_at = self._queued.data, self._refused.data
         self._backlog = 0
 
     def attach(self, hello: Hello) -> None:
@@ -104,7 +107,7 @@ class DiskBook:
 
     def awaits_write(self, entry: int) -> bool:
         """Whether ``entry`` is queued for the disk or on its way."""
-        return bool(self._queued[entry])
+        return bool(self._queued_at[entry])
 
     def take_back(self, entry: int) -> None:
         """Nothing of ``entry`` is there to be written, or nowhere to write it. Its number may be another's by now."""
@@ -118,11 +121,21 @@ class DiskBook:
 
     def was_refused(self, entry: int) -> bool:
         """Whether the disk would not take ``entry``."""
-        return bool(self._refused[entry])
+        return bool(self._refused_at[entry])
 
-    def forget(self, entry: int) -> None:
-        """``entry`` lost its host copies: there is nothing to write any more."""
-        self._refused[entry] = False
+    def which_await_write(self, entries: EntryRows) -> Mask:
+        """``awaits_write`` of each of ``entries``."""
+        waiting: Mask = self._queued[entries] != _NOT_QUEUED
+        return waiting
+
+    def which_were_refused(self, entries: EntryRows) -> Mask:
+        """``was_refused`` of each of ``entries``."""
+        refused: Mask = self._refused[entries]
+        return refused
+
+    def forget(self, entries: EntryRows) -> None:
+        """``entries`` lost their host copies: there is nothing to write any more."""
+        self._refused[entries] = False
 
     @property
     def backlog(self) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,20 +11,17 @@ from kvtier.core.plan import NOWHERE
 from kvtier.index.cells import Cells
 from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
+from kvtier.planner.eviction import Keeper, Leaves
 from kvtier.planner.hops import Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
 
-_SCAN_LIMIT: Final = 4096
-
 
 class HostBook:
-    """Extents of all ranks and the eviction order; every copy that it drops is told to ``on_evict``."""
+    """Extents of all ranks and the eviction order."""
 
-    def __init__(
-        self, index: Cells, policy: EvictionPolicy, record_pages: Sequence[int], on_evict: Callable[[int], None]
-    ) -> None:
-        """``record_pages`` is the worst-case length of a record per group; ``on_evict`` hears what was evicted."""
-        self._on_evict = on_evict
+    def __init__(self, index: Cells, policy: EvictionPolicy, record_pages: Sequence[int], keeper: Keeper) -> None:
+        """``record_pages`` is the worst-case length of a record per group; ``keeper`` hears what was evicted."""
+        self._keeper = keeper
         self.spaces: dict[int, Space] = {}
         self.evicted = 0
         self._index = index
@@ -52,15 +48,15 @@ class HostBook:
         """First page of an extent for one record of group 0 on the only rank; NO_ROOM where that takes an eviction."""
         return self.spaces[0].take(self._record_pages[0])
 
-    def reserve(self, group: int, count: int, may_go: Callable[[int], bool]) -> tuple[int, dict[int, list[int]]]:
-        """Room for ``count`` records of ``group`` on every rank, evicting what ``may_go`` where there is too little.
+    def reserve(self, group: int, count: int) -> tuple[int, dict[int, list[int]]]:
+        """Room for ``count`` records of ``group`` on every rank, evicting what may go where there is too little.
 
         Returns how many fit, and per rank the first pages of exactly those.
         """
         pages = self._record_pages[group]
         taken = self._take(pages, count)
         fit = min(map(len, taken.values()), default=0)
-        if fit < count and self.make_room(pages * (count - fit), may_go):
+        if fit < count and self.make_room(pages * (count - fit)):
             more = self._take(pages, count, taken)
             fit = min(map(len, more.values()))
         for rank, starts in taken.items():
@@ -69,45 +65,37 @@ class HostBook:
                 del starts[fit:]
         return fit, taken
 
-    def make_room(self, pages: int, may_go: Callable[[int], bool], most: int = sys.maxsize) -> int:
+    def make_room(self, pages: int, most: int = sys.maxsize) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
-        gone = 0
-        for scanned, entry in enumerate(self.leaves()):
-            if gone == most or scanned >= _SCAN_LIMIT + 4 * gone or self.free_pages >= pages:
+        gone, leaves = 0, self.leaves()
+        longest = max(self._record_pages)
+        while (missing := pages - self.free_pages) > 0 and gone < most:
+            # Never more than are needed for sure, however long their records are.
+            entries = leaves.take(min(-(-missing // longest), most - gone))
+            if not len(entries):
                 break
-            if may_go(entry):
-                self.evict(entry)
-                gone += 1
+            self.evict(entries)
+            gone += len(entries)
         return gone
 
-    def leaves(self) -> Iterator[int]:
-        """Unpinned entries that no block in host memory extends, the least worth keeping first.
-
-        The caller may evict the one it was just given: a parent that was passed over because of it comes next.
-        """
-        passed: set[int] = set()
-        pins, children, parents = self._index.pins_at, self._index.host_children_at, self._index.parent_at
-        for candidate in self._policy.candidates():
-            entry = candidate
-            while not pins[entry] and not children[entry]:
-                parent = parents[entry]
-                yield entry
-                if parent not in passed:
-                    break
-                passed.discard(parent)
-                entry = parent
-            else:
-                passed.add(entry)
+    def leaves(self) -> Leaves:
+        """What may go, the least worth keeping first."""
+        return Leaves(self._index, self._policy, self._keeper)
 
     def candidates(self) -> Iterable[int]:
         """Entries in host memory from the least to the most worth keeping."""
         return self._policy.candidates()
 
-    def evict(self, entry: int) -> None:
-        """Free the host copies of an unpinned entry."""
-        self.evicted += 1
-        self.drop(entry)
-        self._on_evict(entry)
+    def evict(self, entries: EntryRows) -> None:
+        """Free the host copies of ``entries``, which nobody holds."""
+        self.evicted += len(entries)
+        if len(entries) == 1:
+            self.drop(entries.item())
+        else:
+            self._policy.remove_many(entries)
+            for rank, extents in enumerate(self._index.leave_host(entries)):
+                self.spaces[rank].give_back_many(*extents)
+        self._keeper.evicted(entries)
 
     def drop(self, entry: int) -> None:
         """Forget the host copies of ``entry``; their room is free once nobody holds the entry."""

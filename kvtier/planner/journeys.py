@@ -112,7 +112,7 @@ class Journeys:
         index.pin(hop.entries)
         for group, pages in enumerate(state.layout.record_pages):
             rows = np.flatnonzero(elsewhere & (index.table.groups[hop.entries] == group)).astype(np.int32)
-            fit, starts = state.host.reserve(group, len(rows), state.may_go)
+            fit, starts = state.host.reserve(group, len(rows))
             placed[rows[:fit]] = True
             for rank, first_pages in starts.items():
                 mine = targets_of(first_pages, rows[:fit], len(hop.entries), pages)

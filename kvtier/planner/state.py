@@ -11,7 +11,7 @@ from kvtier.config import Config
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import Plan, PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import Cells
-from kvtier.index.entries import EntryRows
+from kvtier.index.entries import EntryRows, Mask
 from kvtier.models.layout import KVLayout
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
@@ -24,6 +24,9 @@ from kvtier.policy import EVICTION_POLICIES
 
 _COUNTER: Final = {(change, tier): f"{change}_{tier.label}_blocks" for change in ("stored", "removed") for tier in Tier}
 
+_FEW: Final = 8
+"""So many entries are forgotten one by one in less time than together."""
+
 
 class ControlState:
     """Books, hops in flight and the outbox of one planner."""
@@ -34,7 +37,7 @@ class ControlState:
         self.layout = layout
         self.index = index
         policy = EVICTION_POLICIES[config.policy.eviction](index.table.capacity)
-        self.host = HostBook(index, policy, layout.record_pages, self._evicted)
+        self.host = HostBook(index, policy, layout.record_pages, self)
         self.disk = DiskBook(config.host.staging, index.table.capacity)
         self.leases = LeaseBook(index)
         self.events = ControlEvents()
@@ -82,6 +85,13 @@ class ControlState:
         if self.index.disk_ranks_at[entry] == self.index.every_rank:
             return True
         return not self.disk.usable or self.disk.was_refused(entry)
+
+    def which_may_go(self, entries: EntryRows) -> Mask:
+        """``may_go`` of each of ``entries``."""
+        free = ~self.disk.which_await_write(entries)
+        if self.disk.usable:
+            free &= self.index.on_disk(entries) | self.disk.which_were_refused(entries)
+        return free
 
     def send(
         self,
@@ -133,8 +143,7 @@ class ControlState:
         for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)
         self.host.unpinned(entries)
-        for entry in index.bare(entries).tolist():
-            index.release(entry)
+        self._release(index.bare(entries))
 
     def supersede(self, entries: EntryRows) -> None:
         """Their keys are for other content now: nobody finds them any more, and they go with their last pin."""
@@ -158,20 +167,29 @@ class ControlState:
 
     def forget_unreadable(self, entries: EntryRows) -> None:
         """Forget those of ``entries`` that cannot be read any more and that nothing holds."""
-        for entry in entries[~self.index.readable(entries)].tolist():
-            if self.index.host_ranks[entry]:
-                self.host.drop(entry)
-            self.disk.forget(entry)
-            self.index.release(entry)
+        gone = entries[~self.index.readable(entries)]
+        for entry in gone[self.index.host_ranks[gone] != 0].tolist():
+            self.host.drop(entry)
+        self._forget(gone)
 
-    def _evicted(self, entry: int) -> None:
-        if self.events.listening:
-            self.tell("removed", np.array([entry]), Tier.HOST)
+    def evicted(self, entries: EntryRows) -> None:
+        """The host copies of ``entries`` are gone: tell, and forget those that cannot be read any more."""
+        self.tell("removed", entries, Tier.HOST)
+        if np.count_nonzero(self.index.disk_ranks[entries]):
+            entries = entries[~self.index.on_disk(entries)]
+        self._forget(entries)
+
+    def _forget(self, entries: EntryRows) -> None:
+        """Nothing of ``entries`` is left to be written, or to be kept unless somebody holds it."""
+        self.disk.forget(entries)
+        self._release(entries)
+
+    def _release(self, entries: EntryRows) -> None:
+        if len(entries) < _FEW:
+            for entry in entries.tolist():
+                self.index.release(entry)
         else:
-            self.counts[_COUNTER["removed", Tier.HOST]] += self.index.linked_at[entry]
-        if self.index.disk_ranks_at[entry] != self.index.every_rank:
-            self.disk.forget(entry)
-            self.index.release(entry)
+            self.index.release_many(entries)
 
     def tell(self, change: Literal["stored", "removed"], entries: EntryRows, tier: Tier) -> None:
         """Note an event for whoever listens; what was superseded has been told as removed already."""

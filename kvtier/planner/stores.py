@@ -191,7 +191,7 @@ class Stores:
         if not len(wanted):
             return _NewRows(entries[:0], wanted, {}, 0)
         wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
-        fit, starts = state.host.reserve(group, wanted_now, state.may_go)
+        fit, starts = state.host.reserve(group, wanted_now)
         if fit < len(wanted):
             for at in wanted[fit:].tolist():
                 ticket.fail(first + at, Reason.REFUSED)

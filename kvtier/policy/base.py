@@ -16,7 +16,7 @@ class EvictionPolicy(Protocol):
     """The order in which entries of one tier go.
 
     The caller passes a request's entries in prefix order (parent before child) and evicts leaves only: it takes the
-    first of ``candidates`` that is unpinned and has no child in the tier, so a policy need not know links or pins.
+    first of ``candidates`` that are unpinned and have no child in the tier, so a policy need not know links or pins.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -30,6 +30,9 @@ class EvictionPolicy(Protocol):
 
     def remove(self, entry: int) -> None:
         """An entry that left the tier."""
+
+    def remove_many(self, entries: Entries) -> None:
+        """As ``remove`` of each of ``entries``, in any order; those evicted together come in that of ``candidates``."""
 
     def candidates(self) -> Iterator[int]:
         """Entries from the least to the most worth keeping. Those given so far may be removed while it runs."""

@@ -15,8 +15,6 @@ import numpy.typing as npt
 from kvtier.core.columns import column
 from kvtier.policy.base import Entries
 
-_NONE = -1
-
 
 class LeafFirstLRU:
     """Least recently used order over entry numbers in [0, capacity)."""
@@ -49,8 +47,13 @@ class LeafFirstLRU:
     def remove(self, entry: int) -> None:
         """An entry that left the tier."""
         self._unlink(entry, entry)
-        self._newer_at[entry] = _NONE
         self._count -= 1
+
+    def remove_many(self, entries: Entries) -> None:
+        """Entries that left the tier: one splice per run of neighbours."""
+        if len(entries):
+            self._unlink_runs(entries.astype(np.intp, copy=False))
+            self._count -= len(entries)
 
     def candidates(self) -> Iterator[int]:
         """Entries from the oldest to the newest; the one just yielded may be removed."""

@@ -79,6 +79,15 @@ class TableAndDict(RuleBasedStateMachine):
             self.table.unlink(entry)
             self.unlinked.append(entry)
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def remove_many(self, data: st.DataObject) -> None:
+        """Of any groups, and several in one bucket."""
+        names = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True))
+        entries = np.array([self.model.pop(name) for name in names], np.int32)
+        self.table.unlink_many(entries)
+        self.table.recycle_many(entries)
+
     @precondition(lambda self: self.unlinked)
     @rule(data=st.data())
     def recycle(self, data: st.DataObject) -> None:

@@ -61,6 +61,17 @@ class SpaceAndBitmap(RuleBasedStateMachine):
         self.space.give_back(start + keep, pages - keep)
         self.taken[start + keep : start + pages] = False
 
+    @precondition(lambda self: self.extents)
+    @rule(data=st.data())
+    def give_back_many(self, data: st.DataObject) -> None:
+        """Any of them in any order, neighbours and others."""
+        several = data.draw(st.lists(st.sampled_from(self.extents), unique=True))
+        starts, pages = np.array(several, np.int32).reshape(-1, 2).T
+        self.space.give_back_many(starts, pages)
+        for start, length in several:
+            self.extents.remove((start, length))
+            self.taken[start : start + length] = False
+
     @invariant()
     def the_free_runs_are_those_of_the_bitmap(self) -> None:
         if hasattr(self, "space"):

@@ -328,10 +328,9 @@ def test_evicting_after_a_restart_takes_leaves_first() -> None:
     bench.prefetch(keys)
     bench.run()
     assert bench.planner.stats()["host_entries"] == 6
-    for block in range(6):
-        bench.lose(keys, block, Tier.DISK)
-    leaves = list(bench.planner._state.host.leaves())
-    assert leaves == [bench.entry(keys, 5)]
+    entries = [bench.entry(keys, block) for block in range(6)]
+    assert bench.index.host_children[entries].tolist() == [1] * 5 + [0]
+    assert bench.planner._state.host.leaves().take(6).tolist() == entries[::-1]
 
 
 def test_finding_many_blocks_costs_no_python_object_each() -> None:

@@ -58,6 +58,15 @@ class OrderIsThatOfAList(RuleBasedStateMachine):
         self.policy.remove(entry)
         self.model.remove(entry)
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), in_order=st.booleans())
+    def remove_many(self, data: st.DataObject, in_order: bool) -> None:
+        entries = data.draw(st.lists(st.sampled_from(self.model), unique=True))
+        if in_order:
+            entries.sort(key=self.model.index)
+        self.policy.remove_many(entries_of(entries))
+        self.model = [entry for entry in self.model if entry not in entries]
+
     @rule(data=st.data())
     def evict_while_it_runs(self, data: st.DataObject) -> None:
         kept = []

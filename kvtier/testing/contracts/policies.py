@@ -51,6 +51,21 @@ class EvictionPolicyContract:
         assert len(policy) == 7
         assert sorted(policy.candidates()) == [1, 2, 3, 5, 6, 7, 8]
 
+    def test_many_leave_as_one_after_the_other_would(self) -> None:
+        """In any order; what is left stands as it stood before."""
+        for gone in ([], [6], [7, 6, 5], [9, 0, 4, 5], range(10)):
+            at_once, one_by_one = self.make(10), self.make(10)
+            for policy in (at_once, one_by_one):
+                policy.insert(entries_of(range(10)))
+                policy.touch(entries_of([5, 2]))
+            at_once.remove_many(entries_of(gone))
+            for entry in gone:
+                one_by_one.remove(entry)
+            assert len(at_once) == 10 - len(gone)
+            assert list(at_once.candidates()) == list(one_by_one.candidates())
+            at_once.insert(entries_of(gone))
+            assert sorted(at_once.candidates()) == list(range(10))
+
     def test_use_changes_the_order_at_most(self) -> None:
         policy = self.make(10)
         policy.insert(entries_of(range(10)))
@@ -102,8 +117,8 @@ class EvictionPolicyContract:
             seen.append(entry)
             held.append(entry)
             if len(held) == gone:
-                for one in reversed(held):
-                    policy.remove(one)
+                policy.remove_many(entries_of(held[1:]))
+                policy.remove(held[0])
                 held.clear()
         assert sorted(seen) == list(range(12))
         assert len(policy) == len(held)
