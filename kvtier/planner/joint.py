@@ -74,7 +74,7 @@ class JointPlans:
         count = sum(len(wish.ticket.outcome) for wish in joint)
         if len(joint) < 2 or not self._stores.has_room_for(count):
             return wishes
-        fit, starts = state.host.reserve(0, count, state.may_go)
+        fit, starts = state.host.reserve(0, count)
         if fit < count:
             pages = state.layout.record_pages[0]
             state.host.free((rank, start, pages) for rank, own in starts.items() for start in own)
