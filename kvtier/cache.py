@@ -25,7 +25,7 @@ from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
 from kvtier.core.checks import flag, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
-from kvtier.core.memory import KVMemory, KVPages, PageTable
+from kvtier.core.memory import GroupPages, KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage
 from kvtier.dispatch import Dispatch
 from kvtier.errors import ClosedError, ConfigError
@@ -209,8 +209,10 @@ class TieredCache:
         self._check_hit_range(hit, start, stop)
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         service = priority_of(priority)
-        memory, table = self._table(pages, start, stop)
-        wish = LoadWish.of(hit.lease, table, start, stop, service, deadline)
+        memory, table, is_paged = self._table(pages, start, stop)
+        wish = LoadWish.of(
+            hit.lease, table, start=start, stop=stop, priority=service, deadline_s=deadline, is_paged=is_paged
+        )
         return self._dispatch.submit(wish, range(start, stop), memory, client)
 
     def submit_store(
@@ -247,11 +249,13 @@ class TieredCache:
             self._check_hit(derived_from)
             lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
-        memory, table = self._table(pages, first, max(first, len(keys) * keys.block_tokens))
+        stop = len(keys)  # they may grow from here on
+        memory, table, is_paged = self._table(pages, first, max(first, stop * keys.block_tokens))
         if session is not None:
             with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
-        return self._dispatch.submit(StoreWish.of(keys, table, start, lineage, level), _NO_SPAN, memory, client)
+        wish = StoreWish.of(keys, stop, table, start=start, lineage=lineage, durability=level, is_paged=is_paged)
+        return self._dispatch.submit(wish, _NO_SPAN, memory, client)
 
     def submit_prefetch(
         self,
@@ -305,7 +309,7 @@ class TieredCache:
             return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
-        """Forget ``memory`` once no job uses it."""
+        """Forget ``memory`` once no job uses it that was given ``KVPages``; jobs that name it by number end first."""
         self._check_here()
         with self._lock:
             self._memories.let_go(memory)
@@ -397,15 +401,17 @@ class TieredCache:
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 
-    def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable]:
+    def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable, bool]:
+        """Memory to be let go when the job ends, a checked table that nobody else has, and whether it is paged."""
         if isinstance(pages, PageTable):
+            pages = _own_table(pages)
             memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
             if memory is not None and start < stop:
                 memory.check(pages, start, stop)
             elif memory is None and self._is_local:
                 raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
             self._check_open()
-            return None, pages
+            return None, pages, memory is not None and memory.is_paged
         is_whole = isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "check")
         if not is_whole:
             raise ConfigError(
@@ -416,7 +422,7 @@ class TieredCache:
         with self._lock:
             self._check_open()
             memory_id = self._memories.use(pages.memory)
-        return pages.memory, PageTable(memory_id, pages.table.groups)
+        return pages.memory, PageTable(memory_id, pages.table.groups), pages.memory.is_paged
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -440,6 +446,12 @@ class TieredCache:
     def _check_open(self) -> None:
         self._check_here()
         self._dispatch.check_open()
+
+
+def _own_table(table: PageTable) -> PageTable:
+    """Nobody can change it after it was checked."""
+    groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
+    return PageTable(table.memory_id, tuple(groups))
 
 
 def _check_client(client: object) -> None:

@@ -42,6 +42,13 @@ class KVMemory(Protocol):
     def placement(self) -> str:
         """Placement digest (hex) of the layout that the memory was built for; compared when it is registered."""
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether id i of a table is the page of tokens [first_token + i * page_tokens, ...), and of no others.
+
+        The tables of small jobs are then put together, and their blocks are copied with one call.
+        """
+
     def check(self, table: PageTable, start: int, stop: int) -> None:
         """Refuse a page table that does not cover tokens [start, stop) in every group.
 

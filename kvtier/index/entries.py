@@ -138,6 +138,15 @@ class Index:
         if here.any():
             self._count_child(self.host_children, parents[here])
 
+    def link_chain(self, entries: EntryRows, before: int) -> None:
+        """``link`` of new entries, each to the one in front of it; the first extends ``before`` (or MISSING)."""
+        at = entries.astype(np.intp, copy=False)
+        self.parent[at[1:]] = at[:-1]
+        self.children[at[:-1]] = 1
+        self._parent_at[at.item(0)] = before
+        if before >= 0:
+            self._children_at[before] += 1
+
     def pin(self, entries: EntryRows) -> None:
         """Hold ``entries`` and their copies in place."""
         self.pins[entries.astype(np.intp)] += 1
@@ -306,7 +315,7 @@ class Index:
         if len(known) == 1:
             counts[known] += change
         elif len(known):
-            np.add.at(counts, known, change)
+            np.add.at(counts, known, np.int32(change))  # a plain number is int64 first, and takes four times as long
 
 
 __all__ = ["MAX_RANKS", "MISSING", "EntryRows", "Index", "KeyRows", "Mask"]

@@ -51,6 +51,7 @@ class KeyTable:
         self._keys_at = self.keys.reshape(-1).data
         self._groups_at = self.groups.data
         self._words = self.keys.view(np.uint64)
+        self._first_words = self._words[:, 0]
         self._words_at = self._words.reshape(-1).data
         self._released = column(capacity, np.int32)  # a stack of numbers to use again
         self._released_count = 0
@@ -77,17 +78,27 @@ class KeyTable:
             data = keys.tobytes()
             return np.array([self.find_one(data[at : at + 32], group) for at in range(0, len(data), 32)], np.int32)
         words = keys.view(np.uint64)
+        first_words = words[:, 0]
         found = self._heads[self._buckets(words, group)].astype(np.intp) - 1
-        rows = self._others(found, words, group).nonzero()[0]
+        rows = self._of_others(found, first_words).nonzero()[0]
         while len(rows) > _SCALAR_LIMIT:
             following = self._next[found[rows]].astype(np.intp) - 1
             found[rows] = following
-            rows = rows[self._others(following, words[rows], group)]
+            rows = rows[self._of_others(following, first_words[rows])]
+        self._walk_on(found, rows, keys, group)
+        rows = (found >= 0).nonzero()[0]
+        if len(rows):
+            wrong = self._differ(found[rows], words if len(rows) == len(words) else words[rows], group)
+            if np.count_nonzero(wrong):
+                self._walk_on(found, rows[wrong], keys, group)
+        return found.astype(np.int32)
+
+    def _walk_on(self, found: Places, rows: npt.NDArray[np.intp], keys: KeyRows, group: int) -> None:
+        """Look for the keys of ``rows`` behind the entries that were ``found``, which are those of others."""
         for row in rows.tolist():
             key = keys[row].tobytes()
-            following_one = self._next_at[found[row]] - 1
-            found[row] = self._walk(following_one, int.from_bytes(key[:8], "little"), key, group)
-        return found.astype(np.int32)
+            following = self._next_at[found[row]] - 1
+            found[row] = self._walk(following, int.from_bytes(key[:8], "little"), key, group)
 
     def add(self, keys: KeyRows, group: int) -> EntryRows:
         """New entries for ``keys``, none of which is in the table; there must be room (``free``)."""
@@ -177,16 +188,22 @@ class KeyTable:
             entry = following[entry] - 1
         return MISSING
 
-    def _others(self, entries: Places, words: npt.NDArray[np.uint64], group: int) -> npt.NDArray[np.bool_]:
-        """Where the entry is that of another key, so that the wanted one may stand behind it."""
-        others: npt.NDArray[np.bool_] = (self._words[entries] != words).any(axis=1)
-        others |= self.groups[entries] != group
+    def _of_others(self, entries: Places, first_words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Where the first word is that of another key, so that the wanted one may stand behind it."""
+        others: npt.NDArray[np.bool_] = self._first_words[entries] != first_words
         others &= entries >= 0  # MISSING indexes the last entry, whatever that holds
+        return others
+
+    def _differ(self, entries: Places, words: npt.NDArray[np.uint64], group: int) -> npt.NDArray[np.bool_]:
+        """Where the entry is that of another key or group, although the first word is the same."""
+        differing = (self._words[entries] != words).view(np.uint32).reshape(-1)  # the four words of a key as one
+        others: npt.NDArray[np.bool_] = differing != 0
+        others |= self.groups[entries] != group
         return others
 
     def _buckets_of(self, entries: Places) -> Places:
         """The bucket of every entry, whatever its group."""
-        mixed: npt.NDArray[np.uint64] = self._words[entries, 0]
+        mixed: npt.NDArray[np.uint64] = self._first_words[entries]
         groups = self.groups[entries]
         if np.count_nonzero(groups):
             mixed ^= groups * np.uint64(_GROUP_MIX)

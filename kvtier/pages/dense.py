@@ -57,6 +57,11 @@ class DenseKV:
         """Placement digest (hex) of the layout."""
         return self.layout.placement
 
+    @property
+    def is_paged(self) -> bool:
+        """No: an id is a whole row of the batch."""
+        return False
+
     def row(self, batch_index: int = 0, first_token: int = 0) -> KVPages:
         """One sequence of the batch; position 0 of the tensors holds its token ``first_token``.
 

@@ -53,6 +53,11 @@ class PagedTensors:
         """Placement digest (hex) of the layout."""
         return self.layout.placement
 
+    @property
+    def is_paged(self) -> bool:
+        """Yes."""
+        return True
+
     def pages(self, ids: Any, first_token: int = 0) -> KVPages:
         """A request's pages: ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``.
 

@@ -1,7 +1,8 @@
 """Joint plans: many small stores, or loads, as one hop. What a plan costs is paid once for all of them.
 
-The blocks of all of them stand one after another in one table of pages, as if they were those of a single request.
-Anything out of the ordinary is left to be planned alone: blocks that are known already, rows on disk, no room.
+The blocks of all of them stand one after another in one table of pages, as if they were those of a single request; that
+takes memory in pages, whose tables were checked. Anything out of the ordinary is left to be planned alone: blocks that
+are known already, rows on disk, no room.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class JointPlans:
         blocks = len(wish.ticket.outcome)
         if not 0 < blocks <= self._most_blocks:
             return wish
-        if isinstance(wish, StoreWish):
+        if isinstance(wish, StoreWish) and wish.is_paged:
             if wish.ticket.durability != Durability.MEMORY or not wish.keys.chained:
                 return wish
             return StoreWish, wish.pages.memory_id, wish.keys.root.weights_version, wish.lineage
-        if isinstance(wish, LoadWish):
+        if isinstance(wish, LoadWish) and wish.is_paged:
             size, due = wish.lease.keys.block_tokens, wish.deadline_s
             if wish.start % size or wish.stop % size:
                 return wish
@@ -74,7 +75,11 @@ class JointPlans:
         count = sum(len(wish.ticket.outcome) for wish in joint)
         if len(joint) < 2 or not self._stores.has_room_for(count):
             return wishes
+        # What earlier wishes have already may not go to make room for later ones.
+        shield = self._entries_of(alone)
+        state.index.pin(shield)
         fit, starts = state.host.reserve(0, count)
+        state.unpinned(state.index.unpin(shield))
         if fit < count:
             pages = state.layout.record_pages[0]
             state.host.free((rank, start, pages) for rank, own in starts.items() for start in own)
@@ -95,6 +100,12 @@ class JointPlans:
             else:
                 known.append(wish)
         return new, known
+
+    def _entries_of(self, wishes: Sequence[StoreWish]) -> EntryRows:
+        """All entries that there are of their blocks, each once."""
+        find = self._state.index.table.find_one
+        keys = [key for wish in wishes for key in wish.keys.digests[wish.ticket.first_block : wish.stop]]
+        return wide(np.array(sorted({find(key, 0) for key in keys} - {MISSING}), np.int32))
 
     def _send_stores(self, wishes: Sequence[StoreWish], count: int, starts: Sequence[int]) -> None:
         state = self._state

@@ -167,7 +167,9 @@ class Planner:
         deadline_s: float | None = None,
     ) -> Ticket:
         """Plan to bring tokens [start, stop) of a lease into engine pages."""
-        return self._planned(LoadWish.of(lease, pages, start, stop, priority, deadline_s))
+        return self._planned(
+            LoadWish.of(lease, pages, start=start, stop=stop, priority=priority, deadline_s=deadline_s)
+        )
 
     def store(
         self,
@@ -184,7 +186,7 @@ class Planner:
             ConfigError: ``keys`` are of blocks of another size.
         """
         self.check_keys(keys)
-        return self._planned(StoreWish.of(keys, pages, start, lineage, durability))
+        return self._planned(StoreWish.of(keys, len(keys), pages, start=start, lineage=lineage, durability=durability))
 
     def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
         """Plan to bring what is only on disk into host memory; raises as ``store``."""

@@ -209,8 +209,7 @@ class Stores:
         rows = keys.rows()[first : first + count]
         entries = wide(index.add(rows, group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)))
         if keys.chained:
-            before = np.array((self.before(keys, group, first),), np.int32)
-            index.link(entries, np.concatenate((before, entries[:-1])))
+            index.link_chain(entries, self.before(keys, group, first))
         return entries
 
     def _add_some(self, keys: Keys, group: int, first: int, entries: EntryRows, wanted: Ints, lineage: Lineage) -> None:

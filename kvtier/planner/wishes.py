@@ -23,14 +23,26 @@ class StoreWish:
     start: int
     """The first token that was asked for: it may lie inside the block before."""
     lineage: Lineage
+    is_paged: bool
+    """Whether id i of ``pages`` is the page of tokens [first_token + i * page_tokens, ...), and that was checked."""
 
     @classmethod
-    def of(cls, keys: Keys, pages: PageTable, start: int, lineage: Lineage, durability: Durability) -> StoreWish:
-        """From token ``start`` on, all that is full now."""
-        first, stop = -(-start // keys.block_tokens), len(keys)
+    def of(
+        cls,
+        keys: Keys,
+        stop: int,
+        pages: PageTable,
+        *,
+        start: int,
+        lineage: Lineage,
+        durability: Durability,
+        is_paged: bool = False,
+    ) -> StoreWish:
+        """From token ``start`` on, the blocks before ``stop``."""
+        first = -(-start // keys.block_tokens)
         ticket = Ticket.of(TicketKind.STORE, first, max(0, stop - first))
         ticket.durability = durability
-        return cls(ticket, keys, stop, pages, start, lineage)
+        return cls(ticket, keys, stop, pages, start, lineage, is_paged)
 
 
 @dataclass(slots=True, eq=False)
@@ -44,16 +56,26 @@ class LoadWish:
     stop: int
     priority: Priority
     deadline_s: float | None
+    is_paged: bool
+    """As in a ``StoreWish``."""
 
     @classmethod
     def of(
-        cls, lease: Lease, pages: PageTable, start: int, stop: int, priority: Priority, deadline_s: float | None
+        cls,
+        lease: Lease,
+        pages: PageTable,
+        *,
+        start: int,
+        stop: int,
+        priority: Priority,
+        deadline_s: float | None,
+        is_paged: bool = False,
     ) -> LoadWish:
         """The blocks that hold any of these tokens."""
         size = lease.keys.block_tokens
         first = start // size
         ticket = Ticket.of(TicketKind.LOAD, first, -(-stop // size) - first)
-        return cls(ticket, lease, pages, start, stop, priority, deadline_s)
+        return cls(ticket, lease, pages, start, stop, priority, deadline_s, is_paged)
 
 
 @dataclass(slots=True, eq=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 
 
 class Notifier:
@@ -10,6 +12,7 @@ class Notifier:
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # what is closed may be a stranger's file the next moment
 
     def fileno(self) -> int:
         """The descriptor, to be polled for reading; -1 after ``close``."""
@@ -17,18 +20,19 @@ class Notifier:
 
     def set(self) -> None:
         """Make it readable; nothing happens after ``close``."""
-        if self._fd >= 0:
-            os.eventfd_write(self._fd, 1)
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Make it unreadable; clear first, then drain."""
-        try:
-            os.eventfd_read(self._fd)
-        except BlockingIOError:
-            return  # nobody set it since the last time
+        with self._lock, suppress(BlockingIOError):  # nobody set it since the last time
+            if self._fd >= 0:
+                os.eventfd_read(self._fd)
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)

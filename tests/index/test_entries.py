@@ -306,15 +306,19 @@ class Links(RuleBasedStateMachine):
         self.live -= free
 
     @precondition(lambda self: self.index.table.free)
-    @rule(data=st.data(), count=st.integers(1, 4))
-    def add_chain(self, data: st.DataObject, count: int) -> None:
+    @rule(data=st.data(), count=st.integers(1, 4), as_chain=st.booleans())
+    def add_chain(self, data: st.DataObject, count: int, as_chain: bool) -> None:
         count = min(count, self.index.table.free)
         parent = data.draw(st.sampled_from([MISSING, *sorted(self.live)]))
         self.seed += 1
         depths = np.arange(count, dtype=np.int32)
         entries = self.index.add(keys(count, self.seed), 0, depths=depths, tokens=4, lineage=0)
         assert not self.live & set(entries.tolist())
-        self.index.link(entries, np.concatenate((one(parent), entries[:-1])))
+        if as_chain:
+            self.index.link_chain(entries, parent)
+        else:
+            self.index.link(entries, np.concatenate((one(parent), entries[:-1])))
+        assert self.index.parent[entries].tolist() == [parent, *entries[:-1].tolist()]
         self.live |= set(entries.tolist())
 
     @precondition(lambda self: self.live)
@@ -332,6 +336,15 @@ class Links(RuleBasedStateMachine):
         assert len(self.index.drop_host(entry)) == had * self.index.ranks
         if then_release:
             self.index.release(entry)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def many_leave_host(self, data: st.DataObject) -> None:
+        """At once, in any order; then all of them are released."""
+        some = np.array(data.draw(st.lists(st.sampled_from(sorted(self.live)), unique=True)), np.int32)
+        there = some[self.index.on_host(some)]
+        assert [len(pages) for pages, _ in self.index.leave_host(there)] == [len(there)] * self.index.ranks
+        self.index.release_many(some)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), come=st.booleans())

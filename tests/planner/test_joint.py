@@ -23,13 +23,13 @@ def table(*ids: int, memory_id: int = 0) -> PageTable:
 
 
 def store(keys: Keys, pages: PageTable, **how: Any) -> StoreWish:
-    wanted = {"start": 0, "lineage": Lineage.EXACT, "durability": Durability.MEMORY} | how
-    return StoreWish.of(keys, pages, **wanted)
+    wanted = {"start": 0, "lineage": Lineage.EXACT, "durability": Durability.MEMORY, "is_paged": True} | how
+    return StoreWish.of(keys, len(keys), pages, **wanted)
 
 
 def load(lease: Lease, pages: PageTable, **how: Any) -> LoadWish:
     last = (lease.first_block + lease.blocks) * BLOCK
-    wanted = {"start": 0, "stop": last, "priority": Priority.DEMAND, "deadline_s": None} | how
+    wanted = {"start": 0, "stop": last, "priority": Priority.DEMAND, "deadline_s": None, "is_paged": True} | how
     return LoadWish.of(lease, pages, **wanted)
 
 
@@ -221,6 +221,27 @@ def test_large_wishes_and_wishes_of_several_ranks_or_groups_are_never_joined() -
     for bench, blocks in ((Bench(**ROOM), 5), (Bench(ranks=2, **ROOM), 1), (Bench(groups=2, **ROOM), 1)):
         bench.plan([store(bench.keys(blocks, seed), _for_all_groups(bench, blocks)) for seed in range(2)])
         assert {len(plan.rows) for plan in bench.plans(PlanKind.STORE)} == {blocks * len(bench.layout.groups)}
+
+
+def test_tables_of_memory_that_is_not_in_pages_are_never_put_together() -> None:
+    bench = Bench(**ROOM)
+    bench.plan([store(bench.keys(1, seed), table(seed), is_paged=False) for seed in range(2)])
+    bench.run()
+    leases = [bench.lookup(bench.keys(1, seed, extra_tokens=1)) for seed in range(2)]
+    bench.plan([load(lease, table(at), is_paged=False) for at, lease in enumerate(leases)])
+    assert [len(plan.rows) for plan in bench.sent] == [1, 1, 1, 1]
+
+
+def test_what_an_earlier_wish_has_does_not_make_room_for_a_later_one() -> None:
+    bench = Bench(host_blocks=4)
+    known = bench.keys(2, 50)
+    bench.stored(known)
+    bench.stored(bench.keys(2, 51))
+    wishes = [store(known, table(0, 1)), *(store(bench.keys(1, seed), table(seed)) for seed in range(2))]
+    bench.plan(wishes)
+    bench.run()
+    assert wishes[0].ticket.count(Outcome.EXISTING) == 2
+    assert bench.match(known) == 2
 
 
 def test_wishes_of_a_version_that_was_retired_are_misses() -> None:

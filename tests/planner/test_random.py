@@ -110,16 +110,26 @@ class Storm:
                 lease = self.random.choice(leases)
                 first = self.random.randrange(lease.first_block, lease.first_block + lease.blocks)
                 stop = min(first + self.random.randint(1, 2), lease.first_block + lease.blocks)
-                wishes.append(LoadWish.of(lease, PAGES, first * BLOCK, stop * BLOCK, Priority.DEMAND, None))
+                wishes.append(self.small_load(lease, first * BLOCK, stop * BLOCK))
                 self.keys_of[wishes[-1].ticket] = lease.keys
             else:
                 keys = self.some_keys()
                 start = max(0, len(keys) - self.random.randint(1, 2)) * BLOCK
-                wishes.append(StoreWish.of(keys, PAGES, start, Lineage.EXACT, Durability.MEMORY))
+                wishes.append(self.small_store(keys, start))
                 self.keys_of[wishes[-1].ticket] = keys
         self.bench.plan(wishes)
         for number, hop in self.bench.planner._state.hops.items():
             self.joint.update({share.ticket: (number, share.rows.start) for share in hop.shares})
+
+    def small_load(self, lease: Lease, start: int, stop: int) -> LoadWish:
+        return LoadWish.of(
+            lease, PAGES, start=start, stop=stop, priority=Priority.DEMAND, deadline_s=None, is_paged=True
+        )
+
+    def small_store(self, keys: Keys, start: int) -> StoreWish:
+        return StoreWish.of(
+            keys, len(keys), PAGES, start=start, lineage=Lineage.EXACT, durability=Durability.MEMORY, is_paged=True
+        )
 
     def prefetch(self) -> None:
         self.bench.prefetch(self.some_keys())
