@@ -138,7 +138,8 @@ class JointPlans:
             return wishes
         joint, alone, entries = self._at_hand(wishes)
         nbytes = len(entries) * state.block_bytes
-        if len(joint) < 2 or not state.has_room_for(PlanKind.LOAD, nbytes, state.config.host.load_queue):
+        room = state.config.host.load_queue - state.in_flight_bytes[PlanKind.LOAD]
+        if len(joint) < 2 or nbytes > room:
             return wishes
         for wish in joint:
             wish.ticket.tiers = bytearray((Tier.HOST,)) * len(wish.ticket.outcome)

@@ -91,3 +91,15 @@ def test_a_wish_that_nobody_plans_before_the_end_ends_with_it() -> None:
     assert cache.close()
     assert job.done
     assert cache.stats()["jobs"] == 0
+
+
+def test_a_wish_wakes_a_copy_thread_and_does_not_wait_for_housekeeping() -> None:
+    """Which looks for what was forgotten every 20 ms of virtual time."""
+    simulation, engine = Simulation(1), PseudoEngine(LAYOUT, BLOCKS)
+    config = {"host": {"capacity": "1MiB", "staging": "1MiB"}}
+    cache = TieredCache(config, LAYOUT, "m", machine=simulation.machine())
+    for number in range(3):
+        simulation.run_until(lambda: False, timeout_s=0.001)  # everybody who still has something to do does it
+        before_s = simulation.clock.monotonic()
+        assert cache.submit_store([number] * SIZE, engine.pages).result(1).stored == SIZE
+        assert simulation.clock.monotonic() < before_s + 0.001

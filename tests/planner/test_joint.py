@@ -10,7 +10,7 @@ import pytest
 
 from kvtier.core.keys import Keys, Root
 from kvtier.core.memory import GroupPages, PageTable
-from kvtier.core.plan import Lineage, PlanKind, Priority, Reason, Status
+from kvtier.core.plan import Lineage, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish
 from tests.planner.bench import BACK, BLOCK, Bench
 
@@ -255,3 +255,112 @@ def test_wishes_of_a_version_that_was_retired_are_misses() -> None:
 def _for_all_groups(bench: Bench, blocks: int) -> PageTable:
     one = table(*range(blocks))
     return replace(one, groups=one.groups * len(bench.layout.groups))
+
+
+def test_a_load_from_beyond_what_the_engine_holds_finds_its_own_entries_and_pages() -> None:
+    """Both the hit and the table begin behind the first block, and not at the same one."""
+    bench = Bench(**ROOM)
+    all_keys = stored_one_by_one(bench, 4, 4)
+    leases = [bench.lookup(keys, start=BLOCK) for keys in all_keys]
+    late = PageTable(0, (GroupPages(2 * BLOCK, np.array([11, 12], np.int32)),))
+    last = 4 * BLOCK
+    bench.plan([load(leases[0], late, start=2 * BLOCK, stop=last), load(leases[1], late, start=3 * BLOCK, stop=last)])
+    (plan,) = bench.plans(PlanKind.LOAD)
+    assert plan.pages is not None
+    assert plan.pages.groups[0].ids.tolist() == [11, 12, 12]
+    wanted = [*all_keys[0].digests[2:4], all_keys[1].digests[3]]
+    assert [row.tobytes() for row in plan.rows["key"]] == wanted
+
+
+def test_loads_of_another_memory_or_class_of_service_have_plans_of_their_own() -> None:
+    bench = Bench(**ROOM)
+    leases = [bench.lookup(keys) for keys in stored_one_by_one(bench, 1, 1, 1, 1)]
+    kinds: list[dict[str, Any]] = [{}, {"priority": Priority.PREFETCH}, {"priority": Priority.PREFETCH}, {}]
+    memories = [0, 0, 0, 1]
+    bench.plan(
+        [
+            load(lease, table(0, memory_id=memory), **how)
+            for lease, memory, how in zip(leases, memories, kinds, strict=True)
+        ]
+    )
+    found = [
+        (len(plan.rows), plan.priority, plan.pages and plan.pages.memory_id) for plan in bench.plans(PlanKind.LOAD)
+    ]
+    assert found == [(1, Priority.DEMAND, 0), (2, Priority.PREFETCH, 0), (1, Priority.DEMAND, 1)]
+
+
+def test_a_load_that_ends_inside_a_block_is_planned_alone() -> None:
+    bench = Bench(**ROOM)
+    leases = [bench.lookup(keys) for keys in stored_one_by_one(bench, 1, 2, 1)]
+    wishes = [load(leases[0], table(0)), load(leases[1], table(1, 2), stop=BLOCK + 1), load(leases[2], table(3))]
+    bench.plan(wishes)
+    assert [(len(plan.rows), plan.stop) for plan in bench.plans(PlanKind.LOAD)] == [
+        (1, BLOCK), (2, BLOCK + 1), (1, BLOCK),
+    ]  # fmt: skip
+
+
+def test_a_load_of_two_blocks_one_of_which_is_only_on_disk_is_planned_alone() -> None:
+    bench = Bench(host_blocks=32, segments=8, **BACK)
+    leases = [bench.lookup(keys) for keys in stored_one_by_one(bench, 1, 2, 1)]
+    bench.flush()
+    bench.run()
+    bench.planner._state.host.drop(int(leases[1].groups[0][1]))
+    bench.sent.clear()
+    bench.plan([load(lease, table(0, 1)) for lease in leases])
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.LOAD)] == [2, 2]
+
+
+def test_approximate_stores_stay_approximate_and_tickets_of_loads_tell_the_tier() -> None:
+    bench = Bench(**ROOM)
+    keys = [bench.keys(1, seed) for seed in range(2)]
+    bench.plan([store(own, table(at), lineage=Lineage.APPROXIMATE) for at, own in enumerate(keys)])
+    bench.run()
+    assert [bench.match(own, exact=True) for own in keys] == [0, 0]
+    wishes = [load(bench.lookup(own), table(at)) for at, own in enumerate(keys)]
+    bench.plan(wishes)
+    assert [bytes(wish.ticket.tiers) for wish in wishes] == [bytes((Tier.HOST,))] * 2
+
+
+def test_joint_plans_count_against_the_budgets_of_stores_and_loads() -> None:
+    """What does not fit together is planned alone, as far as it fits."""
+    block_bytes = Bench().layout.block_bytes[0]
+    bench = Bench(host={"store_queue": 3 * block_bytes, "load_queue": 3 * block_bytes}, **ROOM)
+    wishes = [store(bench.keys(1, seed), table(seed)) for seed in range(4)]
+    bench.plan(wishes)
+    assert [wish.ticket.reason[0] for wish in wishes] == [Reason.NONE] * 3 + [Reason.REFUSED]
+    bench.run()
+    bench.stored(bench.keys(1, 3))
+    loads = [load(bench.lookup(bench.keys(1, seed)), table(seed)) for seed in range(4)]
+    bench.plan(loads)
+    assert [wish.ticket.reason[0] for wish in loads] == [Reason.NONE] * 3 + [Reason.REFUSED]
+    bench.run()
+    first = [load(bench.lookup(bench.keys(1, seed)), table(seed)) for seed in range(3)]
+    bench.plan(first)
+    (last,) = [load(bench.lookup(bench.keys(1, 3)), table(3))]
+    bench.plan([last])
+    assert last.ticket.reason[0] == Reason.REFUSED
+
+
+def test_foreign_keys_without_a_chain_are_planned_alone() -> None:
+    bench = Bench(**ROOM)
+    loose = [Keys.foreign(Root("model"), [bytes([at])], BLOCK, engine="e", chained=False) for at in range(2)]
+    bench.plan([store(keys, table(at)) for at, keys in enumerate(loose)])
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)] == [1, 1]
+
+
+def test_wishes_before_anybody_is_attached_are_refused() -> None:
+    bench = Bench(attach=False)
+    wishes = [store(bench.keys(1, seed), table(seed)) for seed in range(2)]
+    bench.plan(wishes)
+    assert [wish.ticket.reason[0] for wish in wishes] == [Reason.CLOSED] * 2
+
+
+def test_stores_of_which_only_the_second_block_is_known_are_planned_alone() -> None:
+    bench = Bench(**ROOM)
+    long = bench.keys(2, 3)
+    bench.stored(long, start=BLOCK)
+    wishes = [store(bench.keys(1, 8), table(0)), store(long, table(1, 2)), store(bench.keys(1, 9), table(3))]
+    bench.plan(wishes)
+    bench.run()
+    assert bytes(wishes[1].ticket.outcome) == bytes((Outcome.DONE, Outcome.EXISTING))
+    bench.check_at_rest()
