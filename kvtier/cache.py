@@ -402,17 +402,19 @@ class TieredCache:
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 
     def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable, bool]:
-        """Memory to be let go when the job ends, a checked table that nobody else has, and whether it is paged."""
+        """Memory to be let go when the job ends, the table, and whether that was checked and is of memory in pages."""
         if isinstance(pages, PageTable):
-            pages = _own_table(pages)
-            memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
-            if memory is not None and start < stop:
-                memory.check(pages, start, stop)
-            elif memory is None and self._is_local:
-                raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
             self._check_open()
-            return None, pages, memory is not None and memory.is_paged
-        is_whole = isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "check")
+            memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
+            if memory is None and self._is_local:
+                raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
+            if memory is None or start >= stop:
+                return None, pages, False
+            memory.check(pages, start, stop)
+            return None, _own_table(pages), memory.is_paged
+        is_whole = (
+            isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "is_paged")
+        )
         if not is_whole:
             raise ConfigError(
                 f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {reprlib.repr(pages)}"
@@ -449,7 +451,7 @@ class TieredCache:
 
 
 def _own_table(table: PageTable) -> PageTable:
-    """Nobody can change it after it was checked."""
+    """Nobody else can change it."""
     groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
     return PageTable(table.memory_id, tuple(groups))
 
