@@ -145,6 +145,7 @@ class Planner:
                 ticket.fail_from(ticket.first_block, Reason.REFUSED)
                 ticket.stage = ticket.durability
                 self._stages.advance(ticket)
+                self._state.counts["failed_wishes"] += 1
 
     def _plan_one(self, wish: Wish) -> None:
         if isinstance(wish, StoreWish):

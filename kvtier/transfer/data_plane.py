@@ -279,7 +279,7 @@ class DataPlane:
             if piece is None:
                 # What ended before this thread was known to wait woke nobody: look once more.
                 reaped += sum(path.lane.reap() for path in self._equipment.paths)
-            news = self._has_news()
+            news = self._take_news()
         if news:
             self._on_news()
         if piece is None:
@@ -296,11 +296,11 @@ class DataPlane:
         with self._lock:
             piece.finish(result)
             self._equipment.kick()
-            news = self._has_news()
+            news = self._take_news()
         self._tell(news)
 
-    def _has_news(self) -> bool:
-        """Whether ``on_news`` is to be called. Who asks for that from here on asks again."""
+    def _take_news(self) -> bool:
+        """Whether ``on_news`` is to be called. That takes the request: who wants a call from here on asks again."""
         if self._called_back:
             self._called_back = False
             return True
@@ -325,7 +325,7 @@ class DataPlane:
             for path in self._equipment.paths:
                 path.lane.reap()
             self._equipment.kick()
-            news = self._has_news()
+            news = self._take_news()
         self._tell(news)
         return any(busy)
 

@@ -194,6 +194,7 @@ def test_a_mistake_in_planning_ends_the_wishes_and_nothing_else(
         broken.setattr("kvtier.planner.planner.Planner._plan_one", fail)
         bad = cache.submit_store(tokens(2), TABLE)
     assert bad.result(0).failed == {"refused": SIZE}
+    assert cache.stats()["failed_wishes"] == 1
     channel.answer()
     cache.pump()
     assert good.result(0).stored == SIZE
