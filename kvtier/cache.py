@@ -10,6 +10,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 from kvtier.arguments import (
     check_owner,
     checked_deadline_s,
@@ -452,8 +455,15 @@ class TieredCache:
 
 def _own_table(table: PageTable) -> PageTable:
     """Nobody else can change it."""
+    if all([_is_frozen(pages.ids) for pages in table.groups]):
+        return table
     groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
     return PageTable(table.memory_id, tuple(groups))
+
+
+def _is_frozen(ids: npt.NDArray[np.int32]) -> bool:
+    flags = ids.flags
+    return not flags.writeable and flags.owndata  # a view may be read-only where what it shows is not
 
 
 def _check_client(client: object) -> None:

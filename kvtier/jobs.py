@@ -79,6 +79,11 @@ class Job(Generic[R]):
     Engine memory of a load stays the caller's to keep until ``done``, of a store until ``source_free``.
     """
 
+    __slots__ = (
+        "ticket", "span", "memory", "_block_tokens", "_control", "_client", "_done", "_result", "_source_free",
+        "_callbacks", "_consumed_tokens", "__weakref__",
+    )  # fmt: skip
+
     def __init__(
         self, ticket: Ticket, span: range, block_tokens: int, control: JobControl, client: Client | None
     ) -> None:
@@ -91,7 +96,7 @@ class Job(Generic[R]):
         self._done = False
         self._result: R | None = None
         self._source_free = False
-        self._callbacks: list[Callable[[AnyJob], object]] = []
+        self._callbacks: tuple[Callable[[AnyJob], object], ...] = ()
         self._consumed_tokens = 0
 
     @property
@@ -154,7 +159,7 @@ class Job(Generic[R]):
         holds already. It must not block."""
         with self._control.lock:
             if not unless():
-                self._callbacks.append(callback)
+                self._callbacks += (callback,)
                 return
         callback(self)
 
@@ -176,7 +181,7 @@ class Job(Generic[R]):
             self._done = ticket.finished
             if not self._callbacks:
                 return self._client if ended else None
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = self._callbacks, ()
         for callback in callbacks:
             try:
                 callback(self)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.codecs.chain import chain_of
-from kvtier.codecs.checksums import page_sum
+from kvtier.codecs.checksums import page_sums
 from kvtier.codecs.record import SUM_AT, RecordHeader, Slice
 from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES, Table
@@ -80,7 +80,7 @@ class RawHeaders:
         for name in ("key", "parent", "lineage", "depth", "tokens"):
             headers[name] = rows[name]
         headers["slices"]["sums"][:, : self._slices] = sums.reshape(count, self._slices, 1, SUM_BYTES)
-        headers["sum"] = _page_sums(pages)
+        headers["sum"] = page_sums(pages, SUM_AT)
         return pages
 
     def known(self, pages: Bytes2D, keys: Bytes2D, places: Places | None) -> npt.NDArray[np.bool_]:
@@ -92,7 +92,7 @@ class RawHeaders:
         common = pages.view(np.uint64)[:, : self._words] & self._common
         known: npt.NDArray[np.bool_] = (common == self._wanted).all(axis=1)
         known &= (headers["key"] == keys).all(axis=1)
-        known &= headers["sum"] == _page_sums(pages)
+        known &= headers["sum"] == page_sums(pages, SUM_AT)
         if places is not None:
             place = headers["place"]
             known &= (place["nonce"] == np.frombuffer(places.nonce, np.uint8)).all(axis=1)
@@ -105,6 +105,3 @@ class RawHeaders:
         table: Bytes2D = pages.view(HEADER)[:, 0]["slices"]["sums"][:, : self._slices, 0]
         return table.reshape(len(pages), -1)
 
-
-def _page_sums(pages: Bytes2D) -> npt.NDArray[np.uint64]:
-    return np.array([page_sum(page) for page in pages[:, :SUM_AT]], np.uint64)

@@ -81,9 +81,9 @@ class PagedTensors:
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
         """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
-        check_groups(table.groups, len(self.layout.groups))
-        for group, pages, num_pages in zip(self.layout.groups, table.groups, self.num_pages, strict=True):
-            self._check_group(group, pages, num_pages, start, stop)
+        check_groups(table.groups, len(self.num_pages))
+        for group, pages in enumerate(table.groups):
+            self._check_group(group, pages, start, stop)
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
@@ -130,26 +130,31 @@ class PagedTensors:
                 cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
                 part.cells[ids[base + edge.page]][span] = cells[span]
 
-    def _check_group(self, group: KVGroup, pages: GroupPages, num_pages: int, start: int, stop: int) -> None:
-        size = self.layout.page_tokens
-        where = f"page table of group {group.name!r}"
-        if pages.first_token < 0 or pages.first_token % size:
-            raise ConfigError(f"{where}: first_token = {pages.first_token}, want a multiple of page_tokens = {size}")
-        covered = pages.first_token + len(pages.ids) * size
-        if start < pages.first_token or stop > covered:
-            first = start // size * size
+    def _check_group(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
+        size, first = self.layout.page_tokens, pages.first_token
+        if first < 0 or first % size:
+            raise ConfigError(f"{self._where(group)}: first_token = {first}, want a multiple of page_tokens = {size}")
+        covered = first + len(pages.ids) * size
+        if start < first or stop > covered:
+            begin = start // size * size
             raise ConfigError(
-                f"{where}: its {len(pages.ids)} pages hold tokens [{pages.first_token}, {covered}), want "
-                f"[{start}, {stop}): {-(-(stop - first) // size)} pages of {size} tokens from token {first}"
+                f"{self._where(group)}: its {len(pages.ids)} pages hold tokens [{first}, {covered}), want "
+                f"[{start}, {stop}): {-(-(stop - begin) // size)} pages of {size} tokens from token {begin}"
             )
-        touched = pages.ids[(start - pages.first_token) // size : -(-(stop - pages.first_token) // size)]
+        touched = pages.ids[(start - first) // size : -(-(stop - first) // size)]
         if not len(touched):
             return
         low, high, are_distinct = _range_of(touched)
-        if not 0 <= low <= high < num_pages:
-            raise ConfigError(f"{where}: ids {low} to {high}, the memory has pages 0 to {num_pages - 1}")
+        if not 0 <= low <= high < self.num_pages[group]:
+            last = self.num_pages[group] - 1
+            raise ConfigError(f"{self._where(group)}: ids {low} to {high}, the memory has pages 0 to {last}")
         if not are_distinct:
-            raise ConfigError(f"{where}: a page id is there twice; two parts of a sequence cannot lie in one page")
+            raise ConfigError(
+                f"{self._where(group)}: a page id is there twice; two parts of a sequence cannot lie in one page"
+            )
+
+    def _where(self, group: int) -> str:
+        return f"page table of group {self.layout.groups[group].name!r}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,11 +226,16 @@ class _GroupRows:
 
 def _range_of(ids: Ids) -> tuple[int, int, bool]:
     """The least and the greatest of ``ids``, and whether all are different; at least one."""
+    if len(ids) == 1:
+        only = ids.item()
+        return only, only, True
     if len(ids) <= _SHORT:
         numbers = ids.tolist()
         return min(numbers), max(numbers), len(set(numbers)) == len(numbers)
+    if not np.count_nonzero(ids[1:] <= ids[:-1]):  # as an engine with many free pages gives them
+        return ids.item(0), ids.item(-1), True
     ordered = np.sort(ids)
-    return int(ordered[0]), int(ordered[-1]), bool((ordered[1:] != ordered[:-1]).all())
+    return ordered.item(0), ordered.item(-1), not np.count_nonzero(ordered[1:] == ordered[:-1])
 
 
 def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:

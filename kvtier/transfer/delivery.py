@@ -6,14 +6,13 @@ record by record through ``RecordHeader``, which finds out what it is or what is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtier.codecs.chain import chain_of
-from kvtier.codecs.checksums import content_sum
+from kvtier.codecs.checksums import content_sum, content_sums
 from kvtier.codecs.headers import SUM_BYTES, Places
 from kvtier.codecs.record import RecordHeader, check_content, check_stored
 from kvtier.core.memory import Tokens
@@ -21,6 +20,7 @@ from kvtier.core.plan import PAGE_BYTES, Plan, Reason
 from kvtier.errors import ConfigError, CorruptBlockError
 from kvtier.runtime.seam import Buffer
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.transfer.images import Records
 from kvtier.transfer.parts import Equipment
 from kvtier.transfer.shapes import RecordShape
 
@@ -35,7 +35,7 @@ class Delivery:
     plan: Plan
     shape: RecordShape
     rows: list[int]
-    records: Sequence[Buffer]
+    records: Records
     places: Places | None
     """Where on disk the records were read from; None for records of host memory."""
     target: Endpoint | None
@@ -46,11 +46,10 @@ class Delivery:
     def deliver(self) -> list[Reason]:
         """How it went, row by row: NONE or DAMAGED."""
         tokens = first_tokens(self.equipment, self.plan, self.rows)
-        raw_bytes = self.shape.pages * PAGE_BYTES
-        if any(record.nbytes != raw_bytes for record in self.records):
-            done = np.zeros(len(self.rows), np.bool_)
-        else:
+        if self.records.are_long(self.shape.pages):
             done = self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)
+        else:
+            done = np.zeros(len(self.rows), np.bool_)
         return [Reason.NONE if done[at] else self._one(at, tokens[at : at + 1]) for at in range(len(self.rows))]
 
     # --- what is raw ------------------------------------------------------------------------------------------------
@@ -58,23 +57,24 @@ class Delivery:
     def _batch(self, tokens: Tokens) -> Mask:
         """Small blocks, all at once."""
         shape = self.shape
-        images = np.concatenate(self.records).reshape(len(self.rows), -1)
-        headers, content = images[:, :PAGE_BYTES], images[:, PAGE_BYTES : PAGE_BYTES + shape.nbytes]
+        headers, content = self.records.headers(), self.records.payloads(shape.nbytes)
         known = shape.headers.known(headers, self._keys(), self.places)
         if self.verify:
-            found = np.frombuffer(b"".join(map(content_sum, content)), np.uint8).reshape(len(content), -1)
-            known &= (found == shape.headers.sums(headers)).all(axis=1)
+            known &= (content_sums(content) == shape.headers.sums(headers)).all(axis=1)
         if self.target is not None and known.any():
-            self.target.scatter(shape.group, tokens[known], shape.parts, content[known])
+            whole = known.all()
+            self.target.scatter(
+                shape.group, tokens if whole else tokens[known], shape.parts, content if whole else content[known]
+            )
         return known
 
     def _large(self, tokens: Tokens) -> Mask:
         """Large blocks, each in runs of slices: what was just read for its checksum is still in the cache."""
         shape = self.shape
-        headers = np.stack([record[:PAGE_BYTES] for record in self.records])
+        headers = self.records.headers()
         known, sums = shape.headers.known(headers, self._keys(), self.places), shape.headers.sums(headers)
         for at in np.flatnonzero(known).tolist():
-            record, wanted = self.records[at], sums[at].tobytes()
+            record, wanted = self.records.one(at), sums[at].tobytes()
             for run in shape.runs:
                 if self.verify and not self._sound(record, run.slices, wanted):
                     known[at] = False
@@ -96,7 +96,7 @@ class Delivery:
     # --- anything else ----------------------------------------------------------------------------------------------
 
     def _one(self, at: int, tokens: Tokens) -> Reason:
-        record = self.records[at]
+        record = self.records.one(at)
         try:
             header = RecordHeader.unpack(record[:PAGE_BYTES])
             if not self._is_wanted(header, at):

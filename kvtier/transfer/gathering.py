@@ -7,10 +7,10 @@ instead, and where blocks are small, both are done at once: the bytes are still 
 from __future__ import annotations
 
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
-from kvtier.runtime.seam import Buffer
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.transfer.images import Extents
 from kvtier.transfer.parts import Equipment
-from kvtier.transfer.records import gather_records, seal_records
+from kvtier.transfer.records import fill_records, gather_record, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import Piece, Rank
@@ -47,10 +47,7 @@ class StoreRun(Run):
             source = Endpoint.of(self.equipment, self.plan)
             if source is not None:
                 for batch in shape.batches(rows):
-                    records = self._records(shape, batch)
-                    gather_records(source, shape, first_tokens(self.equipment, self.plan, batch), records)
-                    if seal_at_once:
-                        seal_records(self.plan, shape, batch, records)
+                    self._gather(source, shape, batch)
             return source is not None
 
         def finish(result: bool | Exception) -> None:
@@ -67,9 +64,24 @@ class StoreRun(Run):
 
         self.equipment.work.put(Piece(Rank.GATHER, work, finish))
 
+    def _gather(self, source: Endpoint, shape: RecordShape, rows: list[int]) -> None:
+        """Many small blocks, or a large one."""
+        tokens = first_tokens(self.equipment, self.plan, rows)
+        if shape.batch > 1:
+            table = table_of(self.plan, rows)
+            records = Extents(self.equipment.host, table["target_page"], table["target_pages"])
+            fill_records(self.plan, source, shape, rows, tokens, records)
+            return
+        record = self.equipment.host.view(self._page[rows[0]], shape.pages)
+        gather_record(source, shape, tokens, record)
+        if self.plan.durable:
+            seal_records(self.plan, shape, rows, [record])
+
     def _queue_seal(self, shape: RecordShape, rows: list[int]) -> None:
+        view = self.equipment.host.view
+
         def work() -> None:
-            seal_records(self.plan, shape, rows, self._records(shape, rows))
+            seal_records(self.plan, shape, rows, [view(self._page[row], shape.pages) for row in rows])
 
         def finish(result: None | Exception) -> None:
             if isinstance(result, Exception):
@@ -79,10 +91,6 @@ class StoreRun(Run):
             self.settle()
 
         self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
-
-    def _records(self, shape: RecordShape, rows: list[int]) -> list[Buffer]:
-        view = self.equipment.host.view
-        return [view(self._page[row], shape.pages) for row in rows]
 
     def _sealed(self, shape: RecordShape, rows: list[int]) -> None:
         self.all_ok(

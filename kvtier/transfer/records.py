@@ -9,31 +9,30 @@ import numpy as np
 
 from kvtier.codecs.base import pages_of
 from kvtier.codecs.chain import chain_of
-from kvtier.codecs.checksums import content_sum
+from kvtier.codecs.checksums import content_sum, content_sums
 from kvtier.codecs.record import RecordHeader, Slice, restamp, zero_padding
 from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan
 from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import DiskTier, Place
 from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.images import Extents
 from kvtier.transfer.shapes import RecordShape
 
 
-def gather_records(source: Endpoint, shape: RecordShape, tokens: Tokens, records: Sequence[Buffer]) -> None:
-    """Copy the blocks that begin at ``tokens`` from engine pages to ``records``, whose header pages are left alone."""
-    if shape.batch > 1:
-        content = np.empty((len(records), shape.nbytes), np.uint8)
-        source.gather(shape.group, tokens, shape.parts, content)
-        for record, own in zip(records, content, strict=True):
-            record[PAGE_BYTES : PAGE_BYTES + shape.nbytes] = own
-    else:
-        for at, record in enumerate(records):
-            for run in shape.payload:
-                out = record[run.at : run.at + run.nbytes]
-                source.gather(shape.group, tokens[at : at + 1], run.parts, out[None])
+def fill_records(plan: Plan, source: Endpoint, shape: RecordShape, rows: list[int], tokens: Tokens, out: Extents) -> None:
+    """Copy small blocks, which begin at ``tokens``, from engine pages and make whole records of them, all at once."""
+    content = np.empty((len(rows), shape.nbytes), np.uint8)
+    source.gather(shape.group, tokens, shape.parts, content)
+    out.fill(shape.headers.make(table_of(plan, rows), content_sums(content)), content)
+
+
+def gather_record(source: Endpoint, shape: RecordShape, tokens: Tokens, record: Buffer) -> None:
+    """Copy the one block that begins at ``tokens`` from engine pages to ``record``, whose header page is left alone."""
+    for run in shape.payload:
+        source.gather(shape.group, tokens, run.parts, record[run.at : run.at + run.nbytes][None])
     for start, stop in shape.padding:
-        for record in records:
-            record[start:stop] = 0
+        record[start:stop] = 0
 
 
 def seal_records(plan: Plan, shape: RecordShape, rows: list[int], records: Sequence[Buffer]) -> None:

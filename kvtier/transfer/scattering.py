@@ -7,6 +7,7 @@ caller still wants it, touches engine memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Pr
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.run import Run
@@ -55,7 +57,7 @@ class LoadRun(Run):
         for rows in self.pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES):
             for row in rows:
                 self._tried[row] += 1
-            self._deliver(rows, [self._host_record(row) for row in rows], Tier.HOST, None)
+            self._deliver(rows, Tier.HOST)
         self._read([row for row in elsewhere if self.segment[row] != NOWHERE])
         for row in elsewhere:
             if self.segment[row] == NOWHERE:
@@ -122,42 +124,47 @@ class LoadRun(Run):
                     self._try_again(row, Tier.DISK, Reason.IO_ERROR)
             self.settle()
             return
-        self._deliver(rows, buffers, Tier.DISK, staged)
+        self._deliver(rows, Tier.DISK, buffers, staged)
 
     # --- delivering -------------------------------------------------------------------------------------------------
 
-    def _deliver(self, rows: list[int], records: list[Buffer], origin: Tier, staged: list[int | None] | None) -> None:
+    def _deliver(
+        self, rows: list[int], origin: Tier, buffers: Sequence[Buffer] = (), staged: Sequence[int | None] = ()
+    ) -> None:
+        """Queue ``rows``: those from disk are in ``buffers``, of which ``staged`` go back to staging afterwards."""
         for row in rows:
             if self.states[row] != _State.ENDED:
                 self.states[row] = _State.WORKING
 
         def work() -> list[Reason]:
-            return self._deliver_now(rows, records, origin)
+            return self._deliver_now(rows, origin, buffers)
 
         def finish(result: list[Reason] | Exception) -> None:
-            self._give_back(staged or [])
+            self._give_back(staged)
             reasons = [Reason.IO_ERROR] * len(rows) if isinstance(result, Exception) else result
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
         self.equipment.work.put(Piece(self._work_rank, work, finish))
 
-    def _deliver_now(self, rows: list[int], records: list[Buffer], origin: Tier) -> list[Reason]:
+    def _deliver_now(self, rows: list[int], origin: Tier, buffers: Sequence[Buffer]) -> list[Reason]:
         """On a copy thread: what came of each row."""
         target = Endpoint.of(self.equipment, self.plan)
         if target is None and self.plan.pages is not None:
             return [Reason.GONE] * len(rows)
         reasons = dict.fromkeys(rows, Reason.ABANDONED)
-        record_of = dict(zip(rows, records, strict=True))
+        buffer_of = dict(zip(rows, buffers, strict=False))
         for shape, own in self.by_group(rows):
             for batch in shape.batches(own):
                 wanted = [row for row in batch if self._is_wanted(row)]
                 if wanted:
+                    on_host = origin == Tier.HOST
                     delivery = Delivery(
-                        self.equipment, self.plan, shape, wanted, [record_of[row] for row in wanted],
-                        places=None if origin == Tier.HOST else self._places(wanted),
+                        self.equipment, self.plan, shape, wanted,
+                        records=self._extents(wanted) if on_host else Buffers([buffer_of[row] for row in wanted]),
+                        places=None if on_host else self._places(wanted),
                         target=target,
-                        verify=self.equipment.verify_memory or origin == Tier.DISK,
+                        verify=self.equipment.verify_memory or not on_host,
                     )  # fmt: skip
                     reasons.update(zip(wanted, delivery.deliver(), strict=True))
         return [reasons[row] for row in rows]
@@ -221,7 +228,7 @@ class LoadRun(Run):
             self._end(row, reason)
         elif source == Tier.HOST:
             self._tried[row] += 1
-            self._deliver([row], [self._host_record(row)], Tier.HOST, None)
+            self._deliver([row], Tier.HOST)
         else:
             self._read([row])
 
@@ -264,13 +271,14 @@ class LoadRun(Run):
         if row in self.quarantined:
             self.failed(row, Reason.ABANDONED)
 
-    def _give_back(self, staged: list[int | None]) -> None:
+    def _give_back(self, staged: Sequence[int | None]) -> None:
         for buffer in staged:
             if buffer is not None:
                 self.equipment.staging.give_back(buffer, self.priority)
 
-    def _host_record(self, row: int) -> Buffer:
-        return self.equipment.host.view(self.host_page[row], self.host_pages[row])
+    def _extents(self, rows: list[int]) -> Extents:
+        table = table_of(self.plan, rows)
+        return Extents(self.equipment.host, table["host_page"], table["host_pages"])
 
 
 class ReadMove:
