@@ -455,7 +455,7 @@ class TieredCache:
 
 def _own_table(table: PageTable) -> PageTable:
     """Nobody else can change it."""
-    if all([_is_frozen(pages.ids) for pages in table.groups]):
+    if all(_is_frozen(pages.ids) for pages in table.groups):
         return table
     groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
     return PageTable(table.memory_id, tuple(groups))

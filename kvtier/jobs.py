@@ -80,8 +80,18 @@ class Job(Generic[R]):
     """
 
     __slots__ = (
-        "ticket", "span", "memory", "_block_tokens", "_control", "_client", "_done", "_result", "_source_free",
-        "_callbacks", "_consumed_tokens", "__weakref__",
+        "__weakref__",
+        "_block_tokens",
+        "_callbacks",
+        "_client",
+        "_consumed_tokens",
+        "_control",
+        "_done",
+        "_result",
+        "_source_free",
+        "memory",
+        "span",
+        "ticket",
     )  # fmt: skip
 
     def __init__(

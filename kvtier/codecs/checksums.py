@@ -30,7 +30,7 @@ def content_sums(rows: Bytes2D) -> Bytes2D:
     return np.frombuffer(sums, np.uint8).reshape(len(rows), -1)
 
 
-def page_sums(pages: Bytes2D, nbytes: int) -> npt.NDArray[np.uint64]:
-    """``page_sum`` of the first ``nbytes`` of each of ``pages``, which are C-contiguous."""
-    data, size = pages.reshape(-1).data, pages.shape[1]
-    return np.array([xxh3_64_intdigest(data[at : at + nbytes]) for at in range(0, len(data), size)], np.uint64)
+def page_sums(table: Bytes2D, rows: npt.NDArray[np.intp], nbytes: int) -> npt.NDArray[np.uint64]:
+    """``page_sum`` of the first ``nbytes`` of ``rows`` of ``table``, which is C-contiguous; nothing is copied."""
+    data, starts = table.reshape(-1).data, (rows * table.shape[1]).tolist()
+    return np.array([xxh3_64_intdigest(data[at : at + nbytes]) for at in starts], np.uint64)

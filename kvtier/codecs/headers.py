@@ -16,7 +16,7 @@ from kvtier.codecs.checksums import page_sums
 from kvtier.codecs.record import SUM_AT, RecordHeader, Slice
 from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES, Table
-from kvtier.models.layout import MAX_SLICES, KVLayout
+from kvtier.models.layout import KVLayout
 
 SUM_BYTES: Final = 16
 _BLANK_SUM: Final = bytes(SUM_BYTES)
@@ -27,15 +27,12 @@ _PLACE: Final = np.dtype(
     [("nonce", "u1", (16,)), ("segment", "<i4"), ("page", "<i4"), ("generation", "<i8"), ("sequence", "<i8")]
 )
 _SLICE: Final = np.dtype([("bytes", "<u4", (2,)), ("sums", "u1", (2, SUM_BYTES))])
-HEADER: Final = np.dtype(
-    {
-        "names": ["key", "parent", "lineage", "depth", "tokens", "place", "slices", "sum"],
-        "formats": [("u1", (32,)), ("u1", (32,)), "u1", "<i4", "<i4", _PLACE, (_SLICE, (MAX_SLICES,)), "<u8"],
-        "offsets": [16, 48, 114, 116, 120, 192, _SLICES_AT, SUM_AT],
-        "itemsize": PAGE_BYTES,
-    }
-)
-"""What differs from one raw record of a layout to the next, where ``docs/format.md`` has it."""
+
+
+WHOLE_PAGE: Final = np.dtype((np.void, PAGE_BYTES))
+"""Pages as numpy copies them fastest: each as one item."""
+BLANK_PAGE: Final = np.zeros(1, WHOLE_PAGE)[0]
+_SUM_WORD: Final = SUM_AT // 8
 
 
 class Places(NamedTuple):
@@ -47,6 +44,22 @@ class Places(NamedTuple):
     generation: npt.NDArray[np.int64]
 
 
+class Pages(NamedTuple):
+    """Some rows of a table of 4 KiB pages, uint8 ``[*, 4096]``, C-contiguous."""
+
+    table: Bytes2D
+    rows: npt.NDArray[np.intp]
+
+
+class Known(NamedTuple):
+    """What became of header pages that were read."""
+
+    good: npt.NDArray[np.bool_]
+    """Which of them begin a whole raw record of the block that was asked for."""
+    sums: Bytes2D
+    """The content checksums of each one's slices, uint8 ``[n, slices * 16]``; of good ones only they mean something."""
+
+
 class RawHeaders:
     """The header pages of raw records of one group of a layout."""
 
@@ -54,54 +67,73 @@ class RawHeaders:
         """What all of them have in common is worked out once."""
         sizes = chain_of("raw").content_sizes(layout, group)
         self._slices = len(sizes)
-        self._blank = np.zeros(PAGE_BYTES, np.uint8)
+        self._head = _head(self._slices)
+        self._words = self._head.itemsize // 8
+        blank = np.zeros(PAGE_BYTES, np.uint8)
         RecordHeader(
             key=_BLANK_KEY, parent=_BLANK_KEY, placement=bytes.fromhex(layout.placement), group=group, depth=0,
             tokens=0, lineage=0, error=0.0, chain="raw",
             slices=tuple(Slice(nbytes, nbytes, _BLANK_SUM, _BLANK_SUM) for nbytes in sizes),
-        ).pack_into(self._blank)  # fmt: skip
-        own = np.zeros(1, HEADER)
-        for name in ("key", "parent", "lineage", "depth", "tokens", "place", "sum"):
-            own[name] = np.frombuffer(b"\xff" * PAGE_BYTES, HEADER, 1)[name]
-        own["slices"]["sums"][:, : self._slices] = 0xFF
-        self._words = (_SLICES_AT + self._slices * _SLICE.itemsize) // 8
-        self._common = ~own.view(np.uint64)[: self._words]
-        self._wanted = self._blank.view(np.uint64)[: self._words] & self._common
+        ).pack_into(blank)  # fmt: skip
+        self._blank = blank[: self._head.itemsize].view(np.uint64)
+        self._compared = self._bits_compared(with_place=True)
+        self._compared_in_memory = self._bits_compared(with_place=False)
 
-    def make(self, rows: Table, sums: Bytes2D) -> Bytes2D:
-        """Header pages, uint8 ``[n, 4096]``, of the blocks that ``rows`` (dtype ``core.plan.ROW``) name.
+    def write(self, pages: Pages, rows: Table, sums: Bytes2D) -> None:
+        """Write to ``pages`` the headers of the blocks that ``rows`` (dtype ``core.plan.ROW``) name.
 
         ``sums`` is uint8 ``[n, slices * 16]``: the content checksums of each block's slices.
         """
-        count = len(rows)
-        pages = np.empty((count, PAGE_BYTES), np.uint8)
-        pages[:] = self._blank
-        headers = pages.view(HEADER)[:, 0]
+        words = self._blank[None].repeat(len(rows), axis=0)
+        heads = words.view(self._head)[:, 0]
         for name in ("key", "parent", "lineage", "depth", "tokens"):
-            headers[name] = rows[name]
-        headers["slices"]["sums"][:, : self._slices] = sums.reshape(count, self._slices, 1, SUM_BYTES)
-        headers["sum"] = page_sums(pages, SUM_AT)
-        return pages
+            heads[name] = rows[name]
+        heads["slices"]["sums"] = sums.reshape(len(rows), self._slices, 1, SUM_BYTES)
+        table, at = pages
+        table.view(WHOLE_PAGE)[at, 0] = BLANK_PAGE
+        table.view(np.uint64)[at, : self._words] = words
+        table.view(np.uint64)[at, _SUM_WORD] = page_sums(table, at, SUM_AT)
 
-    def known(self, pages: Bytes2D, keys: Bytes2D, places: Places | None) -> npt.NDArray[np.bool_]:
-        """Which of ``pages``, uint8 ``[n, 4096]``, begin a whole raw record of the block whose key stands beside it.
+    def read(self, pages: Pages, keys: Bytes2D, places: Places | None) -> Known:
+        """Compare ``pages`` with what a whole raw record begins with of the block whose key stands beside each.
 
         ``keys`` is uint8 ``[n, 32]``. ``places`` is where the records were read from on disk, None for host memory.
         """
-        headers = pages.view(HEADER)[:, 0]
-        common = pages.view(np.uint64)[:, : self._words] & self._common
-        known: npt.NDArray[np.bool_] = (common == self._wanted).all(axis=1)
-        known &= (headers["key"] == keys).all(axis=1)
-        known &= headers["sum"] == page_sums(pages, SUM_AT)
+        table, at = pages
+        words = table.view(np.uint64)[at, : self._words]
+        wanted = self._blank[None].repeat(len(at), axis=0)
+        heads = wanted.view(self._head)[:, 0]
+        heads["key"] = keys
         if places is not None:
-            place = headers["place"]
-            known &= (place["nonce"] == np.frombuffer(places.nonce, np.uint8)).all(axis=1)
-            known &= (place["segment"] == places.segment) & (place["page"] == places.page)
-            known &= place["generation"] == places.generation
-        return known
+            place = heads["place"]
+            place["nonce"] = np.frombuffer(places.nonce, np.uint8)
+            place["segment"], place["page"], place["generation"] = places[1:]
+        different = (words ^ wanted) & (self._compared_in_memory if places is None else self._compared)
+        good = ~different.any(axis=1)
+        good &= table.view(np.uint64)[at, _SUM_WORD] == page_sums(table, at, SUM_AT)
+        sums: Bytes2D = words.view(self._head)[:, 0]["slices"]["sums"][:, :, 0]
+        return Known(good, sums.reshape(len(at), -1))
 
-    def sums(self, pages: Bytes2D) -> Bytes2D:
-        """The content checksum of every slice, uint8 ``[n, slices * 16]``, as ``make`` takes them."""
-        table: Bytes2D = pages.view(HEADER)[:, 0]["slices"]["sums"][:, : self._slices, 0]
-        return table.reshape(len(pages), -1)
+    def _bits_compared(self, *, with_place: bool) -> npt.NDArray[np.uint64]:
+        """All bits of a head but those of fields that nobody can know beforehand."""
+        bits = np.full(self._head.itemsize, 0xFF, np.uint8)
+        head = bits.view(self._head)
+        for name in ("parent", "lineage", "depth", "tokens"):
+            head[name] = 0
+        head["slices"]["sums"] = 0
+        head["place"]["sequence"] = 0
+        if not with_place:
+            head["place"] = np.zeros((), _PLACE)
+        return bits.view(np.uint64)
 
+
+def _head(slices: int) -> np.dtype[np.void]:
+    """What differs from one raw record to the next, where ``docs/format.md`` has it, up to the end of the slices."""
+    return np.dtype(
+        {
+            "names": ["key", "parent", "lineage", "depth", "tokens", "place", "slices"],
+            "formats": [("u1", (32,)), ("u1", (32,)), "u1", "<i4", "<i4", _PLACE, (_SLICE, (slices,))],
+            "offsets": [16, 48, 114, 116, 120, 192, _SLICES_AT],
+            "itemsize": _SLICES_AT + slices * _SLICE.itemsize,
+        }
+    )

@@ -7,24 +7,29 @@ are known already, rows on disk, no room.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Final, TypeGuard
 
 import numpy as np
 
+from kvtier.core.keys import KEY_BYTES
 from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import PAGE_BYTES, PlanKind, Tier
 from kvtier.index.cells import wide
-from kvtier.index.entries import MISSING, EntryRows
+from kvtier.index.entries import MISSING, EntryRows, KeyRows
 from kvtier.planner.hops import Hop, Share, Targets
 from kvtier.planner.state import ControlState
 from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability
 from kvtier.planner.wishes import LoadWish, StoreWish, Wish
 
-SMALL_BYTES: Final = 32 << 10
+SMALL_BYTES: Final = 512 << 10
 """Records of one wish, up to which it shares a plan: a larger one is worth a plan of its own."""
+SMALL_BLOCK_BYTES: Final = 128 << 10
+"""A longer record than this costs more in bytes than in planning, and its checksum keeps the engine's pages waiting."""
+JOINT_BYTES: Final = 4 << 20
+"""Records of one joint plan: all of its wishes end together, so none may wait long for the others."""
 _DEADLINES_A_SECOND: Final = 100
 """Loads share a plan when their deadlines are less than a hundredth of a second apart; the first one counts."""
 
@@ -37,7 +42,10 @@ class JointPlans:
         self._state = state
         self._stores = stores
         layout = state.layout
-        self._most_blocks = SMALL_BYTES // (PAGE_BYTES * max(layout.record_pages)) if state.is_plain else 0
+        record_bytes = PAGE_BYTES * max(layout.record_pages)
+        is_small = state.is_plain and record_bytes <= SMALL_BLOCK_BYTES
+        self._most_blocks = SMALL_BYTES // record_bytes if is_small else 0
+        self._most_together = JOINT_BYTES // record_bytes
         self._block_pages = layout.block_tokens // layout.page_tokens
 
     def likeness(self, wish: Wish) -> Hashable:
@@ -56,6 +64,18 @@ class JointPlans:
             moment = None if due is None else int(due * _DEADLINES_A_SECOND)
             return LoadWish, wish.pages.memory_id, wish.lease.keys.root.weights_version, wish.priority, moment
         return wish
+
+    def portions(self, wishes: Iterable[Wish]) -> Iterator[Sequence[Wish]]:
+        """``wishes``, all of one likeness, in runs that are not too much for one plan."""
+        run: list[Wish] = []
+        blocks = 0
+        for wish in wishes:
+            blocks += len(wish.ticket.outcome)
+            if run and blocks > self._most_together:
+                yield run
+                run, blocks = [], len(wish.ticket.outcome)
+            run.append(wish)
+        yield run
 
     def plan(self, wishes: Sequence[Wish]) -> Sequence[Wish]:
         """Plan ``wishes``, all of one likeness, as one hop; returns those that have to be planned alone."""
@@ -87,33 +107,35 @@ class JointPlans:
         self._send_stores(joint, count, starts[0])
         return alone
 
-    def _new_and_known(self, wishes: Sequence[StoreWish]) -> tuple[list[StoreWish], list[StoreWish]]:
+    def _new_and_known(self, wishes: Sequence[StoreWish]) -> tuple[Sequence[StoreWish], Sequence[StoreWish]]:
         """Those whose blocks nobody has, and nobody before them wants to store; and the others."""
-        find, wanted = self._state.index.table.find_one, set[bytes]()
+        wanted = [wish.keys.digests[wish.ticket.first_block : wish.stop] for wish in wishes]
+        keys = list(chain.from_iterable(wanted))
+        found = self._state.index.table.find(_rows_of(keys), 0)
+        if self._state.index.all_missing(found) and len(set(keys)) == len(keys):
+            return wishes, ()
+        taken = {key for key, entry in zip(keys, found.tolist(), strict=True) if entry != MISSING}
         new: list[StoreWish] = []
         known: list[StoreWish] = []
-        for wish in wishes:
-            own = wish.keys.digests[wish.ticket.first_block : wish.stop]
-            if wanted.isdisjoint(own) and all(find(key, 0) == MISSING for key in own):
-                wanted.update(own)
-                new.append(wish)
-            else:
-                known.append(wish)
+        for wish, own in zip(wishes, wanted, strict=True):
+            is_new = taken.isdisjoint(own) and len(set(own)) == len(own)
+            (new if is_new else known).append(wish)
+            taken.update(own)
         return new, known
 
     def _entries_of(self, wishes: Sequence[StoreWish]) -> EntryRows:
         """All entries that there are of their blocks, each once."""
-        find = self._state.index.table.find_one
         keys = [key for wish in wishes for key in wish.keys.digests[wish.ticket.first_block : wish.stop]]
-        return wide(np.array(sorted({find(key, 0) for key in keys} - {MISSING}), np.int32))
+        found = self._state.index.table.find(_rows_of(keys), 0)
+        return wide(np.unique(found[found != MISSING]))
 
     def _send_stores(self, wishes: Sequence[StoreWish], count: int, starts: Sequence[int]) -> None:
         state = self._state
         spans = [(wish.keys, range(wish.ticket.first_block, wish.stop)) for wish in wishes]
-        keys = b"".join([key for keys, span in spans for key in keys.digests[span.start : span.stop]])
+        keys = [key for keys, span in spans for key in keys.digests[span.start : span.stop]]
         entries = wide(
             state.index.add(
-                np.frombuffer(keys, np.uint8).reshape(count, -1), 0,
+                _rows_of(keys), 0,
                 depths=np.fromiter(chain.from_iterable(span for _, span in spans), np.int32, count),
                 tokens=state.layout.block_tokens, lineage=int(wishes[0].lineage),
             )
@@ -143,7 +165,7 @@ class JointPlans:
             return wishes
         for wish in joint:
             wish.ticket.tiers = bytearray((Tier.HOST,)) * len(wish.ticket.outcome)
-        hop = self._hop(PlanKind.LOAD, wide(np.array(entries, np.int32)), _shares(joint))
+        hop = self._hop(PlanKind.LOAD, entries, _shares(joint))
         hop.nbytes = nbytes
         due = min((wish.deadline_s for wish in joint if wish.deadline_s is not None), default=None)
         state.send(
@@ -152,24 +174,28 @@ class JointPlans:
         )  # fmt: skip
         return alone
 
-    def _at_hand(self, wishes: Sequence[LoadWish]) -> tuple[list[LoadWish], list[LoadWish], list[int]]:
+    def _at_hand(self, wishes: Sequence[LoadWish]) -> tuple[Sequence[LoadWish], Sequence[LoadWish], EntryRows]:
         """Those whose blocks are in host memory and no earlier one's, the others, and the entries of the first."""
-        at_hand, every_rank = self._state.index.host_ranks_at, self._state.index.every_rank
+        index = self._state.index
+        wanted = [_entries_of(wish) for wish in wishes]
+        entries = np.concatenate(wanted)
+        numbers = entries.tolist()
+        is_plain = index.all_on_host(entries) and len(set(numbers)) == len(numbers)
+        if is_plain and not any(wish.lease.released for wish in wishes):
+            return wishes, (), wide(entries)
         joint: list[LoadWish] = []
         alone: list[LoadWish] = []
-        entries: list[int] = []
-        wanted = set[int]()
-        for wish in wishes:
-            first = wish.ticket.first_block - wish.lease.first_block
-            own = wish.lease.groups[0][first : first + len(wish.ticket.outcome)].tolist()
-            is_here = not wish.lease.released and all(at_hand[entry] == every_rank for entry in own)
-            if is_here and wanted.isdisjoint(own):
-                wanted.update(own)
-                entries += own
+        going: list[EntryRows] = []
+        taken = set[int]()
+        for wish, own in zip(wishes, wanted, strict=True):
+            is_at_hand = not wish.lease.released and index.all_on_host(own)
+            if is_at_hand and taken.isdisjoint(own.tolist()):
+                taken.update(own.tolist())
+                going.append(own)
                 joint.append(wish)
             else:
                 alone.append(wish)
-        return joint, alone, entries
+        return joint, alone, wide(np.concatenate([entries[:0], *going]))
 
     # --- both -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +213,15 @@ class JointPlans:
             first = (ticket.first_block * layout.block_tokens - own.first_token) // layout.page_tokens
             ids.append(own.ids[first : first + len(ticket.outcome) * self._block_pages])
         return PageTable(wishes[0].pages.memory_id, (GroupPages(0, np.concatenate(ids)),))
+
+
+def _rows_of(keys: Sequence[bytes]) -> KeyRows:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), KEY_BYTES)
+
+
+def _entries_of(wish: LoadWish) -> EntryRows:
+    first = wish.ticket.first_block - wish.lease.first_block
+    return wish.lease.groups[0][first : first + len(wish.ticket.outcome)]
 
 
 def _shares(wishes: Sequence[StoreWish] | Sequence[LoadWish]) -> list[Share]:

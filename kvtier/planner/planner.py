@@ -6,7 +6,7 @@ time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tel
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from itertools import groupby
 from typing import Final
 
@@ -130,11 +130,10 @@ class Planner:
         Whoever made them has compared page tables with their memory, and keys with ``check_keys``.
         """
         for _, alike in groupby(wishes, self._joint.likeness):
-            group: Sequence[Wish] = list(alike)
-            if len(group) > 1:
-                group = self._joint.plan(group)
-            for wish in group:
-                self._plan_one(wish)
+            for portion in self._joint.portions(alike):
+                alone = self._joint.plan(portion) if len(portion) > 1 else portion
+                for wish in alone:
+                    self._plan_one(wish)
         self._commits.pump()
 
     def give_up(self, wishes: Iterable[Wish]) -> None:

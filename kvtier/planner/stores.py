@@ -86,8 +86,7 @@ class Stores:
         hop.nbytes = state.nbytes_of(hop.entries)
         if ticket is not None:
             ticket.sources += 1
-        for entry in hop.entries.tolist():
-            state.storing[entry] = hop
+        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
         state.send(
             hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop, durable=ticket is not None and ticket.durability > Durability.MEMORY,

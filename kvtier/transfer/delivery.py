@@ -57,10 +57,10 @@ class Delivery:
     def _batch(self, tokens: Tokens) -> Mask:
         """Small blocks, all at once."""
         shape = self.shape
-        headers, content = self.records.headers(), self.records.payloads(shape.nbytes)
-        known = shape.headers.known(headers, self._keys(), self.places)
+        content = self.records.payloads(shape.nbytes)
+        known, sums = shape.headers.read(self.records.headers(), self._keys(), self.places)
         if self.verify:
-            known &= (content_sums(content) == shape.headers.sums(headers)).all(axis=1)
+            known &= (content_sums(content) == sums).all(axis=1)
         if self.target is not None and known.any():
             whole = known.all()
             self.target.scatter(
@@ -71,8 +71,7 @@ class Delivery:
     def _large(self, tokens: Tokens) -> Mask:
         """Large blocks, each in runs of slices: what was just read for its checksum is still in the cache."""
         shape = self.shape
-        headers = self.records.headers()
-        known, sums = shape.headers.known(headers, self._keys(), self.places), shape.headers.sums(headers)
+        known, sums = shape.headers.read(self.records.headers(), self._keys(), self.places)
         for at in np.flatnonzero(known).tolist():
             record, wanted = self.records.one(at), sums[at].tobytes()
             for run in shape.runs:

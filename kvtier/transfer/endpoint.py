@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
 from kvtier.transfer.parts import Equipment
+
+Rows: TypeAlias = list[int]
+"""Rows of one plan, ascending; at least one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,12 +54,15 @@ def table_fits(equipment: Equipment, plan: Plan) -> bool:
     return True
 
 
-def table_of(plan: Plan, rows: list[int]) -> Table:
-    """The table of ``rows``, ascending; not a copy where they are all rows of the plan."""
-    return plan.rows if len(rows) == len(plan.rows) else plan.rows[rows]
+def table_of(plan: Plan, rows: Rows) -> Table:
+    """The table of ``rows``, ascending; not a copy where there are none between them."""
+    first, last = rows[0], rows[-1]
+    if last - first + 1 == len(rows):
+        return plan.rows if len(rows) == len(plan.rows) else plan.rows[first : last + 1]
+    return plan.rows[rows]
 
 
-def first_tokens(equipment: Equipment, plan: Plan, rows: list[int]) -> Tokens:
+def first_tokens(equipment: Equipment, plan: Plan, rows: Rows) -> Tokens:
     """Where in the sequence the blocks of ``rows`` begin."""
     tokens: Tokens = table_of(plan, rows)["block"].astype(np.int64) * equipment.layout.block_tokens
     return tokens

@@ -22,14 +22,13 @@ class StoreRun(Run):
     def __init__(self, plan: Plan, equipment: Equipment) -> None:
         """Nothing is gathered yet."""
         super().__init__(plan, equipment)
-        self._page = plan.rows["target_page"].tolist()
         self._gathers_left = 0
 
     def begin(self) -> None:
         """Queue the gathers, several blocks a piece where blocks are small."""
         pieces = [
             (shape, rows)
-            for shape, own in self.by_group(range(len(self._page)))
+            for shape, own in self.by_group(range(len(self.plan.rows)))
             for rows in self.pieces(own, shape.pages * PAGE_BYTES)
         ]
         self._gathers_left = len(pieces)
@@ -66,22 +65,17 @@ class StoreRun(Run):
 
     def _gather(self, source: Endpoint, shape: RecordShape, rows: list[int]) -> None:
         """Many small blocks, or a large one."""
-        tokens = first_tokens(self.equipment, self.plan, rows)
+        tokens, records = first_tokens(self.equipment, self.plan, rows), self._extents(rows)
         if shape.batch > 1:
-            table = table_of(self.plan, rows)
-            records = Extents(self.equipment.host, table["target_page"], table["target_pages"])
             fill_records(self.plan, source, shape, rows, tokens, records)
             return
-        record = self.equipment.host.view(self._page[rows[0]], shape.pages)
-        gather_record(source, shape, tokens, record)
+        gather_record(source, shape, tokens, records.one(0))
         if self.plan.durable:
-            seal_records(self.plan, shape, rows, [record])
+            seal_records(self.plan, shape, rows, records)
 
     def _queue_seal(self, shape: RecordShape, rows: list[int]) -> None:
-        view = self.equipment.host.view
-
         def work() -> None:
-            seal_records(self.plan, shape, rows, [view(self._page[row], shape.pages) for row in rows])
+            seal_records(self.plan, shape, rows, self._extents(rows))
 
         def finish(result: None | Exception) -> None:
             if isinstance(result, Exception):
@@ -91,6 +85,10 @@ class StoreRun(Run):
             self.settle()
 
         self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
+
+    def _extents(self, rows: list[int]) -> Extents:
+        table = table_of(self.plan, rows)
+        return Extents(self.equipment.host, table["target_page"], table["target_pages"])
 
     def _sealed(self, shape: RecordShape, rows: list[int]) -> None:
         self.all_ok(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.codecs.base import pages_of
+from kvtier.codecs.headers import BLANK_PAGE, WHOLE_PAGE, Pages
 from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES
 from kvtier.runtime.seam import Arena, Buffer
@@ -29,8 +30,8 @@ class Records(Protocol):
     def are_long(self, pages: int) -> bool:
         """Whether each of them is ``pages`` pages long."""
 
-    def headers(self) -> Bytes2D:
-        """Copies of the header pages: uint8 ``[n, 4096]``."""
+    def headers(self) -> Pages:
+        """The header pages."""
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """Copies of the ``nbytes`` behind each header page: uint8 ``[n, nbytes]``, C-contiguous."""
@@ -39,9 +40,7 @@ class Records(Protocol):
 class Extents:
     """Records in extents of an arena."""
 
-    def __init__(
-        self, arena: Arena, first: npt.NDArray[np.integer[Any]], pages: npt.NDArray[np.integer[Any]]
-    ) -> None:
+    def __init__(self, arena: Arena, first: npt.NDArray[np.integer[Any]], pages: npt.NDArray[np.integer[Any]]) -> None:
         """Record i is the pages [first[i], first[i] + pages[i])."""
         self._arena = arena
         self._table = arena.data.reshape(-1, PAGE_BYTES)
@@ -60,9 +59,9 @@ class Extents:
         """See ``Records``."""
         return not np.count_nonzero(self._pages != pages)
 
-    def headers(self) -> Bytes2D:
-        """See ``Records``."""
-        return self._table[self._first]
+    def headers(self) -> Pages:
+        """See ``Records``; to be read or written."""
+        return Pages(self._table, self._first)
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """See ``Records``."""
@@ -71,17 +70,16 @@ class Extents:
         pages = self._table[self._payload_pages(pages_of(nbytes))]
         return np.ascontiguousarray(pages.reshape(len(self), -1)[:, :nbytes])
 
-    def fill(self, headers: Bytes2D, payloads: Bytes2D) -> None:
-        """Write all of the records: zeros from the end of a payload, as long as all others, to that of its page."""
+    def write_payloads(self, payloads: Bytes2D) -> None:
+        """Write what stands behind the header pages: uint8 ``[n, nbytes]``, and zeros to the end of the last page."""
         whole, rest = divmod(payloads.shape[1], PAGE_BYTES)
         if whole:
             pages = payloads[:, : whole * PAGE_BYTES].reshape(len(self), whole, PAGE_BYTES)
             self._table[self._payload_pages(whole)] = pages
         if rest:
             last = self._first + (1 + whole)
+            self._table.view(WHOLE_PAGE)[last, 0] = BLANK_PAGE
             self._table[last, :rest] = payloads[:, whole * PAGE_BYTES :]
-            self._table[last, rest:] = 0
-        self._table[self._first] = headers
 
     def _payload_pages(self, count: int) -> npt.NDArray[np.intp]:
         return self._first[:, None] + np.arange(1, 1 + count)
@@ -104,11 +102,11 @@ class Buffers:
 
     def are_long(self, pages: int) -> bool:
         """See ``Records``."""
-        return all([buffer.nbytes == pages * PAGE_BYTES for buffer in self._buffers])
+        return all(buffer.nbytes == pages * PAGE_BYTES for buffer in self._buffers)
 
-    def headers(self) -> Bytes2D:
+    def headers(self) -> Pages:
         """See ``Records``."""
-        return np.stack([buffer[:PAGE_BYTES] for buffer in self._buffers])
+        return Pages(np.stack([buffer[:PAGE_BYTES] for buffer in self._buffers]), np.arange(len(self)))
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """See ``Records``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,16 +14,17 @@ from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan
 from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import DiskTier, Place
-from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.endpoint import Endpoint, Rows, table_of
 from kvtier.transfer.images import Extents
 from kvtier.transfer.shapes import RecordShape
 
 
-def fill_records(plan: Plan, source: Endpoint, shape: RecordShape, rows: list[int], tokens: Tokens, out: Extents) -> None:
+def fill_records(plan: Plan, source: Endpoint, shape: RecordShape, rows: Rows, tokens: Tokens, out: Extents) -> None:
     """Copy small blocks, which begin at ``tokens``, from engine pages and make whole records of them, all at once."""
     content = np.empty((len(rows), shape.nbytes), np.uint8)
     source.gather(shape.group, tokens, shape.parts, content)
-    out.fill(shape.headers.make(table_of(plan, rows), content_sums(content)), content)
+    out.write_payloads(content)
+    shape.headers.write(out.headers(), table_of(plan, rows), content_sums(content))
 
 
 def gather_record(source: Endpoint, shape: RecordShape, tokens: Tokens, record: Buffer) -> None:
@@ -35,12 +35,12 @@ def gather_record(source: Endpoint, shape: RecordShape, tokens: Tokens, record: 
         record[start:stop] = 0
 
 
-def seal_records(plan: Plan, shape: RecordShape, rows: list[int], records: Sequence[Buffer]) -> None:
+def seal_records(plan: Plan, shape: RecordShape, rows: Rows, records: Extents) -> None:
     """Checksum the slices that were gathered into ``records`` and write their header pages: they are whole."""
-    sums = b"".join([content_sum(record[at : at + nbytes]) for record in records for at, nbytes in shape.slices])
-    headers = shape.headers.make(table_of(plan, rows), np.frombuffer(sums, np.uint8).reshape(len(rows), -1))
-    for record, header in zip(records, headers, strict=True):
-        record[:PAGE_BYTES] = header
+    images = [records.one(at) for at in range(len(rows))]
+    sums = b"".join([content_sum(image[at : at + nbytes]) for image in images for at, nbytes in shape.slices])
+    table = np.frombuffer(sums, np.uint8).reshape(len(rows), -1)
+    shape.headers.write(records.headers(), table_of(plan, rows), table)
 
 
 def encode_record(record: Buffer, chain_name: str, out: Buffer) -> tuple[int, bool]:

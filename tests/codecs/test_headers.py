@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.codecs.headers import Places, RawHeaders
+from kvtier.codecs.headers import Pages, Places, RawHeaders
 from kvtier.codecs.record import RecordHeader, raw_slice, restamp
 from kvtier.core.plan import PAGE_BYTES, ROW
 from kvtier.models import KVGroup, KVLayout, Part
@@ -44,7 +44,17 @@ def _contents(group: int, count: int, seed: int = 0) -> list[list[np.ndarray]]:
 def _made(group: int, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     contents = _contents(group, len(rows), seed)
     sums = [b"".join(raw_slice(slice_).content_sum for slice_ in block) for block in contents]
-    return RawHeaders(LAYOUT, group).make(rows, np.array([list(one) for one in sums], np.uint8))
+    pages = np.full((len(rows), PAGE_BYTES), 0xAA, np.uint8)
+    RawHeaders(LAYOUT, group).write(_all(pages), rows, np.array([list(one) for one in sums], np.uint8))
+    return pages
+
+
+def _all(pages: np.ndarray) -> Pages:
+    return Pages(pages, np.arange(len(pages)))
+
+
+def _known(headers: RawHeaders, pages: np.ndarray, keys: np.ndarray, places: Places | None) -> np.ndarray:
+    return headers.read(_all(pages), keys, places).good
 
 
 def _places(rows: np.ndarray) -> Places:
@@ -78,14 +88,14 @@ def test_a_page_is_the_one_that_a_record_header_packs(group, count, seed):
 def test_what_was_made_is_known_again_in_memory_and_on_disk(group):
     rows = _rows(4)
     headers, pages, places = RawHeaders(LAYOUT, group), _made(group, rows), _places(rows)
-    assert headers.known(pages, rows["key"], None).all()
-    assert not headers.known(pages, rows["key"], places).any()
-    assert headers.known(_stamped(pages, places), rows["key"], places).all()
+    assert _known(headers, pages, rows["key"], None).all()
+    assert not _known(headers, pages, rows["key"], places).any()
+    assert _known(headers, _stamped(pages, places), rows["key"], places).all()
 
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_the_sums_of_the_slices_come_back(group):
-    sums = RawHeaders(LAYOUT, group).sums(_made(group, _rows(2)))
+    sums = RawHeaders(LAYOUT, group).read(_all(_made(group, _rows(2))), _rows(2)["key"], None).sums
     for row, block in zip(sums, _contents(group, 2), strict=True):
         assert row.tobytes() == b"".join(raw_slice(slice_).content_sum for slice_ in block)
 
@@ -95,7 +105,7 @@ def test_a_flipped_bit_anywhere_makes_a_page_unknown_and_leaves_its_neighbours(a
     rows = _rows(3)
     pages, places = _made(0, rows), _places(rows)
     _stamped(pages, places)[victim, at] ^= flip
-    known = RawHeaders(LAYOUT, 0).known(pages, rows["key"], places)
+    known = _known(RawHeaders(LAYOUT, 0), pages, rows["key"], places)
     assert known.tolist() == [number != victim for number in range(3)]
 
 
@@ -103,13 +113,29 @@ def test_a_whole_page_of_another_key_group_layout_or_place_is_unknown():
     rows, other = _rows(2), _rows(2, seed=1)
     headers, places = RawHeaders(LAYOUT, 0), _places(rows)
     pages = _stamped(_made(0, rows), places)
-    assert not headers.known(pages, other["key"], places).any()
-    assert not RawHeaders(LAYOUT, 1).known(pages, rows["key"], places).any()
-    assert not RawHeaders(_layout(heads=32), 0).known(pages, rows["key"], places).any()
+    assert not _known(headers, pages, other["key"], places).any()
+    assert not _known(RawHeaders(LAYOUT, 1), pages, rows["key"], places).any()
+    assert not _known(RawHeaders(_layout(heads=32), 0), pages, rows["key"], places).any()
     for changed in (
         places._replace(nonce=bytes(16)),
         places._replace(segment=places.segment + 1),
         places._replace(page=places.page + 1),
         places._replace(generation=places.generation + 1),
     ):
-        assert not headers.known(pages, rows["key"], changed).any()
+        assert not _known(headers, pages, rows["key"], changed).any()
+
+
+def test_only_the_rows_that_are_named_are_written_and_read():
+    rows, table = _rows(2), np.full((7, PAGE_BYTES), 0xAA, np.uint8)
+    headers, pages = RawHeaders(LAYOUT, 1), Pages(table, np.array([5, 2]))
+    headers.write(pages, rows, np.zeros((2, 16), np.uint8))
+    assert np.array_equal(table[[5, 2]], _made_with_sums(rows))
+    assert (table[[0, 1, 3, 4, 6]] == 0xAA).all()
+    assert headers.read(pages, rows["key"], None).good.all()
+    assert not headers.read(pages._replace(rows=np.array([2, 5])), rows["key"], None).good.any()
+
+
+def _made_with_sums(rows: np.ndarray) -> np.ndarray:
+    pages = np.zeros((len(rows), PAGE_BYTES), np.uint8)
+    RawHeaders(LAYOUT, 1).write(_all(pages), rows, np.zeros((len(rows), 16), np.uint8))
+    return pages

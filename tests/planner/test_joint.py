@@ -10,8 +10,9 @@ import pytest
 
 from kvtier.core.keys import Keys, Root
 from kvtier.core.memory import GroupPages, PageTable
-from kvtier.core.plan import Lineage, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish
+from kvtier.planner.joint import JOINT_BYTES, SMALL_BYTES
 from tests.planner.bench import BACK, BLOCK, Bench
 
 ROOM = {"host_blocks": 32}
@@ -218,9 +219,26 @@ def test_what_differs_in_memory_lineage_version_or_durability_has_plans_of_its_o
 
 
 def test_large_wishes_and_wishes_of_several_ranks_or_groups_are_never_joined() -> None:
-    for bench, blocks in ((Bench(**ROOM), 5), (Bench(ranks=2, **ROOM), 1), (Bench(groups=2, **ROOM), 1)):
+    large = Bench(host_blocks=200)
+    most = SMALL_BYTES // (PAGE_BYTES * large.layout.record_pages[0])
+    for bench, blocks in ((large, most + 1), (Bench(ranks=2, **ROOM), 1), (Bench(groups=2, **ROOM), 1)):
         bench.plan([store(bench.keys(blocks, seed), _for_all_groups(bench, blocks)) for seed in range(2)])
         assert {len(plan.rows) for plan in bench.plans(PlanKind.STORE)} == {blocks * len(bench.layout.groups)}
+
+
+def test_no_more_wishes_share_a_plan_than_all_of_them_may_wait_for() -> None:
+    bench = Bench(host_blocks=1200)
+    record_bytes = PAGE_BYTES * bench.layout.record_pages[0]
+    each, together = SMALL_BYTES // record_bytes, JOINT_BYTES // record_bytes
+    count = together // each + 2
+    wishes = [store(bench.keys(each, seed), table(*range(each))) for seed in range(count)]
+    bench.plan(wishes)
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)] == [together, 2 * each]
+    bench.run()
+    assert all(wish.ticket.count(Outcome.DONE) == each for wish in wishes)
+    leases = [bench.lookup(bench.keys(each, seed, extra_tokens=1)) for seed in range(count)]
+    bench.plan([load(lease, table(*range(each))) for lease in leases])
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.LOAD)] == [together, 2 * each]
 
 
 def test_tables_of_memory_that_is_not_in_pages_are_never_put_together() -> None:

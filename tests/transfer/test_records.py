@@ -16,8 +16,9 @@ from kvtier.pages import PagedTensors
 from kvtier.runtime import system_machine
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, first_tokens
+from kvtier.transfer.images import Buffers, Extents, Records
 from kvtier.transfer.parts import Equipment
-from kvtier.transfer.records import encode_record, gather_records, seal_records
+from kvtier.transfer.records import encode_record, fill_records, gather_record, seal_records
 from kvtier.transfer.staging import Staging
 
 BLOCKS = 5
@@ -37,7 +38,7 @@ class _Bench:
     def __init__(self, kind: str, start: int = 0, stop: int = BLOCKS * 2 * PAGE_TOKENS) -> None:
         self.layout = layout = _layout(kind)
         machine = system_machine("threads")
-        arena = machine.arena("test", 4 * PAGE_BYTES)
+        arena = machine.arena("test", 4 * BLOCKS * max(layout.record_pages) * PAGE_BYTES)
         self.equipment = Equipment(
             rank=0, incarnation=1, layout=layout, verify_memory=True, clock=machine.runtime.clock, host=arena,
             staging=Staging(arena, 1), headers=Staging(arena, 1), paths=[], metrics=Metrics(machine.runtime.lock()),
@@ -53,7 +54,11 @@ class _Bench:
         rows["block"], rows["tokens"] = np.arange(BLOCKS), layout.block_tokens
         self.plan = Plan(1, 0, PlanKind.LOAD, Priority.DEMAND, rows, start=start, stop=stop)
         self.rows = list(range(BLOCKS))
-        self.records = [np.full(self.shape.pages * PAGE_BYTES, 0xAA, np.uint8) for _ in self.rows]
+        arena.data[:] = 0xAA
+        first = random.permutation(3 * BLOCKS)[:BLOCKS] * self.shape.pages
+        rows["host_page"], rows["host_pages"] = first, self.shape.pages
+        self.extents = Extents(arena, first, rows["host_pages"])
+        self.records = [self.extents.one(row) for row in self.rows]
 
     def endpoint(self, tensors: list[np.ndarray]) -> Endpoint:
         pages = PagedTensors(self.layout, tensors).pages(self.pages)
@@ -61,13 +66,21 @@ class _Bench:
 
     def store(self) -> None:
         tokens = first_tokens(self.equipment, self.plan, self.rows)
-        gather_records(self.endpoint(self.source), self.shape, tokens, self.records)
-        seal_records(self.plan, self.shape, self.rows, self.records)
+        source = self.endpoint(self.source)
+        if self.shape.batch > 1:
+            fill_records(self.plan, source, self.shape, self.rows, tokens, self.extents)
+            return
+        for row, record in zip(self.rows, self.records, strict=True):
+            gather_record(source, self.shape, tokens[row : row + 1], record)
+        seal_records(self.plan, self.shape, self.rows, self.extents)
 
-    def load(self, places: Places | None = None, *, verify: bool = True) -> list[Reason]:
+    def load(
+        self, places: Places | None = None, *, verify: bool = True, records: Records | None = None
+    ) -> list[Reason]:
         return Delivery(
-            self.equipment, self.plan, self.shape, self.rows, self.records, places, self.endpoint(self.target), verify
-        ).deliver()
+            self.equipment, self.plan, self.shape, self.rows, records or Buffers(self.records), places,
+            self.endpoint(self.target), verify,
+        ).deliver()  # fmt: skip
 
     def loaded(self, block: int) -> bool:
         pages = self.pages[2 * block : 2 * block + 2]
@@ -80,10 +93,12 @@ class _Bench:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_stored_is_delivered_page_by_page(kind: str) -> None:
+@pytest.mark.parametrize("where", ["extents of the arena", "buffers of their own"])
+def test_what_was_stored_is_delivered_page_by_page(kind: str, where: str) -> None:
     bench = _Bench(kind)
     bench.store()
-    assert bench.load() == [Reason.NONE] * BLOCKS
+    records = bench.extents if where == "extents of the arena" else Buffers([one.copy() for one in bench.records])
+    assert bench.load(records=records) == [Reason.NONE] * BLOCKS
     assert all(map(bench.loaded, range(BLOCKS)))
     others = np.setdiff1d(np.arange(4 * BLOCKS), bench.pages)
     assert not any(tensor[others].any() for tensor in bench.target)
@@ -178,7 +193,7 @@ def test_without_a_target_records_are_checked_and_nothing_is_written() -> None:
     bench = _Bench("small")
     bench.store()
     bench.records[4][PAGE_BYTES] ^= 1
-    delivery = Delivery(bench.equipment, bench.plan, bench.shape, bench.rows, bench.records, None, None, True)
+    delivery = Delivery(bench.equipment, bench.plan, bench.shape, bench.rows, bench.extents, None, None, True)
     assert delivery.deliver() == [Reason.NONE] * 4 + [Reason.DAMAGED]
     assert all(map(bench.untouched, range(BLOCKS)))
 
