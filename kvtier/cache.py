@@ -85,7 +85,7 @@ class TieredCache:
         planner = Planner(self.config, layout, ranks=max(1, len(channels)))
         planner.set_weights_version(checked_version(weights_version))
         self._dispatch = Dispatch(
-            planner, self._machine.runtime, layout.block_tokens,
+            planner, self._machine.runtime, layout,
             make_channels=lambda pump: tuple(channels) or (self._local(pump),), check_here=self._check_here,
         )  # fmt: skip
         self._planner, self._memories, self._lock = planner, self._dispatch.memories, self._dispatch.lock

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Final, TypeVar
 
 from kvtier.channel import Channel
@@ -18,6 +19,7 @@ from kvtier.core.plan import Plan
 from kvtier.errors import ClosedError
 from kvtier.jobs import AnyJob, Client, Job, JobControl, R, tell
 from kvtier.memories import Memories
+from kvtier.models.layout import KVLayout
 from kvtier.planner import Planner, Ticket, Wish
 from kvtier.runtime.seam import Event, Runtime
 from kvtier.turn import Turn
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _WISHES_A_TURN: Final = 128
 """Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
+_BYTES_A_TURN: Final = 64 << 20
+"""Of what they move: the bytes of large wishes are on their way before the next ones are planned."""
 
 
 class Dispatch:
@@ -36,7 +40,7 @@ class Dispatch:
         self,
         planner: Planner,
         runtime: Runtime,
-        block_tokens: int,
+        layout: KVLayout,
         *,
         make_channels: Callable[[Callable[[], None]], Sequence[Channel]],
         check_here: Callable[[], None],
@@ -46,7 +50,8 @@ class Dispatch:
         self.lock = runtime.lock()
         self.closed = False
         self._runtime = runtime
-        self._block_tokens = block_tokens
+        self._block_tokens = layout.block_tokens
+        self._blocks_a_turn = max(1, _BYTES_A_TURN // sum(layout.block_bytes))
         self._check_here = check_here
         self._control = JobControl(runtime, self._cancel, check_here)
         self._jobs: dict[Ticket, AnyJob] = {}
@@ -72,7 +77,7 @@ class Dispatch:
     def decide(self, verb: Callable[[], T]) -> T:
         """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows."""
         with self.lock:
-            self._plan_wishes(len(self._wishes))
+            self._plan_wishes(list(self._all_wishes()))
             answer = verb()
             plans, jobs = self.planner.take_plans(), self._jobs_with_news()
         self._send(plans)
@@ -148,17 +153,30 @@ class Dispatch:
         with self.lock:
             if messages:
                 self.planner.hear(messages)
-            self._plan_wishes(_WISHES_A_TURN)
+            self._plan_wishes(list(self._wishes_of_a_turn()))
             plans, jobs = self.planner.take_plans(), self._jobs_with_news()
             waiting, self._on_attach = self._on_attach, []
         self._send(plans)
         for event in waiting:
             event.set()
         tell(jobs)
-        return bool(plans) or bool(self._wishes)
+        if self._wishes:  # a copy thread plans them as soon as one is free: first the bytes that it has in hand
+            return not self.channels[0].call_back()
+        return bool(plans)
 
-    def _plan_wishes(self, most: int) -> None:
-        wishes = [self._wishes.popleft() for _ in range(min(most, len(self._wishes)))]
+    def _all_wishes(self) -> Iterator[Wish]:
+        for _ in range(len(self._wishes)):  # not those that come meanwhile
+            yield self._wishes.popleft()
+
+    def _wishes_of_a_turn(self) -> Iterator[Wish]:
+        blocks = 0
+        for wish in islice(self._all_wishes(), _WISHES_A_TURN):
+            yield wish
+            blocks += len(wish.ticket.outcome)
+            if blocks >= self._blocks_a_turn:
+                return
+
+    def _plan_wishes(self, wishes: list[Wish]) -> None:
         if not wishes:
             return
         try:

@@ -279,7 +279,8 @@ class DataPlane:
             if piece is None:
                 # What ended before this thread was known to wait woke nobody: look once more.
                 reaped += sum(path.lane.reap() for path in self._equipment.paths)
-            news = self._take_news()
+            # Who only asked for a call waits for the piece: nearly always its bytes move without the interpreter.
+            news = self._take_news() if piece is None else bool(self._equipment.outbox)
         if news:
             self._on_news()
         if piece is None:
