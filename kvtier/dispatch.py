@@ -151,9 +151,10 @@ class Dispatch:
         if not messages and not self._wishes:
             return False
         with self.lock:
-            if messages:
+            if messages:  # what follows from them is sent before anything new is planned
                 self.planner.hear(messages)
-            self._plan_wishes(list(self._wishes_of_a_turn()))
+            else:
+                self._plan_wishes(list(self._wishes_of_a_turn()))
             plans, jobs = self.planner.take_plans(), self._jobs_with_news()
             waiting, self._on_attach = self._on_attach, []
         self._send(plans)

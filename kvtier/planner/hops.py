@@ -23,6 +23,8 @@ Extent: TypeAlias = tuple[int, int, int]
 
 WRITE_HOP_BYTES: Final = 16 << 20
 """Of what goes to disk: the first blocks are written while the last ones are still gathered."""
+FIRST_WRITE_HOP_BYTES: Final = 2 << 20
+"""Of the same while nothing else is under way: the disk waits for the first hop, and for none behind it."""
 STORE_HOP_BYTES: Final = 128 << 20
 """Of a store for whose disk copy nobody waits: every hop costs the control plane as much as a block or two."""
 SILENT: Final = 255
@@ -265,7 +267,13 @@ def _fills(rows: Table, targets: Targets) -> bool:
     )
 
 
-def stretches(rows: int, nbytes: int, hop_bytes: int) -> list[slice]:
-    """Cut ``rows`` rows of ``nbytes`` each into runs that are one hop."""
-    size = max(1, hop_bytes // nbytes)
-    return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
+def stretches(rows: int, nbytes: int, hop_bytes: int, *, first_bytes: int | None = None) -> list[slice]:
+    """Cut ``rows`` rows of ``nbytes`` each into runs that are one hop; from ``first_bytes`` on each twice the last."""
+    most = max(1, hop_bytes // nbytes)
+    size = most if first_bytes is None else max(1, first_bytes // nbytes)
+    runs, at = [], 0
+    while at < rows:
+        stop = min(at + size, rows)
+        runs.append(slice(at, stop))
+        at, size = stop, min(2 * size, most)
+    return runs

@@ -12,7 +12,16 @@ from kvtier.core.memory import PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
 from kvtier.index.cells import wide
 from kvtier.index.entries import MISSING, EntryRows
-from kvtier.planner.hops import STORE_HOP_BYTES, WRITE_HOP_BYTES, Hop, Ints, Join, Targets, stretches
+from kvtier.planner.hops import (
+    FIRST_WRITE_HOP_BYTES,
+    STORE_HOP_BYTES,
+    WRITE_HOP_BYTES,
+    Hop,
+    Ints,
+    Join,
+    Targets,
+    stretches,
+)
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Durability, Outcome, Ticket
@@ -240,13 +249,19 @@ class Stores:
                 state.news.append(ticket)
             return
         entries, blocks, targets = _together(new)
-        hop_bytes = STORE_HOP_BYTES if ticket.durability == Durability.MEMORY else WRITE_HOP_BYTES
-        for rows in stretches(len(entries), max(part.pages for part in new) * PAGE_BYTES, hop_bytes):
+        for rows in self._hops_of(ticket, len(entries), max(part.pages for part in new) * PAGE_BYTES):
             ranks, number = state.index.every_rank, state.next_number()
             hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
             hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
             parents = keys.parents(hop.blocks.tolist())
             self.send(hop, parents, wish.pages, wish.start, wish.stop * keys.block_tokens)
+
+    def _hops_of(self, ticket: Ticket, rows: int, nbytes: int) -> list[slice]:
+        if ticket.durability == Durability.MEMORY:
+            return stretches(rows, nbytes, STORE_HOP_BYTES)
+        under_way = self._state.in_flight_bytes
+        is_idle = not under_way[PlanKind.STORE] and not under_way[PlanKind.SPILL]
+        return stretches(rows, nbytes, WRITE_HOP_BYTES, first_bytes=FIRST_WRITE_HOP_BYTES if is_idle else None)
 
     def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
         """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""
