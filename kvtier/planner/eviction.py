@@ -60,6 +60,8 @@ class Leaves:
         while count and self._patience > 0:
             some = wide(np.fromiter(islice(self._leaves, count), np.int32))
             if not len(some):
+                if not self._patience:  # the last leaf that was looked at was one in vain too many
+                    break
                 batch = wide(np.fromiter(islice(self._candidates, min(_MOST, max(count, self._size))), np.int32))
                 if not len(batch):
                     break

@@ -218,3 +218,11 @@ def test_looking_at_what_has_to_stay_ends_after_a_while(monkeypatch: pytest.Monk
     at_once = leaves.take(10)
     host.evict(at_once)
     assert len(at_once) + len(leaves.take(100)) == gone
+
+
+def test_nothing_is_looked_at_once_patience_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eviction, "_LOOKED_AT", 1)
+    monkeypatch.setattr(eviction, "_FEW", 1)
+    blocks = [Block(-1, (LONGEST,), pins=0, on_disk=False, write=write, superseded=False) for write in ("", "refused")]
+    host = Forest(blocks, [[0], [1]], ranks=1, disk_usable=True).planted().host
+    assert host.leaves().take(1).tolist() == []
