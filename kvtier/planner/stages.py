@@ -27,7 +27,7 @@ class Stages:
                 self._await_writes(ticket)
             else:
                 ticket.stage = Durability.DURABLE
-                self._state.sync_hop(ticket)
+                self._sync(ticket)
 
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state
@@ -48,6 +48,13 @@ class Stages:
                     ticket.waits += 1
                 else:
                     ticket.fail(block, Reason.NO_SPACE)
+
+    def _sync(self, ticket: Ticket) -> None:
+        if self._state.disk.usable:
+            self._state.sync_hop(ticket)
+            return
+        for at in range(len(ticket.outcome)):
+            ticket.fail(ticket.first_block + at, Reason.NO_SPACE)
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.succeed()

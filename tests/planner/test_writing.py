@@ -196,6 +196,7 @@ def test_without_a_disk_nothing_more_than_memory_is_acknowledged(level: Durabili
     ticket = bench.store(keys, durability=level)
     bench.run()
     assert ticket.count(Outcome.FAILED) == 3
+    assert set(ticket.reason) == {Reason.NO_SPACE}
     assert bench.match(keys) == 3
     bench.check_at_rest()
 
@@ -287,5 +288,8 @@ def test_a_flush_is_not_well_while_blocks_that_the_disk_refused_before_are_not_o
 def test_without_a_disk_a_flush_of_blocks_fails() -> None:
     bench = Bench()
     bench.stored(bench.keys(2))
-    assert not finished_well(bench.flush(Durability.PROCESS))
+    for level in LEVELS:
+        ticket = bench.flush(level)
+        assert not finished_well(ticket)
+        assert set(ticket.reason) == {Reason.NO_SPACE}
     assert finished_well(bench.flush(Durability.MEMORY))
