@@ -23,7 +23,7 @@ Extent: TypeAlias = tuple[int, int, int]
 
 WRITE_HOP_BYTES: Final = 16 << 20
 """Of what goes to disk: the first blocks are written while the last ones are still gathered."""
-FIRST_WRITE_HOP_BYTES: Final = 2 << 20
+FIRST_WRITE_HOP_BYTES: Final = 8 << 20
 """Of the same while nothing else is under way: the disk waits for the first hop, and for none behind it."""
 STORE_HOP_BYTES: Final = 128 << 20
 """Of a store for whose disk copy nobody waits: every hop costs the control plane as much as a block or two."""
