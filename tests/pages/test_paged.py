@@ -278,3 +278,26 @@ def test_something_else_than_a_list_of_tensors_is_refused(tensors):
 def test_a_first_token_that_is_no_integer_is_refused(first_token):
     with pytest.raises(ConfigError, match=r"^first_token = "):
         PagedTensors(_layout(), _tensors(_layout())).pages([0, 1, 2, 3], first_token=first_token)
+
+
+LARGE_PAGES = 120
+LARGE = KVLayout(4, 4, (KVGroup("attention", (Part(0, "k", "int8", ("token", "head", "dim"), (4, 1, 1)),)),))
+LARGE_MEMORY = PagedTensors(LARGE, [np.zeros((LARGE_PAGES, 4, 1, 1), np.int8)])
+
+
+@given(
+    st.permutations(range(LARGE_PAGES)), st.integers(1, LARGE_PAGES), st.booleans(),
+    st.lists(st.tuples(st.integers(0, LARGE_PAGES - 1), st.integers(-2, LARGE_PAGES + 1)), max_size=2),
+)  # fmt: skip
+def test_a_table_is_refused_exactly_if_a_page_is_there_twice_or_not_at_all(ids, count, is_sorted, changes):
+    """Short and long, ascending and not."""
+    ids = np.array(sorted(ids[:count]) if is_sorted else ids[:count], np.int32)
+    for at, page in changes:
+        ids[at % count] = page
+    is_good = len(set(ids.tolist())) == count and all(0 <= page < LARGE_PAGES for page in ids.tolist())
+    table = PageTable(0, (GroupPages(0, ids),))
+    if is_good:
+        LARGE_MEMORY.check(table, 0, 4 * count)
+    else:
+        with pytest.raises(ConfigError, match="twice|the memory has pages 0 to 119"):
+            LARGE_MEMORY.check(table, 0, 4 * count)

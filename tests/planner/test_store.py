@@ -471,3 +471,16 @@ def test_tenants_never_hit_each_others_blocks() -> None:
     assert bench.match(bench.keys(3, root=Root("model", tenant="other"))) == 0
     assert bench.match(bench.keys(3, root=Root("model"))) == 0
     assert bench.match(bench.keys(3, root=Root("model", tenant="acme"))) == 3
+
+
+def test_the_first_hop_to_an_idle_disk_is_short_and_the_next_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk waits for the first one."""
+    block = 2 * 4096
+    monkeypatch.setattr("kvtier.planner.stores.FIRST_WRITE_HOP_BYTES", block)
+    monkeypatch.setattr("kvtier.planner.stores.WRITE_HOP_BYTES", 3 * block)
+    bench = Bench(segments=20, host_blocks=40)
+    for seed in range(2):
+        bench.store(bench.keys(7, seed), durability=Durability.PROCESS)
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)] == [1, 2, 3, 1, 3, 3, 1]
+    bench.store(bench.keys(4, 2))
+    assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)][7:] == [4]

@@ -1,0 +1,110 @@
+"""What is planned at once: as much as nobody has to wait long for, the rest by a copy thread that has time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvtier import KVGroup, KVLayout, Part
+from kvtier.config import load_config
+from kvtier.core.keys import Keys, Root
+from kvtier.core.memory import GroupPages, PageTable
+from kvtier.core.plan import Lineage, Message, Plan
+from kvtier.dispatch import Dispatch
+from kvtier.planner import Durability, Planner, StoreWish
+from kvtier.runtime import system_machine
+
+BLOCK_BYTES = 32 << 20
+A_TURN = 2
+"""Wishes of one such block: 64 MiB."""
+
+
+class _Channel:
+    """Nothing ever answers; ``calls`` counts how often somebody wants to be called back."""
+
+    def __init__(self, *, has_threads: bool) -> None:
+        self.has_threads = has_threads
+        self.calls = 0
+
+    def poll(self) -> Sequence[Message]:
+        return []
+
+    def send(self, plans: Sequence[Plan]) -> None:
+        raise AssertionError(plans)
+
+    def call_back(self) -> bool:
+        self.calls += 1
+        return self.has_threads
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+def _dispatch(channel: _Channel, block_bytes: int) -> Dispatch:
+    part = Part(0, "kv", "int8", ("token", "head", "dim"), (16, 1, block_bytes // 16))
+    layout = KVLayout(16, 16, (KVGroup("attention", (part,)),))
+    planner = Planner(load_config({"host": {"capacity": "1GiB"}}), layout)
+    return Dispatch(
+        planner, system_machine("threads").runtime, layout, make_channels=lambda _: [channel],  # type: ignore[list-item]
+        check_here=lambda: None,
+    )  # fmt: skip
+
+
+def _submit(dispatch: Dispatch, count: int) -> list[StoreWish]:
+    wishes = []
+    for number in range(count):
+        keys = Keys.from_tokens(Root("m", ""), np.full(16, number, np.int32), 16)
+        table = PageTable(0, (GroupPages(0, np.zeros(1, np.int32)),))
+        wish = StoreWish.of(keys, 1, table, start=0, lineage=Lineage.EXACT, durability=Durability.MEMORY)
+        dispatch.submit(wish, range(0), None, None)
+        wishes.append(wish)
+    return wishes
+
+
+def _planned(wishes: Sequence[StoreWish]) -> int:
+    """Nobody is attached, so that what is planned ends at once."""
+    return sum(wish.ticket.finished for wish in wishes)
+
+
+def test_a_turn_ends_after_so_many_bytes_and_asks_a_copy_thread_for_the_next_one() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    wishes = _submit(dispatch, 2 * A_TURN + 1)
+    assert _planned(wishes) == 0
+    for planned, calls in ((A_TURN, 1), (2 * A_TURN, 1), (2 * A_TURN + 1, 0)):
+        channel.calls = 0
+        dispatch.pump()
+        assert (_planned(wishes), channel.calls) == (planned, calls)
+
+
+def test_a_turn_ends_after_so_many_wishes_however_small() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, 512)
+    wishes = _submit(dispatch, 130)
+    dispatch.pump()
+    assert _planned(wishes) == 128
+    dispatch.pump()
+    assert _planned(wishes) == 130
+
+
+def test_a_block_longer_than_a_turn_is_planned_all_the_same() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, 3 * BLOCK_BYTES)
+    wishes = _submit(dispatch, 2)
+    dispatch.pump()
+    assert _planned(wishes) == 1
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_without_copy_threads_whoever_submits_plans_all_of_it(count: int) -> None:
+    wishes = _submit(_dispatch(_Channel(has_threads=False), BLOCK_BYTES), count)
+    assert _planned(wishes) == count
+
+
+def test_whoever_decides_comes_behind_all_that_was_wished_for() -> None:
+    dispatch = _dispatch(_Channel(has_threads=True), BLOCK_BYTES)
+    wishes = _submit(dispatch, 2 * A_TURN + 1)
+    assert dispatch.decide(lambda: _planned(wishes)) == len(wishes)
