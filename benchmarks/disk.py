@@ -28,11 +28,11 @@ from kvtier import Job, StoreResult, TieredCache
 
 RECORD_BYTES: Final = (2 << 20, 8 << 20)
 TOKEN_BYTES: Final = 128 << 10
-PAIR_BYTES: Final = 256 << 20
-QUICK_PAIR_BYTES: Final = 128 << 20
+PAIR_BYTES: Final = 2 << 30
+QUICK_PAIR_BYTES: Final = 256 << 20
 REQUESTS: Final = 4
-ENGINE_BYTES: Final = 2 << 30
-HOST_BYTES: Final = 2 << 30
+ENGINE_BYTES: Final = 4 << 30
+HOST_BYTES: Final = 3 << 30
 IO_THREADS: Final = 4
 COPY_THREADS: Final = 2
 SETTLE_S: Final = 0.005
@@ -57,13 +57,13 @@ class _Bench:
     def __init__(self, record_bytes: int, settings: Settings) -> None:
         self.record_bytes = record_bytes
         self.settings = settings
-        self.pairs = settings.pairs_of(30, 6)
+        self.pairs = settings.pairs_of(5, 6)
         self.rounds = self.pairs + WARMUP
         self.pair_bytes = QUICK_PAIR_BYTES if settings.quick else PAIR_BYTES
         self.layout = llama_8b(record_bytes // TOKEN_BYTES)
         page_bytes = PAGE_TOKENS * TOKEN_BYTES
         self.request_pages = self.pair_bytes // REQUESTS // page_bytes
-        self.capacity = self.rounds * self.pair_bytes * 3 // 2 + (2 << 30)
+        self.capacity = self.rounds * self.pair_bytes * 21 // 20 + (2 << 30)  # records are longer by their headers
         self._check_room()
         self.device = DeviceCounters.under(settings.directory)
         self.engine = EngineMemory(self.layout, *[ENGINE_BYTES // 2 // page_bytes] * 2)
