@@ -106,6 +106,19 @@ def check_owner(owner: Hashable) -> None:
         raise ConfigError(f"owner = {owner!r}: must be hashable, such as a request's id") from None
 
 
+def check_root(keys: Keys, tenant: str, adapter: str) -> None:
+    """Refuse words that ``keys`` contradict: whose they are was settled when they were made.
+
+    Raises:
+        ConfigError: they are of another tenant or adapter.
+    """
+    for name, value, own in (("tenant", tenant, keys.root.tenant), ("adapter", adapter, keys.root.adapter)):
+        if value and value != own:
+            raise ConfigError(
+                f"{name} = {value!r}: these keys were made for {name} {own!r}; leave it out, or make others"
+            )
+
+
 def priority_of(word: str) -> Priority:
     """The class of service called ``word``; ConfigError for any other."""
     return _found("priority", _PRIORITIES, word)

@@ -10,11 +10,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
 from kvtier.arguments import (
     check_owner,
+    check_root,
     checked_deadline_s,
     checked_model_id,
     checked_name,
@@ -36,6 +34,7 @@ from kvtier.hits import Hit, Session
 from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
+from kvtier.pages.spans import are_frozen
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine, this_process
@@ -401,6 +400,7 @@ class TieredCache:
     def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
         if isinstance(tokens, Keys):
             self._planner.check_keys(tokens)
+            check_root(tokens, tenant, adapter)
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 
@@ -427,7 +427,7 @@ class TieredCache:
         with self._lock:
             self._check_open()
             memory_id = self._memories.use(pages.memory)
-        return pages.memory, PageTable(memory_id, pages.table.groups), pages.memory.is_paged
+        return pages.memory, PageTable(memory_id, _own_table(pages.table).groups), pages.memory.is_paged
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -455,15 +455,10 @@ class TieredCache:
 
 def _own_table(table: PageTable) -> PageTable:
     """Nobody else can change it."""
-    if all(_is_frozen(pages.ids) for pages in table.groups):
+    if all(are_frozen(pages.ids) for pages in table.groups):
         return table
     groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
     return PageTable(table.memory_id, tuple(groups))
-
-
-def _is_frozen(ids: npt.NDArray[np.int32]) -> bool:
-    flags = ids.flags
-    return not flags.writeable and flags.owndata  # a view may be read-only where what it shows is not
 
 
 def _check_client(client: object) -> None:

@@ -53,9 +53,8 @@ class LocalChannel:
         self._plane.submit(plans)
 
     def call_back(self) -> bool:
-        """A copy thread calls ``on_news`` soon."""
-        self._plane.call_back()
-        return True
+        """A copy thread calls ``on_news`` soon; False once the data plane closes, whose threads may be gone."""
+        return self._plane.call_back()
 
     def cancel(self, plan_id: int) -> None:
         """Nobody waits for ``plan_id`` any more."""

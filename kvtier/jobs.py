@@ -186,9 +186,10 @@ class Job(Generic[R]):
         """
         ticket = self.ticket
         with self._control.lock:
+            finished = ticket.finished  # once: it may turn true meanwhile, and the end is told by whoever saw it first
             self._source_free = self._source_free or ticket.source_free
-            ended = ticket.finished and not self._done
-            self._done = ticket.finished
+            ended = finished and not self._done
+            self._done = finished
             if not self._callbacks:
                 return self._client if ended else None
             callbacks, self._callbacks = self._callbacks, ()

@@ -79,6 +79,10 @@ def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
         raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
     if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):
         raise ConfigError(f"{what}: ids lie in [0, 2^31), got {int(given.min())} to {int(given.max())}")
-    own = given.astype(np.int32)
-    own.flags.writeable = False
-    return own
+    return np.frombuffer(given.astype(np.int32).tobytes(), np.int32)  # of bytes, which nobody can make writeable
+
+
+def are_frozen(ids: npt.NDArray[np.int32]) -> bool:
+    """Whether nobody can change ``ids``. Flags would not tell: they can be set back, and do not bind other views."""
+    base: object = ids.base
+    return type(base) is bytes

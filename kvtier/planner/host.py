@@ -53,12 +53,14 @@ class HostBook:
 
         Returns how many fit, and per rank the first pages of exactly those.
         """
-        pages = self._record_pages[group]
+        pages, leaves = self._record_pages[group], self.leaves()
         taken = self._take(pages, count)
-        fit = min(map(len, taken.values()), default=0)
-        if fit < count and self.make_room(pages * (count - fit)):
-            more = self._take(pages, count, taken)
-            fit = min(map(len, more.values()))
+        while (fit := min(map(len, taken.values()), default=0)) < count:
+            gone = self._evict_until(pages * (count - fit), sys.maxsize, leaves)
+            # Enough may be free and nothing fit, where records of several lengths left it in pieces.
+            if not gone and not self._evict_next(count - fit, leaves):
+                break
+            self._take(pages, count, taken)
         for rank, starts in taken.items():
             if len(starts) > fit:
                 self.free((rank, start, pages) for start in starts[fit:])
@@ -67,16 +69,7 @@ class HostBook:
 
     def make_room(self, pages: int, most: int = sys.maxsize) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
-        gone, leaves = 0, self.leaves()
-        longest = max(self._record_pages)
-        while (missing := pages - self.free_pages) > 0 and gone < most:
-            # Never more than are needed for sure, however long their records are.
-            entries = leaves.take(min(-(-missing // longest), most - gone))
-            if not len(entries):
-                break
-            self.evict(entries)
-            gone += len(entries)
-        return gone
+        return self._evict_until(pages, most, self.leaves())
 
     def leaves(self) -> Leaves:
         """What may go, the least worth keeping first."""
@@ -142,6 +135,22 @@ class HostBook:
     def __len__(self) -> int:
         """Entries in host memory."""
         return len(self._policy)
+
+    def _evict_until(self, pages: int, most: int, leaves: Leaves) -> int:
+        gone, longest = 0, max(self._record_pages)
+        while (missing := pages - self.free_pages) > 0 and gone < most:
+            # Never more than are needed for sure, however long their records are.
+            more = self._evict_next(min(-(-missing // longest), most - gone), leaves)
+            if not more:
+                break
+            gone += more
+        return gone
+
+    def _evict_next(self, count: int, leaves: Leaves) -> int:
+        entries = leaves.take(count)
+        if len(entries):
+            self.evict(entries)
+        return len(entries)
 
     def _take(self, pages: int, count: int, taken: dict[int, list[int]] | None = None) -> dict[int, list[int]]:
         taken = {rank: [] for rank in self.spaces} if taken is None else taken

@@ -74,7 +74,7 @@ class LoadWish:
         """The blocks that hold any of these tokens."""
         size = lease.keys.block_tokens
         first = start // size
-        ticket = Ticket.of(TicketKind.LOAD, first, -(-stop // size) - first)
+        ticket = Ticket.of(TicketKind.LOAD, first, -(-stop // size) - first if start < stop else 0)
         return cls(ticket, lease, pages, start, stop, priority, deadline_s, is_paged)
 
 

@@ -150,11 +150,17 @@ class DataPlane:
                 self._begin(plan)
             self._equipment.kick()
 
-    def call_back(self) -> None:
-        """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then."""
+    def call_back(self) -> bool:
+        """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then.
+
+        False once it closes: its threads may be gone, so whoever wants something done does it.
+        """
+        if self._closed:
+            return False
         if not self._called_back:
             self._called_back = True
             self._equipment.work.wake_one()
+        return True
 
     def _begin(self, plan: Plan) -> None:
         run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)

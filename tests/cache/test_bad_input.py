@@ -392,3 +392,15 @@ def test_a_callback_that_raises_costs_no_thread(memory_cache: TieredCache) -> No
 def test_a_weights_version_that_is_no_string_is_refused(memory_cache: TieredCache) -> None:
     with pytest.raises(ConfigError, match="weights_version = None"):
         memory_cache.set_weights_version(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("word", ["tenant", "adapter"])
+def test_keys_of_one_tenant_or_adapter_are_not_taken_for_those_of_another(word: str) -> None:
+    tokens = [1] * (2 * LAYOUT.block_tokens)
+    with TieredCache(settings(), LAYOUT, "m") as cache:
+        keys = cache.keys(tokens, **{word: "one"})
+        assert cache.match(keys) == cache.match(keys, **{word: "one"}) == 0
+        with pytest.raises(ConfigError, match=f"{word} = 'other': these keys were made for {word} 'one'"):
+            cache.match(keys, **{word: "other"})
+        with pytest.raises(ConfigError, match=f"these keys were made for {word} ''"):
+            cache.lookup(cache.keys(tokens), **{word: "other"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from kvtier import DenseKV, KVGroup, KVLayout, PagedTensors, Part, TieredCache
 from kvtier.core.memory import KVPages
+from kvtier.jobs import Client, Job, JobControl, tell
+from kvtier.planner import Ticket
+from kvtier.runtime import system_machine
 
 BLOCK, ROWS, BLOCKS = 8, 6, 4
 PagesOf = Callable[[int], KVPages]
@@ -72,3 +76,38 @@ def only(wanted: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
             for page in range(2 * start // BLOCK, 2 * stop // BLOCK):
                 kept[row + page * ROWS] = wanted[row + page * ROWS]
     return kept
+
+
+def test_a_load_of_no_tokens_moves_nothing() -> None:
+    layout, tensor, pages = paged()
+    with TieredCache({"host": {"capacity": "8MiB", "staging": "1MiB"}}, layout, "m") as cache:
+        prompt = [1] * (BLOCKS * BLOCK)
+        cache.submit_store(prompt, pages(0)).result(30)
+        tensor.fill_(7)
+        with cache.lookup(prompt) as hit:
+            result = cache.submit_load(hit, pages(1), start=3, stop=3).result(30)
+        assert (result.ok_tokens, result.nbytes, sum(result.by_tier.values())) == (3, 0, 0)
+        assert (tensor == 7).all()
+
+
+def test_an_end_that_comes_while_news_are_heard_is_told_once() -> None:
+    """The ticket may finish between any two looks of whoever brings earlier news."""
+
+    class Ending(Ticket):
+        looks = 0
+
+        @property
+        def finished(self) -> bool:  # type: ignore[override]
+            type(self).looks += 1
+            return self.looks > 1
+
+    ticket = Ending.__new__(Ending)
+    ticket.source_free = True
+    runtime = system_machine("threads").runtime
+    client = Client()
+    job: Job[Any] = Job(ticket, range(0), BLOCK, JobControl(runtime, lambda _: None, lambda: None), client)
+    tell([job])
+    tell([job])
+    assert job.done
+    assert client.poll() == [job]
+    client.close()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kvtier import TieredCache, TierError
+from kvtier import ClosedError, Job, PagedTensors, StoreResult, TieredCache, TierError
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
+BURST = 2000
 
 
 def settings(*directories: Path) -> dict[str, Any]:
@@ -99,3 +102,53 @@ def test_one_of_two_directories_may_go(tmp_path: Path) -> None:
         engine.write(again, range(4))
         results = [cache.submit_store(again, engine.pages, durability="process").result(30) for _ in range(3)]
         assert results[-1].existing == 4 * SIZE
+
+
+def _burst(cache: TieredCache, memory: PagedTensors, first: int, jobs: list[Job[StoreResult]]) -> None:
+    """Many jobs of one block each, faster than they can be planned."""
+    numbers = range(first, first + BURST)
+    keys = [cache.keys([number] * (SIZE + 1)) for number in numbers]
+    pages = [memory.pages([number % memory.num_pages[0]]) for number in numbers]
+    for own, page in zip(keys, pages, strict=True):
+        jobs.append(cache.submit_store(own, page))
+
+
+def _paged(pages: int = 64) -> PagedTensors:
+    return PagedTensors(
+        LAYOUT, [np.zeros((pages, *part.shape), part.dtype) for group in LAYOUT.groups for part in group.parts]
+    )
+
+
+def test_wishes_that_nobody_has_planned_yet_end_when_the_cache_is_closed() -> None:
+    """More than a turn plans, so that some are left to copy threads that have stopped by then."""
+    cache, memory = TieredCache({"host": {"capacity": "64MiB", "staging": "1MiB"}}, LAYOUT, "m"), _paged()
+    cache.register(memory)
+    jobs: list[Job[StoreResult]] = []
+    _burst(cache, memory, 0, jobs)
+    assert cache.close() is True
+    assert not [job for job in jobs if not job.done]
+    assert cache.stats()["jobs"] == cache.stats()["pinned_entries"] == 0
+
+
+def test_every_job_ends_that_was_submitted_while_another_thread_closed() -> None:
+    memory = _paged()
+    for _ in range(5):
+        cache = TieredCache({"host": {"capacity": "16MiB", "staging": "1MiB"}}, LAYOUT, "m")
+        cache.register(memory)
+        jobs: list[Job[StoreResult]] = []
+
+        def submit(first: int, cache: TieredCache = cache, jobs: list[Job[StoreResult]] = jobs) -> None:
+            with suppress(ClosedError):
+                for number in range(first, first + 100 * BURST, BURST):
+                    _burst(cache, memory, number, jobs)
+
+        threads = [threading.Thread(target=submit, args=(1_000_000 * (1 + number),)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        while not jobs:
+            threads[0].join(0.001)
+        assert cache.close() is True
+        for thread in threads:
+            thread.join()
+        assert not [job for job in jobs if not job.done]
+        assert cache.stats()["jobs"] == cache.stats()["pinned_entries"] == 0

@@ -1,9 +1,11 @@
 """Page tables belong to the job from ``submit`` on: what others can still change is copied."""
 
 import numpy as np
+import pytest
 
 from kvtier.cache import _own_table
 from kvtier.core.memory import GroupPages, PageTable
+from kvtier.pages.spans import frozen_ids
 
 
 def _table(*ids: np.ndarray) -> PageTable:
@@ -11,8 +13,7 @@ def _table(*ids: np.ndarray) -> PageTable:
 
 
 def _frozen(ids: np.ndarray) -> np.ndarray:
-    ids.flags.writeable = False
-    return ids
+    return frozen_ids(ids, "ids")
 
 
 def test_a_table_that_nobody_can_change_is_taken_as_it_is() -> None:
@@ -28,8 +29,17 @@ def test_ids_that_can_be_changed_are_copied() -> None:
     assert [pages.first_token for pages in own.groups] == [4, 4]
 
 
-def test_a_view_that_is_only_read_only_itself_is_copied() -> None:
+@pytest.mark.parametrize("part", [slice(0, 3), slice(0, 6)])
+def test_what_is_only_marked_as_read_only_is_copied(part: slice) -> None:
+    """The mark can be set back, and views that were made before do not have it."""
     ids = np.arange(6, dtype=np.int32)
-    own = _own_table(_table(_frozen(ids[:3])))
-    ids[:] = 9
-    assert own.groups[0].ids.tolist() == [0, 1, 2]
+    view, marked = ids[:], ids[part] if part.stop < 6 else ids
+    marked.flags.writeable = False
+    own = _own_table(_table(marked))
+    view[:] = 9
+    assert own.groups[0].ids.tolist() == list(range(part.stop))
+
+
+def test_what_is_frozen_cannot_be_made_writeable_again() -> None:
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        frozen_ids([1, 2], "ids").flags.writeable = True

@@ -299,5 +299,5 @@ def test_a_table_is_refused_exactly_if_a_page_is_there_twice_or_not_at_all(ids, 
     if is_good:
         LARGE_MEMORY.check(table, 0, 4 * count)
     else:
-        with pytest.raises(ConfigError, match="twice|the memory has pages 0 to 119"):
+        with pytest.raises(ConfigError, match=r"twice|the memory has pages 0 to 119"):
             LARGE_MEMORY.check(table, 0, 4 * count)

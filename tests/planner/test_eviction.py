@@ -226,3 +226,15 @@ def test_nothing_is_looked_at_once_patience_is_over(monkeypatch: pytest.MonkeyPa
     blocks = [Block(-1, (LONGEST,), pins=0, on_disk=False, write=write, superseded=False) for write in ("", "refused")]
     host = Forest(blocks, [[0], [1]], ranks=1, disk_usable=True).planted().host
     assert host.leaves().take(1).tolist() == []
+
+
+def test_room_in_pieces_is_made_whole_by_evicting_more() -> None:
+    """Records that were trimmed leave holes between them, of which two are as much as a whole record but not one."""
+    block = Block(-1, (1,), pins=0, on_disk=False, write="refused", superseded=False)
+    oldest_first = [0, 2, 4, 6, 1, 3, 5, 7]
+    bench_room = Forest([block] * 8, [[at] for at in oldest_first], ranks=1, disk_usable=True).planted()
+    host = bench_room.host
+    for space in host.spaces.values():
+        assert space.take_many(1, space.free_pages)
+    assert host.reserve(0, 1)[0] == 1
+    assert host.reserve(0, 4)[0] == 3
