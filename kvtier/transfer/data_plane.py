@@ -56,6 +56,8 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
 _IDLE_THREADS_S: Final = 5.0
+_LOOK_AGAIN_S: Final = 0.1
+"""Who closes looks so often whether all is over: of several who do, only one hears of the last run's end."""
 
 
 class DataPlane:
@@ -234,15 +236,22 @@ class DataPlane:
         stopped = [worker.stop(timeout_s) for worker in self._workers]
         if stuck or not all(stopped):
             return False
+        if self._end_all():
+            self._on_news()
+            self._give_back()
+        return True
+
+    def _end_all(self) -> bool:
+        """End what no thread works on any more; False where another thread that closes has done so."""
         with self._lock:
+            if self._gone:
+                return False
             for path in self._equipment.paths:
                 path.lane.reap()
             for run in list(self._runs.values()):
                 run.end(Reason.CLOSED)
             self._gone = True
-        self._on_news()
-        self._give_back()
-        return True
+            return True
 
     def _give_back(self) -> None:
         """Close what no thread uses any more."""
@@ -262,8 +271,9 @@ class DataPlane:
                 if all(run.final for run in self._runs.values()):
                     return
             left_s = deadline_s - self._equipment.clock.monotonic()
-            if left_s <= 0 or not self._progress.wait(left_s):
+            if left_s <= 0:
                 return
+            self._progress.wait(min(left_s, _LOOK_AGAIN_S))
 
     # --- threads ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,12 @@ def test_every_job_ends_that_was_submitted_while_another_thread_closed() -> None
             thread.join()
         assert not [job for job in jobs if not job.done]
         assert cache.stats()["jobs"] == cache.stats()["pinned_entries"] == 0
+
+
+def test_several_threads_may_close_at_once(tmp_path: Path) -> None:
+    for number in range(10):
+        cache, engine = TieredCache(settings(tmp_path / str(number)), LAYOUT, "m"), PseudoEngine(LAYOUT, 20)
+        job = cache.submit_store([number] * (20 * SIZE), engine.pages, durability="process")
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(lambda _, cache=cache: cache.close(), range(4)))
+        assert job.result(10) is not None
