@@ -357,6 +357,7 @@ class TieredCache:
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
+        False: time ran out, and jobs may be under way still. They end when it is called again, with more of it.
         In a child of the process that opened it nothing happens: all of it is the parent's.
         """
         if not self._process.is_here:
