@@ -164,9 +164,11 @@ def test_it_is_the_memory_that_the_core_asks_for():
 
 def test_tensors_that_require_gradients_are_read_without_them():
     layout = _layout(dtype="float32")
-    memory = PagedTensors(layout, [tensor.requires_grad_() for tensor in _tensors(layout)])
-    pages = memory.pages([0, 1, 2, 3])
-    _gather(pages, 0, [0], range(4), np.zeros(layout.block_bytes[0], np.uint8))
+    tensors = _tensors(layout)
+    memory = PagedTensors(layout, [tensor.clone().requires_grad_() for tensor in tensors])
+    out = np.zeros(layout.block_bytes[0], np.uint8)
+    _gather(memory.pages([0, 1, 2, 3]), 0, [0], range(4), out)
+    assert out.tobytes() == _block(layout, tensors, [0, 1, 2, 3], range(4))
 
 
 @pytest.mark.parametrize(
