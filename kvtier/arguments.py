@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable
 from typing import Any, Final, TypeVar
 
@@ -12,6 +13,7 @@ from kvtier.core.checks import whole
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
 from kvtier.errors import ConfigError
+from kvtier.models.layout import KVLayout
 from kvtier.planner import Durability
 
 T = TypeVar("T")
@@ -49,15 +51,18 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
     return float(deadline_s)
 
 
-def checked_version(version: str) -> str:
-    """``version``.
+def checked_layout(layout: KVLayout) -> KVLayout:
+    """``layout``.
 
     Raises:
-        ConfigError: it is no string.
+        ConfigError: it is none.
     """
-    if not isinstance(version, str):
-        raise ConfigError(f"weights_version = {version!r}: must be a string")
-    return version
+    if not isinstance(layout, KVLayout):
+        raise ConfigError(
+            f"layout = {reprlib.repr(layout)}: want a KVLayout; KVLayout.from_hf_config(model.config) makes one, or"
+            " describe the model's cache by KVGroup and Part"
+        )
+    return layout
 
 
 def checked_start(keys: Keys, start: int) -> int:
@@ -83,15 +88,15 @@ def checked_name(name: str, value: str) -> str:
     return value
 
 
-def checked_session(session: str) -> str:
-    """``session``.
+def checked_string(name: str, value: str) -> str:
+    """``value``, called ``name``: a version, a conversation.
 
     Raises:
         ConfigError: it is no string.
     """
-    if not isinstance(session, str):
-        raise ConfigError(f"session = {session!r}: must be a string that names a conversation")
-    return session
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} = {value!r}: must be a string")
+    return value
 
 
 def check_owner(owner: Hashable) -> None:
@@ -113,7 +118,7 @@ def check_root(keys: Keys, tenant: str, adapter: str) -> None:
         ConfigError: they are of another tenant or adapter.
     """
     for name, value, own in (("tenant", tenant, keys.root.tenant), ("adapter", adapter, keys.root.adapter)):
-        if value and value != own:
+        if value not in ("", own):
             raise ConfigError(
                 f"{name} = {value!r}: these keys were made for {name} {own!r}; leave it out, or make others"
             )

@@ -14,11 +14,11 @@ from kvtier.arguments import (
     check_owner,
     check_root,
     checked_deadline_s,
+    checked_layout,
     checked_model_id,
     checked_name,
-    checked_session,
     checked_start,
-    checked_version,
+    checked_string,
     durability_of,
     priority_of,
 )
@@ -26,15 +26,15 @@ from kvtier.channel import Channel, LocalChannel
 from kvtier.config import Config, load_config
 from kvtier.core.checks import flag, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
-from kvtier.core.memory import GroupPages, KVMemory, KVPages, PageTable
+from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage
 from kvtier.dispatch import Dispatch
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
 from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult
+from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
-from kvtier.pages.spans import are_frozen
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import system_machine, this_process
@@ -75,14 +75,14 @@ class TieredCache:
             TierError: a directory cannot be used.
         """
         self.config = config if isinstance(config, Config) else load_config(config)
-        self.layout = layout
+        self.layout = checked_layout(layout)
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
         self._process = this_process()
         self._clock = self._machine.runtime.clock
         self._is_local = not channels
         planner = Planner(self.config, layout, ranks=max(1, len(channels)))
-        planner.set_weights_version(checked_version(weights_version))
+        planner.set_weights_version(checked_string("weights_version", weights_version))
         self._dispatch = Dispatch(
             planner, self._machine.runtime, layout,
             make_channels=lambda pump: tuple(channels) or (self._local(pump),), check_here=self._check_here,
@@ -163,7 +163,7 @@ class TieredCache:
         keys = self._keys(tokens, tenant, adapter)
         start, exact = checked_start(keys, start), flag("exact", exact)
         if session is not None:
-            checked_session(session)
+            checked_string("session", session)
         if owner is not None:
             check_owner(owner)
         self._check_open()
@@ -178,7 +178,7 @@ class TieredCache:
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
         self._check_here()
-        name = checked_session(session)
+        name = checked_string("session", session)
         with self._lock:
             return Session(self._planner.sessions.hints(name))
 
@@ -211,11 +211,11 @@ class TieredCache:
         self._check_hit_range(hit, start, stop)
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         service = priority_of(priority)
-        memory, table, is_paged = self._table(pages, start, stop)
+        own = self._pages(pages, start, stop)
         wish = LoadWish.of(
-            hit.lease, table, start=start, stop=stop, priority=service, deadline_s=deadline, is_paged=is_paged
+            hit.lease, own.table, start=start, stop=stop, priority=service, deadline_s=deadline, is_paged=own.is_paged
         )
-        return self._dispatch.submit(wish, range(start, stop), memory, client)
+        return self._dispatch.submit(wish, range(start, stop), own.lent, client)
 
     def submit_store(
         self,
@@ -243,7 +243,7 @@ class TieredCache:
         keys = self._keys(tokens, tenant, adapter)
         start, level = checked_start(keys, start), durability_of(durability)
         if session is not None:
-            checked_session(session)
+            checked_string("session", session)
         if client is not None:
             _check_client(client)
         lineage = Lineage.EXACT
@@ -252,12 +252,14 @@ class TieredCache:
             lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
         stop = len(keys)  # they may grow from here on
-        memory, table, is_paged = self._table(pages, first, max(first, stop * keys.block_tokens))
+        own = self._pages(pages, first, max(first, stop * keys.block_tokens))
         if session is not None:
             with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
-        wish = StoreWish.of(keys, stop, table, start=start, lineage=lineage, durability=level, is_paged=is_paged)
-        return self._dispatch.submit(wish, _NO_SPAN, memory, client)
+        wish = StoreWish.of(
+            keys, stop, own.table, start=start, lineage=lineage, durability=level, is_paged=own.is_paged
+        )
+        return self._dispatch.submit(wish, _NO_SPAN, own.lent, client)
 
     def submit_prefetch(
         self,
@@ -324,7 +326,7 @@ class TieredCache:
 
     def set_weights_version(self, version: str) -> None:
         """From now on KV of any other version is a miss, in every tier, at once."""
-        checked = checked_version(version)
+        checked = checked_string("weights_version", version)
         self._check_open()
         self._dispatch.decide(lambda: self._planner.set_weights_version(checked))
 
@@ -405,17 +407,10 @@ class TieredCache:
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 
-    def _table(self, pages: KVPages | PageTable, start: int, stop: int) -> tuple[KVMemory | None, PageTable, bool]:
-        """Memory to be let go when the job ends, the table, and whether that was checked and is of memory in pages."""
+    def _pages(self, pages: KVPages | PageTable, start: int, stop: int) -> EnginePages:
+        """``pages``, once tokens [start, stop) are known to lie in them."""
         if isinstance(pages, PageTable):
-            self._check_open()
-            memory = self._memories.find(pages.memory_id) if isinstance(pages.memory_id, int) else None
-            if memory is None and self._is_local:
-                raise ConfigError(f"pages: memory {pages.memory_id} is not registered; see register()")
-            if memory is None or start >= stop:
-                return None, pages, False
-            memory.check(pages, start, stop)
-            return None, _own_table(pages), memory.is_paged
+            return self._registered_pages(pages, start, stop)
         is_whole = (
             isinstance(pages, KVPages) and isinstance(pages.table, PageTable) and hasattr(pages.memory, "is_paged")
         )
@@ -428,7 +423,18 @@ class TieredCache:
         with self._lock:
             self._check_open()
             memory_id = self._memories.use(pages.memory)
-        return pages.memory, PageTable(memory_id, _own_table(pages.table).groups), pages.memory.is_paged
+        table = PageTable(memory_id, own_table(pages.table).groups)
+        return EnginePages(table, is_paged=pages.memory.is_paged, lent=pages.memory)
+
+    def _registered_pages(self, table: PageTable, start: int, stop: int) -> EnginePages:
+        self._check_open()
+        memory = self._memories.find(table.memory_id) if isinstance(table.memory_id, int) else None
+        if memory is None and self._is_local:
+            raise ConfigError(f"pages: memory {table.memory_id} is not registered; see register()")
+        if memory is None or start >= stop:
+            return EnginePages(table)
+        memory.check(table, start, stop)
+        return EnginePages(own_table(table), is_paged=memory.is_paged)
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -452,14 +458,6 @@ class TieredCache:
     def _check_open(self) -> None:
         self._check_here()
         self._dispatch.check_open()
-
-
-def _own_table(table: PageTable) -> PageTable:
-    """Nobody else can change it."""
-    if all(are_frozen(pages.ids) for pages in table.groups):
-        return table
-    groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
-    return PageTable(table.memory_id, tuple(groups))
 
 
 def _check_client(client: object) -> None:

@@ -1,13 +1,25 @@
-"""The engine memories that a cache knows: registered on every rank while somebody uses them."""
+"""Engine memory as a cache takes it: known on every rank while somebody uses it, and the pages of one job in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvtier.channel import Channel
-from kvtier.core.memory import KVMemory
+from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.errors import ConfigError
+from kvtier.pages.spans import are_frozen
+
+
+class EnginePages(NamedTuple):
+    """The pages of one job."""
+
+    table: PageTable
+    is_paged: bool = False
+    """Their memory is known to be in pages, and ``table`` was compared with it."""
+    lent: KVMemory | None = None
+    """Memory that is used for this job, to be let go when it ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,3 +74,11 @@ class Memories:
     def __len__(self) -> int:
         """Memories that are registered."""
         return len(self._known)
+
+
+def own_table(table: PageTable) -> PageTable:
+    """``table``, or a copy of it, such that nobody else can change it."""
+    if all(are_frozen(pages.ids) for pages in table.groups):
+        return table
+    groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
+    return PageTable(table.memory_id, tuple(groups))

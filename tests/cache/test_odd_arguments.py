@@ -140,6 +140,19 @@ def test_a_tenant_is_a_string_of_printable_characters(opened: Opened, value: Any
     refused(opened, "adapter = ", lambda: opened.store(adapter=value))
 
 
+@pytest.mark.parametrize("value", [None, 5, "acme"], ids=repr)
+def test_keys_say_themselves_whose_they_are(opened: Opened, value: Any) -> None:
+    keys = opened.cache.keys(TOKENS)
+    refused(opened, "tenant = ", lambda: opened.cache.lookup(keys, tenant=value))
+    refused(opened, "adapter = ", lambda: opened.cache.match(keys, adapter=value))
+
+
+@pytest.mark.parametrize("value", [None, "llama", {}, [LAYOUT]], ids=lambda value: type(value).__name__)
+def test_a_layout_is_a_layout(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"layout = .*from_hf_config"):
+        TieredCache(SETTINGS, value, "m")
+
+
 @pytest.mark.parametrize("value", ["acme/eu", "../..", "é", "x" * 100_000], ids=lambda value: value[:8])
 def test_a_tenant_may_be_called_anything_else(opened: Opened, value: str) -> None:
     assert opened.cache.match(TOKENS, tenant=value) == 0

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvtier.config import load_config
 from kvtier.core.keys import Keys, Root
 from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Status, Tier
+from kvtier.index.cells import Cells
+from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish
-from kvtier.planner.joint import JOINT_BYTES, SMALL_BYTES
+from kvtier.planner.joint import JOINT_BYTES, SMALL_BYTES, JointPlans
+from kvtier.planner.stages import Stages
+from kvtier.planner.state import ControlState
+from kvtier.planner.stores import Stores
 from tests.planner.bench import BACK, BLOCK, Bench
 
 ROOM = {"host_blocks": 32}
@@ -224,6 +230,17 @@ def test_large_wishes_and_wishes_of_several_ranks_or_groups_are_never_joined() -
     for bench, blocks in ((large, most + 1), (Bench(ranks=2, **ROOM), 1), (Bench(groups=2, **ROOM), 1)):
         bench.plan([store(bench.keys(blocks, seed), _for_all_groups(bench, blocks)) for seed in range(2)])
         assert {len(plan.rows) for plan in bench.plans(PlanKind.STORE)} == {blocks * len(bench.layout.groups)}
+
+
+@pytest.mark.parametrize(("payload_bytes", "are_joined"), [(124 << 10, True), (128 << 10, False)])
+def test_wishes_share_a_plan_where_a_record_is_not_longer_than_128_kib(payload_bytes: int, are_joined: bool) -> None:
+    """Header page and payload; what is longer would be sealed only after all of the engine's pages were copied."""
+    part = Part(0, "kv", "uint8", ("token", "head", "dim"), (BLOCK, 1, payload_bytes // BLOCK))
+    layout = KVLayout(BLOCK, BLOCK, (KVGroup("attention", (part,)),))
+    state = ControlState(load_config({"host": {"capacity": "1MiB"}}), layout, Cells(64, 1))
+    joint = JointPlans(state, Stores(state, Stages(state)))
+    one, two = (store(Keys.from_tokens(Root("model"), [seed] * BLOCK, BLOCK), table(0)) for seed in range(2))
+    assert (joint.likeness(one) == joint.likeness(two)) is are_joined
 
 
 def test_no_more_wishes_share_a_plan_than_all_of_them_may_wait_for() -> None:

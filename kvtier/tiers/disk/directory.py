@@ -101,8 +101,8 @@ class PlacementDirectory:
         if not self._files.lock(self._lock_fd):
             holder = read_text(self._files, path) or "unknown"
             raise TierError(
-                f"disk directory {self.path}: in use by another process ({holder}); give each process a directory of "
-                "its own, or end the other one"
+                f"disk directory {self.path}: in use by another cache ({holder}); give each one a directory of its "
+                "own, or close the other one"
             )
         text = np.frombuffer(self._owner.encode(), np.uint8)
         self._files.truncate(self._lock_fd, 0)

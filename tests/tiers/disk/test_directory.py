@@ -48,7 +48,7 @@ def closed(workbench: Make) -> Workbench:
 
 def test_a_second_process_is_told_who_has_the_directory(workbench: Make) -> None:
     workbench(owner="pid 4711 on node7").open()
-    with pytest.raises(TierError, match=r"in use by another process \(pid 4711 on node7\).*directory of its own"):
+    with pytest.raises(TierError, match=r"in use by another cache \(pid 4711 on node7\).*directory of its own"):
         workbench().open()
 
 
