@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from operator import index
-from struct import pack
+from struct import iter_unpack, pack
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -181,9 +181,9 @@ class Keys:
         parent = self.digests[-1] if self.digests else self.root_digest
         add = self.digests.append
         first = len(self.digests)
-        for block, at in enumerate(range(0, len(data), size), first):
+        for block, (piece,) in enumerate(iter_unpack(f"{size}s", data), first):
             tail = self._extra_of(block) if self.extra else after
-            parent = sha256(before + parent + between + data[at : at + size] + tail).digest()
+            parent = sha256(b"".join((before, parent, between, piece, tail))).digest()
             add(parent)
 
     def _extra_of(self, block: int) -> bytes:
@@ -217,13 +217,13 @@ def token_array(tokens: TokenIds) -> npt.NDArray[np.int32]:
 
 def _from_list(tokens: Sequence[int]) -> npt.NDArray[Any]:
     try:
-        ids = np.frombuffer(array("i", tokens), np.int32)
+        ids = np.frombuffer(array("I", tokens), np.uint32)  # in less than half the time of signed ones
     except (OverflowError, TypeError) as error:
         raise _first_wrong(tokens) or error from error
     # True is 1 to ``array``; looking at types costs too much unless the values are those of a mask.
-    if ids.size and ids.max() <= 1 and (wrong := _first_wrong(tokens)):
+    if ids.size and not 1 < ids.max() <= MAX_TOKEN_ID and (wrong := _first_wrong(tokens)):
         raise wrong
-    return ids
+    return ids.view(np.int32)
 
 
 def _first_wrong(tokens: Sequence[Any]) -> ConfigError | None:
