@@ -10,7 +10,7 @@ import numpy as np
 
 from kvtier.codecs.chain import chain_of
 from kvtier.core.memory import KVMemory
-from kvtier.core.plan import Message
+from kvtier.core.plan import Message, Priority
 from kvtier.metrics import Metrics
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Arena, Buffer, Clock
@@ -22,10 +22,10 @@ from kvtier.transfer.work import WorkQueue
 
 
 class WaitsForStaging(Protocol):
-    """A run that has rows to encode and no buffer for them."""
+    """A run that has rows to encode and no buffer for them: one that a load gives back is as good as a spill's."""
 
     def encode_more(self) -> None:
-        """There is a buffer again."""
+        """There is a buffer; a run that wants more than there are waits again."""
 
 
 class WaitsForReclaim(Protocol):
@@ -95,6 +95,8 @@ class Equipment:
             return np.empty(max(span.nbytes for spans in self.layout.slices for span in spans), np.uint8)
 
     def kick(self) -> None:
-        """Let every lane submit what it may."""
+        """Let spills encode what there are buffers for, and every lane submit what it may."""
+        while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
+            self.waiting_for_staging.popleft().encode_more()
         for path in self.paths:
             path.lane.submit()

@@ -85,7 +85,7 @@ class SpillRun(Run):
 
         def finish(result: tuple[int, bool] | Exception) -> None:
             if isinstance(result, Exception):
-                self.give_back(buffer)
+                self.equipment.staging.give_back(buffer, Priority.SPILL)
                 self.failed(row, Reason.DAMAGED)
                 self.settle()
             else:
@@ -113,16 +113,9 @@ class SpillRun(Run):
         self._done_with(record)
         self.failed(record.row, reason)
 
-    def give_back(self, buffer: int) -> None:
-        """A staging buffer is free: spills that wait for one go on."""
-        self.equipment.staging.give_back(buffer, Priority.SPILL)
-        waiting = self.equipment.waiting_for_staging
-        for _ in range(len(waiting)):  # one that still gets no buffer queues itself again
-            waiting.popleft().encode_more()
-
     def _done_with(self, record: Outgoing) -> None:
         if record.staged is not None:
-            self.give_back(record.staged)
+            self.equipment.staging.give_back(record.staged, Priority.SPILL)
 
     def _host_record(self, row: int) -> Buffer:
         return self.equipment.host.view(self._page[row], self._pages[row])

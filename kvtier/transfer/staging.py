@@ -35,10 +35,14 @@ class Staging:
         """Size of the arena for ``staging_bytes``: at least four buffers, so that every class has one."""
         return max(4, staging_bytes // (buffer_pages * PAGE_BYTES)) * buffer_pages * PAGE_BYTES
 
+    def has_room(self, priority: Priority) -> bool:
+        """Whether there is a buffer for ``priority``: its share is not in use."""
+        lower = sum(self._in_use[other] for other in Priority if other >= priority)
+        return bool(self._free) and lower < self._limit[priority]
+
     def take(self, priority: Priority) -> int | None:
         """A buffer for ``priority``, or None while its share is in use."""
-        lower = sum(self._in_use[other] for other in Priority if other >= priority)
-        if not self._free or lower >= self._limit[priority]:
+        if not self.has_room(priority):
             return None
         self._in_use[priority] += 1
         return self._free.pop()

@@ -121,6 +121,28 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     assert stats["staging_free"] == stats["staging_buffers"]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_store_that_waits_for_the_buffers_of_loads_goes_on_when_they_end(seed: int) -> None:
+    """Encoding takes buffers of the same staging as loads that keep nothing in host memory; here there are four."""
+    simulation, large = Simulation(seed), tiny_layout(dim=4096)
+    engine, tokens = PseudoEngine(large, BLOCKS), [1] * (SIZE * BLOCKS)
+    config = {
+        "host": {"capacity": "8MiB", "staging": "1MiB"}, "read": {"promote": False},
+        "disk": {"directories": ["/kv"], "capacity": "64MiB", "codec": "raw+lz4"},
+    }  # fmt: skip
+    with TieredCache(config, large, "sim", machine=simulation.machine()) as cache:
+        assert cache.submit_store(tokens, engine.pages, durability="process").result(600).refused == 0
+    with TieredCache(config, large, "sim", machine=simulation.machine()) as cache:
+        cache.wait_attached(600)
+        simulation.disk.latency_s = 1.0
+        with cache.lookup([*tokens, 1]) as hit:
+            load = cache.submit_load(hit, engine.pages)
+            assert simulation.run_until(lambda: not cache.stats()["staging_free"], timeout_s=10)
+            store = cache.submit_store([2] * SIZE, PseudoEngine(large, 1).pages, durability="process")
+            assert load.result(600).ok_tokens == SIZE * BLOCKS
+        assert store.result(600).stored == SIZE
+
+
 class Prefetching(World):
     """A prompt whose blocks are only on a disk that takes half a minute for anything, and a prefetch policy."""
 
