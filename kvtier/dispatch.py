@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from kvtier.channel import Channel
 from kvtier.core.memory import KVMemory
-from kvtier.core.plan import Plan
+from kvtier.core.plan import Message, Plan
 from kvtier.errors import ClosedError
 from kvtier.jobs import AnyJob, Client, Job, JobControl, R, tell
 from kvtier.memories import Memories
@@ -75,16 +75,24 @@ class Dispatch:
         return job
 
     def decide(self, verb: Callable[[], T]) -> T:
-        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows."""
-        with self.lock:
-            self._plan_wishes(list(self._all_wishes()))
-            answer = verb()
-            plans, jobs = self.planner.take_plans(), self._jobs_with_news()
-        self._send(plans)
-        tell(jobs)
-        if plans:
-            self.pump()
-        return answer
+        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows.
+
+        Also where ``verb`` raises: what was planned before it is of others, who wait for it.
+        """
+        plans: list[Plan] = []
+        jobs: list[AnyJob] = []
+        try:
+            with self.lock:
+                try:
+                    self._plan_wishes(list(self._all_wishes()))
+                    return verb()
+                finally:
+                    plans, jobs = self.planner.take_plans(), self._jobs_with_news()
+        finally:
+            self._send(plans)
+            tell(jobs)
+            if plans:
+                self.pump()
 
     def pump(self) -> None:
         """Commit what data planes report, plan wishes, send what follows, tell callers; with no lock held.
@@ -152,7 +160,7 @@ class Dispatch:
             return False
         with self.lock:
             if messages:  # what follows from them is sent before anything new is planned
-                self.planner.hear(messages)
+                self._hear(messages)
             else:
                 self._plan_wishes(list(self._wishes_of_a_turn()))
             plans, jobs = self.planner.take_plans(), self._jobs_with_news()
@@ -182,9 +190,24 @@ class Dispatch:
             return
         try:
             self.planner.plan(wishes)
-        except Exception:  # a mistake of ours, on whichever thread: nobody may wait for ever because of it
+        except BaseException as error:  # a mistake of ours, or Ctrl-C: nobody may wait for ever because of it
             log.exception("planning %d wishes failed; those that were not planned are refused", len(wishes))
             self.planner.give_up(wishes)
+            if not isinstance(error, Exception):
+                raise
+
+    def _hear(self, messages: Sequence[Message]) -> None:
+        """Take all of ``messages`` in, whatever comes of one of them: the thread that brings them has to go on."""
+        for message in messages:
+            try:
+                self.planner.take_in(message)
+            except Exception:
+                log.exception("a message of rank %d could not be taken in; who waits for it is refused", message.rank)
+                self.planner.pass_over(message)
+        try:
+            self.planner.follow_up()
+        except Exception:
+            log.exception("planning what follows from messages failed")
 
     def _send(self, plans: list[Plan]) -> None:
         if len(self.channels) == 1:

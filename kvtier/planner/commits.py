@@ -69,6 +69,25 @@ class Commits:
             hop.sources_left &= ~(1 << rank)
         self._go_on(hop)
 
+    def give_up(self, plan_id: int) -> None:
+        """Refuse whoever waits for that plan. Its room and its pins stay as they are: something may still use them."""
+        state = self._state
+        hop = state.hops.pop(plan_id, None)
+        if hop is None:
+            return
+        if not hop.settled:
+            state.in_flight_bytes[hop.kind] -= hop.nbytes
+        for entry in hop.entries.tolist():
+            state.storing.pop(entry, None)
+        of_others = [*(share.ticket for share in hop.shares), *(join.ticket for join in hop.joins)]
+        for ticket in of_others if hop.ticket is None else (hop.ticket, *of_others):
+            if not ticket.finished:
+                ticket.fail_from(ticket.first_block, Reason.REFUSED)
+                ticket.waits = 0
+                ticket.stage = ticket.durability
+                self._stages.advance(ticket)
+        state.counts["failed_messages"] += 1
+
     def _go_on(self, hop: Hop) -> None:
         """Settle once every rank has answered; let go once every rank has said its last word."""
         state, ticket = self._state, hop.ticket

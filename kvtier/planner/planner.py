@@ -216,18 +216,26 @@ class Planner:
     # --- hearing ----------------------------------------------------------------------------------------------------
 
     def hear(self, messages: Iterable[Message]) -> None:
-        """Commit completions and take reports in, in order; then plan what follows from all of them.
+        """``take_in`` each of ``messages``, in order; then ``follow_up``."""
+        for message in messages:
+            self.take_in(message)
+        self.follow_up()
 
-        Words of an earlier life of a rank are passed over.
+    def follow_up(self) -> None:
+        """Plan what nobody asked for and what follows from what was taken in."""
+        self._commits.pump()
+
+    def pass_over(self, message: Message) -> None:
+        """Taking ``message`` in failed, nobody knows how far it came: whoever waits for it is refused."""
+        if isinstance(message, Completion):
+            self._commits.give_up(message.plan_id)
+
+    def take_in(self, message: Message) -> None:
+        """Commit a completion, or take a report in; words of an earlier life of a rank are passed over.
 
         Raises:
             ConfigError: a data plane says hello for a rank that this cache does not have.
         """
-        for message in messages:
-            self._hear(message)
-        self._commits.pump()
-
-    def _hear(self, message: Message) -> None:
         if isinstance(message, Completion) and message.incarnation == self._state.incarnations.get(message.rank):
             self._commits.complete(message)
         elif isinstance(message, Hello):

@@ -1,0 +1,96 @@
+"""What raises where nobody expects it: the jobs that it concerns end, all others go on, and so does every thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvtier import TieredCache
+from kvtier.core.plan import Hello
+from kvtier.planner.commits import Commits
+from kvtier.planner.host import HostBook
+from kvtier.planner.planner import Planner
+from kvtier.testing import Simulation
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+ENGINE = PseudoEngine(LAYOUT, 2)
+
+
+@pytest.fixture
+def cache() -> TieredCache:
+    """On a simulated machine nothing happens before somebody waits."""
+    return TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m", machine=Simulation(1).machine())
+
+
+def store(cache: TieredCache, token: int, engine: PseudoEngine = ENGINE) -> Any:
+    return cache.submit_store([token] * (2 * SIZE), engine.pages)
+
+
+class Mistake(Exception):
+    pass
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: type[BaseException] = Mistake) -> None:
+    """The next call of that method raises before it has done anything."""
+    original = getattr(owner, name)
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)
+        raise error
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def test_a_lookup_that_raises_takes_no_job_of_others_with_it(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks up plans what was wished for before, and so has others' plans in hand."""
+    jobs = [store(cache, number) for number in range(3)]
+    once(monkeypatch, Planner, "lookup")
+    with pytest.raises(Mistake):
+        cache.lookup([9] * SIZE)
+    assert [job.result(60).stored for job in jobs] == [2 * SIZE] * 3
+
+
+def test_an_interrupt_while_others_wishes_are_planned_ends_them(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = store(cache, 1)
+    once(monkeypatch, HostBook, "reserve", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.lookup([9] * SIZE)
+    assert job.result(60).failed == {"refused": 2 * SIZE}
+    assert store(cache, 2).result(60).stored == 2 * SIZE
+
+
+@pytest.mark.parametrize("step", ["complete", "_land", "_pass_on"])
+def test_a_completion_that_cannot_be_taken_in_refuses_those_who_wait_for_it(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    jobs = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(2)]  # of two memories: two plans
+    once(monkeypatch, Commits, step)
+    ended = sorted(job.result(60).stored for job in jobs)
+    assert ended == [0, 2 * SIZE]
+    assert store(cache, 5).result(60).stored == 2 * SIZE
+    assert cache.stats()["failed_messages"] == 1
+    assert cache.close()
+
+
+def test_those_who_share_a_plan_or_joined_it_are_refused_together(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [store(cache, number) for number in (1, 2, 1)]
+    once(monkeypatch, Commits, "complete")
+    assert [job.result(60).failed for job in jobs] == [{"refused": 2 * SIZE}] * 3
+    assert all(job.source_free for job in jobs)
+
+
+def test_a_hello_of_a_rank_too_many_is_logged_and_passed_over(
+    cache: TieredCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache._dispatch._hear([Hello(7, 1, LAYOUT.placement, 1, 0, 0)])
+    assert "rank 7" in caplog.text
+    assert store(cache, 1).result(60).stored == 2 * SIZE
