@@ -36,7 +36,7 @@ from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
-from kvtier.planner.events import BlockEvent
+from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
 from kvtier.runtime.seam import Machine
 from kvtier.transfer import DataPlane
@@ -331,11 +331,15 @@ class TieredCache:
         self._dispatch.decide(lambda: self._planner.set_weights_version(checked))
 
     def take_events(self) -> list[BlockEvent]:
-        """Blocks that came and went since the last call; the first call begins to listen."""
+        """Blocks that came and went since the last call; the first call begins to listen.
+
+        Of more than 262,144 blocks the oldest are dropped; the counter ``dropped_events`` says how many.
+        """
         self._check_here()
         with self._lock:
             self._planner.events.listening = True
-            return self._planner.events.take()
+            batches = self._planner.events.take_batches()
+        return events_of(batches)
 
     def samples(self) -> list[Sample]:
         """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``."""

@@ -269,7 +269,6 @@ class Commits:
         """Copies that turned out damaged or gone; newer copies at other places stay."""
         state, index, rank = self._state, self._state.index, report.rank
         for row in report.rows:
-            state.counts["lost_copies"] += 1
             entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
             if entry < 0 or not self._is_at(entry, rank, row):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -11,7 +12,8 @@ import numpy.typing as npt
 
 from kvtier.core.plan import Tier
 
-_MAX_BATCHES: Final = 4096
+MAX_BLOCKS: Final = 1 << 18
+"""Kept for whoever listens, 70 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,9 @@ class BlockEvent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
+class Batch:
+    """Blocks that changed together, in columns."""
+
     change: Literal["stored", "removed"]
     tier: Tier
     keys: npt.NDArray[np.uint8]
@@ -42,7 +46,8 @@ class ControlEvents:
         """Nobody listens yet."""
         self.listening = False
         self.dropped = 0
-        self._batches: deque[_Batch] = deque()
+        self._batches: deque[Batch] = deque()
+        self._blocks = 0
 
     def add(
         self,
@@ -54,15 +59,27 @@ class ControlEvents:
         tokens: npt.NDArray[np.int32],
     ) -> None:
         """Blocks with ``keys`` (uint8 ``[n, 32]``) changed; ``known`` says which of ``parents`` mean something."""
-        if len(self._batches) >= _MAX_BATCHES:
-            self.dropped += len(self._batches.popleft().keys)
-        self._batches.append(_Batch(change, tier, keys, parents, known, tokens))
+        self._blocks += len(keys)
+        while self._batches and self._blocks > MAX_BLOCKS:
+            gone = len(self._batches.popleft().keys)
+            self._blocks -= gone
+            self.dropped += gone
+        self._batches.append(Batch(change, tier, keys, parents, known, tokens))
 
     def take(self) -> list[BlockEvent]:
         """Everything since the last call, in order."""
-        batches, self._batches = self._batches, deque()
-        return [
-            BlockEvent(b.change, key.tobytes(), parent.tobytes() if known else b"", int(tokens), b.tier.label)
-            for b in batches
-            for key, parent, known, tokens in zip(b.keys, b.parents, b.known, b.tokens, strict=True)
-        ]
+        return events_of(self.take_batches())
+
+    def take_batches(self) -> list[Batch]:
+        """The same, to be taken apart with ``events_of`` where nobody waits for it."""
+        batches, self._batches, self._blocks = self._batches, deque(), 0
+        return list(batches)
+
+
+def events_of(batches: Iterable[Batch]) -> list[BlockEvent]:
+    """One event for every block of ``batches``, in order."""
+    return [
+        BlockEvent(b.change, key.tobytes(), parent.tobytes() if known else b"", int(tokens), b.tier.label)
+        for b in batches
+        for key, parent, known, tokens in zip(b.keys, b.parents, b.known, b.tokens, strict=True)
+    ]

@@ -285,7 +285,8 @@ class Planner:
 
     def counters(self) -> dict[str, float]:
         """What happened so far; names end in their unit."""
-        return {**self._state.counts, "evicted_entries": self._state.host.evicted}
+        state = self._state
+        return {**state.counts, "evicted_entries": state.host.evicted, "dropped_events": state.events.dropped}
 
     def levels(self) -> dict[str, float]:
         """How things are now; names end in their unit."""
