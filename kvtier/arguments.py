@@ -8,7 +8,8 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from kvtier.config import MOST_SECONDS
+from kvtier.codecs.chain import chain_of
+from kvtier.config import MOST_SECONDS, Config
 from kvtier.core.checks import whole
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
@@ -33,6 +34,21 @@ def checked_model_id(model_id: str) -> str:
             " kvtier.model_id(model) makes one"
         )
     return model_id
+
+
+def check_codecs(config: Config) -> None:
+    """Refuse chains that nobody would apply: records would say of themselves what is not so.
+
+    Raises:
+        ConfigError: a tensor codec other than ``raw``, or a byte codec in host memory.
+    """
+    for name, chain, allowed in (
+        ("host.codec", config.host.codec, "'raw'"),
+        ("disk.codec", config.disk.codec, "'raw' or 'raw+' and a byte codec"),
+    ):
+        own = chain_of(chain)
+        if own.tensor.name != "raw" or (own.byte and name == "host.codec"):
+            raise ConfigError(f"{name} = {chain!r}: this version applies no such codec there; use {allowed}")
 
 
 def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:

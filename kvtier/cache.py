@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 from kvtier.arguments import (
+    check_codecs,
     check_owner,
     check_root,
     checked_deadline_s,
@@ -75,6 +76,7 @@ class TieredCache:
             TierError: a directory cannot be used.
         """
         self.config = config if isinstance(config, Config) else load_config(config)
+        check_codecs(self.config)
         self.layout = checked_layout(layout)
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _WISHES_A_TURN: Final = 128
 """Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
+_MOST_WISHES: Final = 8192
+"""That wait for a copy thread; over it whoever submits plans some."""
 _BYTES_A_TURN: Final = 64 << 20
 """Of what they move: the bytes of large wishes are on their way before the next ones are planned."""
 
@@ -70,7 +72,7 @@ class Dispatch:
         job.memory = memory
         self._jobs[wish.ticket] = job
         self._wishes.append(wish)
-        if self.closed or not self.channels[0].call_back():
+        if self.closed or len(self._wishes) > _MOST_WISHES or not self.channels[0].call_back():
             self.pump()
         return job
 

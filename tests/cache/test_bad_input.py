@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from kvtier import (
     TierError,
     load_config,
 )
+from kvtier.codecs.chain import TENSOR_CODECS, chain_of
+from kvtier.codecs.raw import Raw
 from kvtier.core.memory import GroupPages, KVPages, PageTable
 from kvtier.core.plan import ROW, Completion, Plan, PlanKind, Priority, Reason
 from kvtier.runtime import system_machine
@@ -404,3 +407,14 @@ def test_keys_of_one_tenant_or_adapter_are_not_taken_for_those_of_another(word: 
             cache.match(keys, **{word: "other"})
         with pytest.raises(ConfigError, match=f"these keys were made for {word} ''"):
             cache.lookup(cache.keys(tokens), **{word: "other"})
+
+
+@pytest.mark.parametrize(("section", "codec"), [("host", "half"), ("disk", "half+lz4"), ("host", "raw+lz4")])
+def test_a_codec_that_nobody_would_apply_is_refused(monkeypatch: pytest.MonkeyPatch, section: str, codec: str) -> None:
+    """One that was added to the registry and to the choices: records would say that they hold what they do not."""
+    monkeypatch.setitem(TENSOR_CODECS, "half", Raw("half", exact=False))
+    config = load_config({})
+    named = getattr(config, section).model_copy(update={"codec": codec})
+    with pytest.raises(ConfigError, match=rf"{section}\.codec = '{re.escape(codec)}': .* use 'raw'"):
+        TieredCache(config.model_copy(update={section: named}), tiny_layout(), "m")
+    chain_of.cache_clear()
