@@ -14,8 +14,11 @@ def without_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     """The rows of ``input_ids`` ``[rows, tokens]`` as one-dimensional tensors, cut to what the mask marks as tokens.
 
     Raises:
-        ConfigError: the shapes do not fit, a row is empty, or a mask has a hole between two tokens.
+        ConfigError: no tensors, the shapes do not fit, a row is empty, or a mask has a hole between two tokens.
     """
+    _check_tensor("input_ids", input_ids)
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask)
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ConfigError(f"input_ids: shape {list(input_ids.shape)}, want [rows, tokens] with at least one of each")
     if attention_mask is None:
@@ -39,6 +42,11 @@ def joined(input_ids: torch.Tensor, new_tokens: Sequence[torch.Tensor], pad_toke
             for row, tokens in zip(input_ids, new_tokens, strict=True)
         ]
     )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ConfigError(f"{name}: got {type(value).__name__}, want a tensor [rows, tokens]")
 
 
 def _tokens_of(number: int, row: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

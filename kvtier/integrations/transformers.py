@@ -17,10 +17,11 @@ from kvtier.cache import TieredCache
 from kvtier.core.keys import Keys
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
+from kvtier.integrations.fit import layers_of, sizes_of
 from kvtier.integrations.prompts import joined, without_padding
 from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
 from kvtier.manager import CacheManager
-from kvtier.models import KVLayout, Part
+from kvtier.models import Part
 from kvtier.pages import DenseKV
 from kvtier.runtime import SystemClock
 from kvtier.runtime.seam import Clock
@@ -99,13 +100,14 @@ class CachedGenerator:
         """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
 
         Raises:
-            ConfigError: the layout of the cache is not that of the model.
+            ConfigError: the layout of the cache is not that of the model, or the model's KV of a prefix depends on
+                what follows (``rope_type`` dynamic or longrope).
         """
         self.model = model
         self.cache = cache.core if isinstance(cache, CacheManager) else cache
         self.timeout_s = timeout_s
         self._clock = SystemClock()
-        self._layers = _layers_of(self.cache.layout, model)
+        self._layers = layers_of(self.cache.layout, model)
 
     def generate(
         self,
@@ -174,8 +176,7 @@ class CachedGenerator:
             output = self.model.generate(
                 prompt[None],
                 attention_mask=torch.ones_like(prompt)[None],
-                past_key_values=past,
-                **{**kwargs, "stopping_criteria": criteria},
+                **{**kwargs, "past_key_values": past, "stopping_criteria": criteria},
             )
         if copies == 1:  # of several sequences only the prompt is known to be alike
             keys.append(_computed(_sequences(output)[0], past)[len(prompt) :])
@@ -214,28 +215,8 @@ class CachedGenerator:
         return resolved
 
 
-def _layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
-    """The parts (keys, values) of every layer, as ``model`` computes them.
-
-    Raises:
-        ConfigError: the layout has another number of layers, another dtype, or other kinds of parts.
-    """
-    by_layer: dict[int, dict[str, Part]] = {}
-    for group in layout.groups:
-        for part in group.parts:
-            by_layer.setdefault(part.layer, {})[part.kind] = part
-    want = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    if sorted(by_layer) != list(range(want)) or any(set(kinds) != {"k", "v"} for kinds in by_layer.values()):
-        raise ConfigError(f"layout: has {len(by_layer)} layers, want keys and values of the {want} layers of the model")
-    dtypes = {part.dtype for kinds in by_layer.values() for part in kinds.values()}
-    wanted = str(model.dtype).removeprefix("torch.")
-    if dtypes != {wanted}:
-        raise ConfigError(f"layout: dtype {', '.join(sorted(dtypes))}, want that of the model, {wanted}")
-    return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
-
-
 def _room(part: Part, tokens: int) -> torch.Tensor:
-    sizes = dict(zip(part.axes, part.shape, strict=True))
+    sizes = sizes_of(part)
     return torch.empty((1, sizes["head"], tokens, sizes["dim"]), dtype=getattr(torch, part.dtype))
 
 
@@ -264,6 +245,11 @@ def _check(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
             raise ConfigError(f"{name}: the cache fills in past_key_values from input_ids; leave it out")
         if isinstance(value, torch.Tensor) and name not in HARMLESS_TENSORS:
             raise ConfigError(f"{name}: a tensor beside input_ids; a prefix is known by its token ids alone")
+    if settings.cache_implementation is not None:
+        raise ConfigError(
+            f"cache_implementation = {settings.cache_implementation!r}: the cache fills in past_key_values;"
+            " leave it out"
+        )
     if settings.use_cache is False:
         raise ConfigError("use_cache = False: generation without KV has nothing to reuse; call model.generate")
     mode = settings.get_generation_mode(kwargs.get("assistant_model"))

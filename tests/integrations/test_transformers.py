@@ -344,6 +344,7 @@ def test_a_hit_is_released_when_generation_fails(model, cache, monkeypatch):
         ({"past_key_values": DynamicCache()}, "past_key_values"),
         ({"inputs_embeds": torch.zeros(1, 40, 32)}, "inputs_embeds"),
         ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"generation_config": GenerationConfig(cache_implementation="static")}, "cache_implementation = 'static'"),
         ({"pixel_values": torch.zeros(1)}, "pixel_values: a tensor beside input_ids"),
         ({"position_ids": torch.arange(40)[None]}, "position_ids: a tensor beside input_ids"),
         ({"use_cache": False}, "use_cache = False"),
@@ -357,6 +358,33 @@ def test_arguments_that_a_filled_cache_cannot_serve_are_refused(model, cache, ar
         CachedGenerator(model, cache).generate(_prompt(40), **arguments)
 
 
+def _other_layout(**sizes):
+    return KVLayout.from_hf_config({**_model().config.to_dict(), **sizes}, BLOCK, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_model_whose_prefixes_depend_on_what_follows_is_refused(model, cache, kind):
+    """Its KV of a short prompt is not that of the same tokens in a long one."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    parameters = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, **factors}
+    other = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**model.config.to_dict(), "max_position_embeddings": 64, "rope_parameters": parameters})
+    )
+    with pytest.raises(ConfigError, match=f"rope_type = '{kind}'.*model.generate"):
+        CachedGenerator(other, cache)
+
+
+def test_past_key_values_may_be_none(model, cache):
+    with_none = CachedGenerator(model, cache).generate(_prompt(20), past_key_values=None, **GREEDY)
+    assert torch.equal(with_none.sequences, model.generate(_prompt(20), **GREEDY))
+
+
+@pytest.mark.parametrize("value", [[[1, 2]], _prompt(20).numpy(), None], ids=["list", "array", "None"])
+def test_a_prompt_is_a_tensor(model, cache, value):
+    with pytest.raises(ConfigError, match=r"input_ids.*tensor"):
+        CachedGenerator(model, cache).generate(value, **GREEDY)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -365,6 +393,8 @@ def test_arguments_that_a_filled_cache_cannot_serve_are_refused(model, cache, ar
             "2 layers",
         ),
         (lambda layout: KVLayout.from_hf_config(_model().config, BLOCK, dtype="bfloat16"), "dtype bfloat16"),
+        (lambda layout: _other_layout(num_key_value_heads=4), "4 heads of 8, want those of the model, 2 of 8"),
+        (lambda layout: _other_layout(head_dim=16), "2 heads of 16, want those of the model, 2 of 8"),
     ],
 )
 def test_a_cache_of_another_layout_is_refused(model, change, message):

@@ -1,0 +1,65 @@
+"""Whether a layout is that of a model of transformers, and whether a prefix of the model's KV means anything alone."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from kvtier.errors import ConfigError
+from kvtier.models import KVLayout, Part
+
+LENGTH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
+"""Rotary embeddings whose frequencies change with the length of the whole sequence, and so all KV before its end."""
+
+
+def layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
+    """The parts (keys, values) of every layer, as ``model`` computes them.
+
+    Raises:
+        ConfigError: the layout has another number of layers, heads or dimensions than the model, another dtype, or
+            other kinds of parts; or the KV of a prefix depends on what follows.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _check_rope(config)
+    by_layer: dict[int, dict[str, Part]] = {}
+    for group in layout.groups:
+        for part in group.parts:
+            by_layer.setdefault(part.layer, {})[part.kind] = part
+    want = int(config.num_hidden_layers)
+    if sorted(by_layer) != list(range(want)) or any(set(kinds) != {"k", "v"} for kinds in by_layer.values()):
+        raise ConfigError(f"layout: has {len(by_layer)} layers, want keys and values of the {want} layers of the model")
+    parts = [part for kinds in by_layer.values() for part in kinds.values()]
+    wanted = str(model.dtype).removeprefix("torch.")
+    if dtypes := {part.dtype for part in parts} - {wanted}:
+        raise ConfigError(f"layout: dtype {', '.join(sorted(dtypes))}, want that of the model, {wanted}")
+    _check_sizes(parts, config)
+    return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
+
+
+def sizes_of(part: Part) -> dict[str, int]:
+    """Size by axis."""
+    return {str(axis): size for axis, size in zip(part.axes, part.shape, strict=True)}
+
+
+def _check_sizes(parts: list[Part], config: Any) -> None:
+    queries = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_key_value_heads", None) or queries)
+    dim = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
+    for part in parts:
+        sizes = sizes_of(part)
+        if (sizes.get("head"), sizes.get("dim")) != (heads, dim):
+            raise ConfigError(
+                f"layout: {part.label} has {sizes.get('head')} heads of {sizes.get('dim')}, want those of the model,"
+                f" {heads} of {dim}: KVLayout.from_hf_config(model.config) has them"
+            )
+
+
+def _check_rope(config: Any) -> None:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    tables = [found, *(table for table in found.values() if isinstance(table, dict))]  # of each kind of layers, or one
+    for table in tables:
+        kind = table.get("rope_type", table.get("type"))
+        if kind in LENGTH_DEPENDENT_ROPE:
+            raise ConfigError(
+                f"rope_type = {kind!r}: the KV of a prefix depends on how long the whole sequence is, so that it cannot"
+                " be reused exactly; call model.generate, or use a rope_type with fixed frequencies, such as 'yarn'"
+            )
