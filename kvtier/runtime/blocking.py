@@ -63,9 +63,20 @@ def write_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> None:
         written += moved
 
 
+def sync_file(fd: int) -> None:
+    """Make the bytes and the length of ``fd`` durable.
+
+    Raises:
+        OSError: it failed, or (ENOENT) the file was removed: nothing in it will ever be found again.
+    """
+    os.fdatasync(fd)
+    if not os.fstat(fd).st_nlink:
+        raise OSError(errno.ENOENT, "the file was removed, and what was written to it with it")
+
+
 def _run(request: IORequest) -> None:
     if request.op is Op.SYNC:
-        os.fdatasync(request.fd)
+        sync_file(request.fd)
     elif request.op is Op.WRITE:
         write_all(request.fd, request.offset, request.buffers)
     else:

@@ -8,7 +8,7 @@ import os
 import resource
 from contextlib import suppress
 
-from kvtier.runtime.blocking import O_DIRECT, read_up_to, write_all
+from kvtier.runtime.blocking import O_DIRECT, read_up_to, sync_file, write_all
 from kvtier.runtime.seam import Buffer
 
 FILE_MODE = 0o600
@@ -85,7 +85,7 @@ class SystemFiles:
 
     def sync(self, fd: int) -> None:
         """Make its bytes and its length durable (fdatasync). An error means data may be lost: never try again."""
-        os.fdatasync(fd)
+        sync_file(fd)
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in it durable."""

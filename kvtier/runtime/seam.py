@@ -177,7 +177,10 @@ class Files(Protocol):
         """Write all of ``buffer``."""
 
     def sync(self, fd: int) -> None:
-        """Make its bytes and its length durable (fdatasync). An error means data may be lost: never try again."""
+        """Make its bytes and its length durable (fdatasync). An error means data may be lost: never try again.
+
+        One of a file that was removed is an error, too (ENOENT).
+        """
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in it durable."""

@@ -106,7 +106,7 @@ class SimDisk:
         """Let a request take effect; OSError when it fails."""
         entry = self._entry(request.fd)
         if request.op is Op.SYNC:
-            entry.file.settle(snapshot or entry.file.snapshot())
+            self._sync(entry.file, snapshot or entry.file.snapshot())
         elif request.op is Op.WRITE:
             self._write(entry, request.offset, request.buffers)
         elif self._read(entry, request.offset, request.buffers) < request.nbytes:
@@ -180,8 +180,7 @@ class SimDisk:
 
     def links(self, fd: int) -> int:
         """Number of directory entries."""
-        file = self._entry(fd).file
-        return sum(other is file for other in self._names.live.values())
+        return self._links(self._entry(fd).file)
 
     def allocate(self, fd: int, nbytes: int) -> None:
         """Reserve ``nbytes`` from the start; ENOSPC where there is no room."""
@@ -202,7 +201,7 @@ class SimDisk:
     def sync(self, fd: int) -> None:
         """Make its bytes and its length durable."""
         file = self._entry(fd).file
-        file.settle(file.snapshot())
+        self._sync(file, file.snapshot())
 
     def sync_directory(self, path: str) -> None:
         """Make creations, renames and removals in it durable."""
@@ -244,6 +243,14 @@ class SimDisk:
         for buffer in buffers:
             read += entry.file.read(offset + read, buffer)
         return read
+
+    def _links(self, file: SimFile) -> int:
+        return sum(other is file for other in self._names.live.values())
+
+    def _sync(self, file: SimFile, snapshot: Snapshot) -> None:
+        if not self._links(file):
+            raise OSError(errno.ENOENT, "the file was removed")
+        file.settle(snapshot)
 
     def _write(self, entry: OpenFile, offset: int, buffers: Sequence[Buffer]) -> None:
         _check_alignment(entry, offset, buffers)

@@ -69,6 +69,14 @@ class FilesContract:
         files.sync(fd)
         files.close(fd)
 
+    def test_a_file_that_was_removed_cannot_be_synced(self, files: Files, root: str) -> None:
+        """It would succeed, and mean nothing."""
+        fd = files.open(f"{root}/x", create=True)
+        files.unlink(f"{root}/x")
+        with pytest.raises(FileNotFoundError, match="removed"):
+            files.sync(fd)
+        files.close(fd)
+
     def test_a_read_across_the_end_returns_what_there_is(self, files: Files, root: str, direct: bool) -> None:
         fd = files.open(f"{root}/x", create=True, direct=direct)
         files.write_at(fd, 0, aligned(2 * PAGE, 7))

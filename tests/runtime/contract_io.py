@@ -82,6 +82,15 @@ class IOEngineContract:
         assert run_one(engine, IORequest(Op.WRITE, fd, 0, [aligned(PAGE, 1)], 0)) is None
         assert run_one(engine, IORequest(Op.SYNC, fd, 0, (), 1)) is None
 
+    def test_a_sync_of_a_file_that_was_removed_is_an_error(
+        self, machine: Machine, engine: IOEngine, root: str, fd: int
+    ) -> None:
+        assert run_one(engine, IORequest(Op.WRITE, fd, 0, [aligned(PAGE, 1)], 0)) is None
+        machine.files.unlink(f"{root}/data")
+        error = run_one(engine, IORequest(Op.SYNC, fd, 0, (), 1))
+        assert error is not None
+        assert error.errno == errno.ENOENT
+
     def test_every_request_ends_once_and_in_its_own_place(self, engine: IOEngine, fd: int) -> None:
         order = random.Random(5).sample(range(64), 64)
         for place in order:

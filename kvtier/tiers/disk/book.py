@@ -229,7 +229,7 @@ class SegmentBook:
         read: once no clean segment is left, it gets all to choose from.
         """
         with self._lock:
-            return len(self._full) > self.pool.target or (not self._clean and self._reclaims_wanted() > 0)
+            return len(self._full) > self._clean_wanted() or (not self._clean and self._reclaims_wanted() > 0)
 
     def new_generation(self) -> int:
         """One that no segment of this store has ever had."""
@@ -294,7 +294,7 @@ class SegmentBook:
     def wants_segment(self) -> bool:
         """Whether a segment more should be made now."""
         with self._lock:
-            return len(self._clean) < self.pool.target and self._may_grow()
+            return len(self._clean) < self._clean_wanted() and self._may_grow()
 
     def could_not_grow(self, reason: str) -> None:
         """Making a segment failed: go on with those that there are, and try again later."""
@@ -386,12 +386,18 @@ class SegmentBook:
         return room and self._placing and self.health.may_grow
 
     def _is_short(self) -> bool:
-        return len(self._clean) < self.pool.low
+        return len(self._clean) < min(self.pool.low, self._clean_wanted())
+
+    def _clean_wanted(self) -> int:
+        """Segments to keep clean; of fewer than the capacity allows, where the file system is full, the same share."""
+        if self.health.may_grow:
+            return self.pool.target
+        return max(1, self.pool.target * self._used_pages() // self.capacity_pages)
 
     def _reclaims_wanted(self) -> int:
         if not self._placing or self._may_grow():
             return 0
-        return max(0, self.pool.target - len(self._clean)) + max(0, self._excess())
+        return max(0, self._clean_wanted() - len(self._clean)) + max(0, self._excess())
 
 
 def _first_idle(queue: deque[Segment]) -> Segment | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 
@@ -32,6 +33,17 @@ def events_of(bench: Workbench) -> DiskEvents:
 def advance(runtime: HandRuntime, seconds: float) -> None:
     assert isinstance(runtime.clock, HandClock)
     runtime.clock.now_s += seconds
+
+
+def test_what_was_written_to_a_file_that_somebody_removed_is_never_durable(workbench: Make) -> None:
+    bench = workbench().open()
+    place = bench.put(1)
+    assert bench.sync()
+    bench.put(2)
+    os.unlink(f"{bench.tier.path}/seg-{place.segment:06d}.kvs")
+    assert not bench.sync()
+    bench.keep_house()
+    assert bench.put(3).segment != place.segment, "nothing more is written to it"
 
 
 # --- failed writes --------------------------------------------------------------------------------------------------
@@ -230,6 +242,20 @@ def test_a_segment_that_cannot_be_made_is_tried_again_later(
     events = events_of(bench)
     assert (events.clean_segments, events.reclaims_wanted, events.reason) == (1, 0, "")
     assert places[0] is not None
+
+
+def test_on_a_full_file_system_as_large_a_share_of_the_segments_is_kept_clean_as_of_the_capacity(
+    workbench: Make, faulty: FaultyFiles
+) -> None:
+    """Not as many as the capacity would keep: of the few that there are nearly all would be."""
+    bench = workbench(files=faulty, segments=32, clean_segments=8).open()
+    bench.keep_house()
+    assert events_of(bench).clean_segments == 8
+    faulty.fail("allocate", errno.ENOSPC, sticky=True)
+    bench.fill(range(6 * RECORDS))
+    stages = bench.tier.stages()
+    assert (stages["clean"], stages["open"] + stages["full"] + stages["sealed"]) == (2, 6)
+    assert events_of(bench).reclaims_wanted == 0
 
 
 # --- the directory goes away ----------------------------------------------------------------------------------------
