@@ -212,3 +212,13 @@ async def test_a_manager_refuses_what_its_cache_refuses() -> None:
             with pytest.raises(ConfigError):
                 call()
         assert (await cache.store([1] * SIZE, engine.pages)).stored == SIZE
+
+
+def test_lookups_and_stores_of_a_session_are_recorded(opened: Opened) -> None:
+    """For policies: what it used last, and how long it has become."""
+    hints = opened.cache.session("chat").hints
+    opened.cache.lookup(TOKENS, session="chat").release()
+    assert (hints.last_key, hints.tokens) == (opened.cache.keys(TOKENS).digests[-1], len(TOKENS))
+    longer = opened.cache.keys([7] * SIZE)
+    opened.store(longer, session="chat").result(30)
+    assert (hints.last_key, hints.tokens) == (longer.digests[-1], SIZE)

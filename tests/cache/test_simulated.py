@@ -121,6 +121,23 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     assert stats["staging_free"] == stats["staging_buffers"]
 
 
+def test_a_load_without_a_deadline_of_its_own_has_that_of_the_configuration() -> None:
+    world = World(3)
+    world.cache.close()
+    world.config = SETTINGS | {"read": {"deadline_s": 2.0}}
+    tokens = [1] * (SIZE * BLOCKS)
+    with world.open() as cache:
+        assert cache.submit_store(tokens, world.engine.pages, durability="process").result(600).refused == 0
+    cache = world.open()
+    cache.wait_attached(600)
+    world.world.disk.latency_s = 30.0
+    started_s = world.world.clock.monotonic()
+    with cache.lookup([*tokens, 1]) as hit:
+        assert hit.by_tier["disk"] == SIZE * BLOCKS
+        assert cache.submit_load(hit, world.engine.pages).result(600).failed == {"abandoned": SIZE * BLOCKS}
+    assert 2.0 <= world.world.clock.monotonic() - started_s < 3.0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_store_that_waits_for_the_buffers_of_loads_goes_on_when_they_end(seed: int) -> None:
     """Encoding takes buffers of the same staging as loads that keep nothing in host memory; here there are four."""

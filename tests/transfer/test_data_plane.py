@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kvtier import load_config
 from kvtier.core.memory import PageTable
@@ -94,6 +95,21 @@ class Stuck:
         self.memory.gather(*arguments)
 
 
+class StuckAtTheLast(Stuck):
+    """Of ``calls`` copies only the last one does not return."""
+
+    def __init__(self, engine: PseudoEngine, calls: int) -> None:
+        super().__init__(engine)
+        self.left = calls
+
+    def gather(self, *arguments: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            super().gather(*arguments)
+        else:
+            self.memory.gather(*arguments)
+
+
 def test_closing_gives_nothing_back_while_a_thread_still_copies() -> None:
     """The buffers stay where they are; calling again goes on waiting, and the copy is whole."""
     opened, engine = Opened(system_machine()), PseudoEngine(LAYOUT, 1)
@@ -106,6 +122,23 @@ def test_closing_gives_nothing_back_while_a_thread_still_copies() -> None:
     stuck.may_return.set()
     assert plane.close(PATIENCE_S) is True
     assert opened.ends() == all_well(1, 1)
+
+
+def test_pages_are_free_again_only_after_the_last_of_them_was_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine overwrites them as soon as it hears so: under the key of a block there would be another's bytes."""
+    monkeypatch.setattr("kvtier.transfer.run.PIECE_BYTES", 1)
+    opened = Opened(system_machine(), host={"capacity": "1MiB", "staging": "1MiB", "copy_threads": 1})
+    engine = PseudoEngine(LAYOUT, 3)
+    memory = StuckAtTheLast(engine, 3)
+    table = rows(3)
+    table["target_page"], table["target_pages"] = np.arange(3) * PAGES, PAGES
+    pages = PageTable(opened.plane.register(memory), engine.pages.table.groups)
+    opened.plane.submit([Plan(1, 0, PlanKind.STORE, Priority.SPILL, table, pages=pages, stop=3 * LAYOUT.block_tokens)])
+    assert memory.entered.wait(PATIENCE_S)
+    assert not [message for message in opened.messages if isinstance(message, Completion)]
+    memory.may_return.set()
+    assert opened.plane.close(PATIENCE_S)
+    assert opened.ends() == all_well(1, 3)
 
 
 def test_a_write_waits_for_a_clean_segment_and_not_for_ever() -> None:

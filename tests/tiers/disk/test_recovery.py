@@ -124,6 +124,22 @@ class TestUnsealedSegment:
         copy(bench, places[0].segment, places[0].page, places[2].page, RECORD_PAGES)
         assert readable(workbench().open()) == {0, 1}
 
+    def test_what_looks_like_a_record_inside_the_payload_of_another_is_not_one(self, workbench: Make) -> None:
+        """Whoever chooses the KV of a block could else make up blocks under any key."""
+        bench = workbench().open()
+        outer, after = bench.tier.place(RECORD_PAGES), bench.tier.place(RECORD_PAGES)
+        assert outer is not None
+        assert after is not None
+        bench.write(1, after)
+        next_header = bench.image_for(1, after)[:PAGE]
+        filler = np.full(PAGE, 7, np.uint8)
+        forged = bench.image_for(9, replace(outer, page=outer.page + 1), content=np.concatenate((filler, next_header)))
+        image = bench.image_for(0, outer, content=np.concatenate((forged[:PAGE], filler)))
+        bench.files.write_at(outer.fd, outer.page * PAGE, image)
+        bench.tier.written(outer, image[:PAGE])
+        abandon(bench)
+        assert set(workbench().open().recovered()) == {0, 1}
+
     @pytest.mark.parametrize("field", ["nonce", "segment", "generation", "page_number"])
     def test_a_record_of_another_store_segment_or_life_is_not_taken(self, workbench: Make, field: str) -> None:
         """Its checksums are right: only where it says that it belongs tells it from one of ours."""

@@ -45,9 +45,9 @@ def payload(number: int, of: KVLayout = LAYOUT) -> Buffer:
     return np.random.default_rng(number).integers(0, 256, of.block_bytes[0], np.uint8)
 
 
-def record(number: int, of: KVLayout = LAYOUT, lineage: int = 0) -> Buffer:
-    """Block ``number`` as it lies in host memory."""
-    content = payload(number, of)
+def record(number: int, of: KVLayout = LAYOUT, lineage: int = 0, content: Buffer | None = None) -> Buffer:
+    """Block ``number`` as it lies in host memory, with its own content or another."""
+    content = payload(number, of) if content is None else content
     header = RecordHeader(
         key(number), key(number - 1), bytes.fromhex(of.placement), 0, number, 16, lineage, 0.0, "raw",
         (raw_slice(content),),
@@ -94,9 +94,9 @@ class Workbench:
         """Let time pass: every clock that tests use can be moved."""
         self.runtime.clock.now_s += seconds  # type: ignore[attr-defined]
 
-    def image_for(self, number: int, place: Place, lineage: int = 0) -> Buffer:
+    def image_for(self, number: int, place: Place, lineage: int = 0, content: Buffer | None = None) -> Buffer:
         """Block ``number`` as it belongs at ``place``."""
-        image = record(number, self.layout, lineage)
+        image = record(number, self.layout, lineage, content)
         restamp(
             image[:PAGE_BYTES], nonce=self.tier.nonce, segment=place.segment, generation=place.generation,
             page_number=place.page, sequence=place.sequence,
