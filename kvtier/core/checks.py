@@ -1,7 +1,8 @@
-"""Numbers and flags as callers pass them: what is nearly one is refused by name, before anything depends on it."""
+"""Values as callers pass them: what is nearly what it should be is refused by name, before anything depends on it."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,39 @@ def whole(name: str, value: Any) -> int:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise ConfigError(f"{name} = {value!r}: must be an integer")
     return int(value)
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """``value``, called ``name``.
+
+    Raises:
+        ConfigError: it is no integer, or below ``least``.
+    """
+    number = whole(name, value)
+    if number < least:
+        raise ConfigError(f"{name} = {number}: must be at least {least}")
+    return number
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a ``value``, called ``name``, that is not among ``choices``.
+
+    Raises:
+        ConfigError: listing them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} = {value!r}: one of {', '.join(map(repr, choices))}")
+
+
+def several(name: str, value: Any) -> tuple[Any, ...]:
+    """``value``, called ``name``, as a tuple.
+
+    Raises:
+        ConfigError: it is neither a tuple nor a list; the letters of a string are no list.
+    """
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{name} = {reprlib.repr(value)}: must be a tuple")
+    return tuple(value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -71,7 +71,9 @@ FAMILIES: Final[Mapping[str, Callable[[Settings, str, PageShape], tuple[KVGroup,
 
 
 def _text_settings(hf_config: Any) -> Settings:
-    settings = hf_config if isinstance(hf_config, Mapping) else getattr(hf_config, "to_dict", lambda: None)()
+    settings = hf_config
+    if not isinstance(hf_config, (Mapping, type)) and hasattr(hf_config, "to_dict"):
+        settings = hf_config.to_dict()
     if not isinstance(settings, Mapping):
         raise ConfigError(f"hf_config is a {type(hf_config).__name__}: pass a PretrainedConfig or its dict")
     nested = settings.get("text_config")

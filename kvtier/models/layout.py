@@ -9,9 +9,10 @@ from hashlib import sha256
 from math import ceil
 from typing import Any, Final
 
+from kvtier.core.checks import at_least, several, whole
 from kvtier.errors import ConfigError
 from kvtier.models.families import groups_of
-from kvtier.models.parts import DTYPE_BYTES, Axis, KVGroup, Part, dtype_name
+from kvtier.models.parts import Axis, KVGroup, Part, checked_axes, dtype_name
 
 MIN_SLICE_BYTES: Final = 256 * 1024
 GROWN_SLICE_BYTES: Final = 2 * 1024 * 1024
@@ -43,17 +44,19 @@ class KVLayout:
     pp_size: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what could not be stored.
+        """Refuse what could not be stored. Integers of numpy become int, lists tuple.
+
+        Equal layouts are then described alike: 64.0 equals 64, but would name another directory.
 
         Raises:
             ConfigError: naming the field that does not fit.
         """
-        if self.block_tokens <= 0 or self.page_tokens <= 0 or self.block_tokens % self.page_tokens:
-            raise ConfigError(
-                f"block_tokens = {self.block_tokens}: must be a positive multiple of page_tokens = {self.page_tokens}"
-            )
-        if not self.groups or not all(group.parts for group in self.groups):
-            raise ConfigError("groups: a layout needs at least one group, and every group at least one part")
+        sizes = _checked_sizes(self.block_tokens, self.page_tokens)
+        ranks = (*_checked_rank("tp", self.tp_rank, self.tp_size), *_checked_rank("pp", self.pp_rank, self.pp_size))
+        fields = ("block_tokens", "page_tokens", "tp_rank", "tp_size", "pp_rank", "pp_size")
+        for name, value in zip(fields, (*sizes, *ranks), strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "groups", _checked_groups(self.groups))
         for group in self.groups:
             self._check_parts(group)
 
@@ -73,10 +76,11 @@ class KVLayout:
         order inside one engine page; the default is that of transformers' own caches, with pages as long as blocks.
 
         Raises:
-            ConfigError: the architecture is not known; the message names it and says what to pass instead.
+            ConfigError: the architecture is not known; the message names it and says what to pass instead. Or an
+                argument is none that a layout can have.
         """
-        page_tokens = block_tokens if page_tokens is None else page_tokens
-        return cls(block_tokens, page_tokens, groups_of(hf_config, dtype_name(dtype), axes, page_tokens))
+        sizes = _checked_sizes(block_tokens, block_tokens if page_tokens is None else page_tokens)
+        return cls(*sizes, groups_of(hf_config, dtype_name(dtype), checked_axes("axes", axes), sizes[1]))
 
     @cached_property
     def placement(self) -> str:
@@ -128,11 +132,7 @@ class KVLayout:
         seen: set[tuple[int, str]] = set()
         for part in group.parts:
             where = f"group {group.name!r}, {part.label}"
-            if part.dtype not in DTYPE_BYTES:
-                raise ConfigError(f"{where}: dtype {part.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-            if len(part.axes) != len(part.shape) or len(set(part.axes)) != len(part.axes) or "token" not in part.axes:
-                raise ConfigError(f"{where}: axes {part.axes} do not describe shape {part.shape}")
-            if min(part.shape) <= 0 or part.shape[part.token_axis] != self.page_tokens:
+            if part.shape[part.token_axis] != self.page_tokens:
                 raise ConfigError(
                     f"{where}: shape {part.shape} does not have {self.page_tokens} tokens along its token axis"
                 )
@@ -155,6 +155,30 @@ class KVLayout:
         if nbytes:
             spans.append(SliceSpan(range(first, len(group.parts)), nbytes))
         return tuple(spans)
+
+
+def _checked_sizes(block_tokens: Any, page_tokens: Any) -> tuple[int, int]:
+    block, page = whole("block_tokens", block_tokens), whole("page_tokens", page_tokens)
+    if block <= 0 or page <= 0 or block % page:
+        raise ConfigError(f"block_tokens = {block}: must be a positive multiple of page_tokens = {page}")
+    return block, page
+
+
+def _checked_rank(kind: str, rank: Any, size: Any) -> tuple[int, int]:
+    size, rank = at_least(f"{kind}_size", size, 1), at_least(f"{kind}_rank", rank, 0)
+    if rank >= size:
+        raise ConfigError(f"{kind}_rank = {rank}: must be below {kind}_size = {size}; ranks count from 0")
+    return rank, size
+
+
+def _checked_groups(groups: Any) -> tuple[KVGroup, ...]:
+    found = several("groups", groups)
+    for at, group in enumerate(found):
+        if not isinstance(group, KVGroup):
+            raise ConfigError(f"groups[{at}] is a {type(group).__name__}, want a KVGroup")
+    if not found or not all(group.parts for group in found):
+        raise ConfigError("groups: a layout needs at least one group, and every group at least one part")
+    return found
 
 
 def _slice_bytes(number: int) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
+from kvtier.core.checks import at_least, one_of, several, whole
 from kvtier.errors import ConfigError
 
 PartKind: TypeAlias = Literal["k", "v", "kv", "latent", "rope", "index", "state"]
 Axis: TypeAlias = Literal["token", "head", "dim"]
+ReuseRule: TypeAlias = Literal["all", "trailing", "last"]
 
 DTYPE_BYTES: Final = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "uint8": 1, "int8": 1,
@@ -28,6 +30,22 @@ class Part:
     dtype: str
     axes: tuple[Axis, ...]
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what is no tensor of a layer. Integers of numpy become int, lists tuple.
+
+        Raises:
+            ConfigError: naming the field that does not fit.
+        """
+        one_of("kind", self.kind, get_args(PartKind))
+        object.__setattr__(self, "layer", at_least("layer", self.layer, 0))
+        one_of(f"{self.label}: dtype", self.dtype, tuple(DTYPE_BYTES))
+        object.__setattr__(self, "axes", checked_axes(f"{self.label}: axes", self.axes))
+        sizes = several(f"{self.label}: shape", self.shape)
+        shape = tuple(at_least(f"{self.label}: shape[{at}]", size, 1) for at, size in enumerate(sizes))
+        object.__setattr__(self, "shape", shape)
+        if len(self.axes) != len(shape) or len(set(self.axes)) != len(self.axes) or "token" not in self.axes:
+            raise ConfigError(f"{self.label}: axes {self.axes} do not describe shape {shape}")
 
     @property
     def page_bytes(self) -> int:
@@ -49,8 +67,23 @@ class Part:
 class Reuse:
     """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position."""
 
-    rule: Literal["all", "trailing", "last"] = "all"
+    rule: ReuseRule = "all"
     window_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown rule, and a window that is missing or means nothing.
+
+        Raises:
+            ConfigError: naming the field that does not fit.
+        """
+        one_of("rule", self.rule, get_args(ReuseRule))
+        object.__setattr__(self, "window_tokens", whole("window_tokens", self.window_tokens))
+        if self.rule == "trailing":
+            at_least("window_tokens", self.window_tokens, 1)
+        elif self.window_tokens:
+            raise ConfigError(
+                f"window_tokens = {self.window_tokens}: rule {self.rule!r} has no window, only 'trailing'"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,34 @@ class KVGroup:
     name: str
     parts: tuple[Part, ...]
     reuse: Reuse = field(default_factory=Reuse)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no group. A list of parts becomes a tuple.
+
+        Raises:
+            ConfigError: naming the field that does not fit.
+        """
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
+            raise ConfigError(f"name = {self.name!r}: a group needs a string of printable characters")
+        parts = several(f"group {self.name!r}: parts", self.parts)
+        for at, part in enumerate(parts):
+            if not isinstance(part, Part):
+                raise ConfigError(f"group {self.name!r}: parts[{at}] is a {type(part).__name__}, want a Part")
+        if not isinstance(self.reuse, Reuse):
+            raise ConfigError(f"group {self.name!r}: reuse = {self.reuse!r}, want a Reuse, such as Reuse('all')")
+        object.__setattr__(self, "parts", parts)
+
+
+def checked_axes(name: str, axes: Any) -> tuple[Axis, ...]:
+    """``axes``, called ``name``, as a tuple.
+
+    Raises:
+        ConfigError: one of them is not known.
+    """
+    found: tuple[Axis, ...] = several(name, axes)
+    for at, axis in enumerate(found):
+        one_of(f"{name}[{at}]", axis, get_args(Axis))
+    return found
 
 
 def dtype_name(dtype: Any) -> str:

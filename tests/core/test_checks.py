@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvtier.core.checks import flag, whole
+from kvtier.core.checks import at_least, flag, one_of, several, whole
 from kvtier.errors import ConfigError
 
 
@@ -15,6 +15,36 @@ def test_integers_of_any_kind_become_an_int(value):
 def test_what_is_no_integer_is_refused_by_name(value):
     with pytest.raises(ConfigError, match=r"^start = .*integer"):
         whole("start", value)
+
+
+@pytest.mark.parametrize("value", [1, np.int64(1), 7])
+def test_integers_from_the_least_up_become_an_int(value):
+    assert at_least("size", value, 1) == value
+    assert type(at_least("size", value, 1)) is int
+
+
+@pytest.mark.parametrize("value", [0, np.int8(-1), True, 1.0, None])
+def test_integers_below_the_least_are_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"^size = "):
+        at_least("size", value, 1)
+
+
+@pytest.mark.parametrize("value", ["c", "", None, 1, ["a"], {}, np.array(["a", "b"])])
+def test_a_word_that_is_not_known_is_refused_with_those_that_are(value):
+    one_of("rule", "a", ("a", "b"))
+    with pytest.raises(ConfigError, match=r"^rule = .*: one of 'a', 'b'"):
+        one_of("rule", value, ("a", "b"))
+
+
+@pytest.mark.parametrize("value", [(1, 2), [1, 2]])
+def test_tuples_and_lists_become_a_tuple(value):
+    assert several("shape", value) == (1, 2)
+
+
+@pytest.mark.parametrize("value", ["12", None, 5, {1, 2}, np.array([1, 2])])
+def test_what_is_neither_a_tuple_nor_a_list_is_refused_by_name(value):
+    with pytest.raises(ConfigError, match=r"^shape = .*tuple"):
+        several("shape", value)
 
 
 @pytest.mark.parametrize("value", [True, False, np.True_, np.False_])

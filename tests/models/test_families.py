@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -97,6 +98,15 @@ def test_a_field_that_cannot_be_used_is_named(change, message):
         ({"axes": ("token", "dim")}, "axes = "),
         ({"page_tokens": 48}, "block_tokens = 64"),
         ({"page_tokens": 0}, "page_tokens = 0"),
+        ({"page_tokens": 16.0}, "page_tokens = 16.0"),
+        ({"block_tokens": 64.0}, "block_tokens = 64.0"),
+        ({"block_tokens": "64"}, "block_tokens = '64'"),
+        ({"block_tokens": True}, "block_tokens = True"),
+        ({"block_tokens": -64}, "block_tokens = -64"),
+        ({"axes": None}, "axes = None"),
+        ({"axes": "token"}, "axes = 'token'"),
+        ({"axes": ("head", "token", "foo")}, "'foo': one of 'token', 'head', 'dim'"),
+        ({"axes": (["head"], "token", "dim")}, "axes"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_named(arguments, message):
@@ -104,9 +114,17 @@ def test_an_argument_that_cannot_be_used_is_named(arguments, message):
         KVLayout.from_hf_config(LlamaConfig(**SIZES), **arguments)
 
 
-def test_something_that_is_no_config_is_refused():
-    with pytest.raises(ConfigError, match="is a str"):
-        KVLayout.from_hf_config("meta-llama/Llama-3-8B")
+@pytest.mark.parametrize("wrong", ["meta-llama/Llama-3-8B", None, LlamaConfig])
+def test_something_that_is_no_config_is_refused(wrong):
+    with pytest.raises(ConfigError, match=f"is a {type(wrong).__name__}"):
+        KVLayout.from_hf_config(wrong)
+
+
+def test_numbers_of_numpy_give_the_same_layout():
+    config = LlamaConfig(**SIZES)
+    odd = KVLayout.from_hf_config(config, np.int64(64), axes=["head", "token", "dim"], page_tokens=np.int32(16))
+    assert odd == KVLayout.from_hf_config(config, 64, page_tokens=16)
+    assert odd.placement == KVLayout.from_hf_config(config, 64, page_tokens=16).placement
 
 
 def test_layouts_need_neither_torch_nor_transformers():

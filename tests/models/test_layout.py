@@ -1,6 +1,7 @@
 from dataclasses import replace
 from math import ceil
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,8 +130,8 @@ def test_the_placement_is_the_same_in_every_process():
         (lambda: replace(BASE, block_tokens=0), "block_tokens = 0"),
         (lambda: replace(BASE, groups=()), "groups"),
         (lambda: replace(BASE, groups=(KVGroup("a", ()),)), "groups"),
-        (lambda: _with_part(dtype="float64"), "group 'a', layer 0 k: dtype 'float64'"),
-        (lambda: _with_part(axes=("head", "dim")), "group 'a', layer 0 k: axes"),
+        (lambda: _with_part(dtype="float64"), "layer 0 k: dtype = 'float64'"),
+        (lambda: _with_part(axes=("head", "dim")), "layer 0 k: axes"),
         (lambda: _with_part(axes=("head", "head", "dim")), "axes"),
         (lambda: _with_part(shape=(16, 4, 8)), "16 tokens along its token axis"),
         (lambda: _with_part(shape=(0, 16, 8)), "shape"),
@@ -140,3 +141,67 @@ def test_the_placement_is_the_same_in_every_process():
 def test_a_layout_that_cannot_be_stored_is_refused_by_name(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(BASE, block_tokens=64.0), "^block_tokens = 64.0"),
+        (lambda: replace(BASE, block_tokens="64"), "^block_tokens = '64'"),
+        (lambda: replace(BASE, block_tokens=None), "^block_tokens = None"),
+        (lambda: replace(BASE, page_tokens=True), "^page_tokens = True"),
+        (lambda: replace(BASE, tp_rank=5, tp_size=2), "^tp_rank = 5: must be below tp_size = 2"),
+        (lambda: replace(BASE, tp_rank=1), "^tp_rank = 1"),
+        (lambda: replace(BASE, tp_size=0), "^tp_size = 0"),
+        (lambda: replace(BASE, tp_size=2.0), "^tp_size = 2.0"),
+        (lambda: replace(BASE, pp_rank=-1), "^pp_rank = -1"),
+        (lambda: replace(BASE, pp_size=True), "^pp_size = True"),
+        (lambda: replace(BASE, groups=None), "^groups = None"),
+        (lambda: replace(BASE, groups=BASE.groups[0]), "^groups = KVGroup"),
+        (lambda: replace(BASE, groups=BASE.groups[0].parts), "^groups.* is a Part, want a KVGroup"),
+        (lambda: KVGroup("", BASE.groups[0].parts), "^name = ''"),
+        (lambda: KVGroup("a\n", BASE.groups[0].parts), r"^name = 'a\\n'"),
+        (lambda: KVGroup(7, BASE.groups[0].parts), "^name = 7"),
+        (lambda: KVGroup("a", None), "^group 'a': parts = None"),
+        (lambda: KVGroup("a", BASE.groups[0].parts[0]), r"^group 'a': parts = Part\("),
+        (lambda: KVGroup("a", ("k",)), r"^group 'a': parts\[0\] is a str, want a Part"),
+        (lambda: KVGroup("a", BASE.groups[0].parts, "all"), "^group 'a': reuse = 'all'"),
+        (lambda: KVGroup("a", BASE.groups[0].parts, None), "^group 'a': reuse = None"),
+        (lambda: Reuse("zzz", -4), "^rule = 'zzz': one of 'all', 'trailing', 'last'"),
+        (lambda: Reuse(None), "^rule = None"),
+        (lambda: Reuse("trailing", 0), "^window_tokens = 0"),
+        (lambda: Reuse("trailing", -4), "^window_tokens = -4"),
+        (lambda: Reuse("trailing", 128.0), "^window_tokens = 128.0"),
+        (lambda: Reuse("all", 128), "^window_tokens = 128: rule 'all' has no window"),
+        (lambda: Reuse("last", False), "^window_tokens = False"),
+        (lambda: _with_part(layer="x"), "^layer = 'x'"),
+        (lambda: _with_part(layer=-1), "^layer = -1"),
+        (lambda: _with_part(layer=0.0), "^layer = 0.0"),
+        (lambda: _with_part(kind="zzz"), "^kind = 'zzz': one of 'k', 'v', 'kv'"),
+        (lambda: _with_part(kind=["k"]), "^kind = "),
+        (lambda: _with_part(dtype=None), "^layer 0 k: dtype = None"),
+        (lambda: _with_part(dtype=[]), "^layer 0 k: dtype = "),
+        (lambda: _with_part(axes=None), "^layer 0 k: axes = None"),
+        (lambda: _with_part(axes=("foo", "token", "dim")), r"^layer 0 k: axes\[0\] = 'foo': one of 'token', 'head'"),
+        (lambda: _with_part(axes=(), shape=()), "^layer 0 k: axes"),
+        (lambda: _with_part(shape=None), "^layer 0 k: shape = None"),
+        (lambda: _with_part(shape=(4, 16.0, 8)), r"^layer 0 k: shape\[1\] = 16.0"),
+        (lambda: _with_part(shape=(4, 16, "8")), r"^layer 0 k: shape\[2\] = '8'"),
+        (lambda: _with_part(shape=(4, 16, -8)), r"^layer 0 k: shape\[2\] = -8"),
+    ],
+)
+def test_what_is_no_layout_is_refused_by_the_piece_that_it_is_in(make, message):
+    """64.0 equals 64, and would be another directory."""
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_and_lists_are_described_like_those_of_python():
+    """What an engine reports of its tensors is a layout as it is."""
+    part = Part(np.int64(0), "k", "bfloat16", list(AXES), [np.int32(4), np.int64(16), 8])
+    layout = KVLayout(np.int64(64), np.int16(16), [KVGroup("a", [part])], np.int64(0), np.int64(1), pp_size=np.uint8(1))
+    assert layout == BASE
+    assert hash(layout) == hash(BASE)
+    assert layout.placement == BASE.placement
+    assert Reuse("trailing", np.int64(128)) == Reuse("trailing", 128)
+    assert type(Reuse("trailing", np.int64(128)).window_tokens) is int
