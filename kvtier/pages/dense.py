@@ -12,6 +12,7 @@ from kvtier.core.checks import whole
 from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, frozen_ids
 from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
 
@@ -45,8 +46,7 @@ class DenseKV:
             )
             for group in layout.groups
         )
-        if len({id(tensor) for given in sides.values() for tensor in given}) < 2 * len(layers):
-            raise ConfigError("keys, values: one tensor is there twice; every part needs a tensor of its own")
+        check_apart((part.what, part.data) for parts in self._groups for part in parts)
         sizes = {(part.data.shape[0], part.data.shape[2]) for parts in self._groups for part in parts}
         if len(sizes) != 1:
             raise ConfigError(f"keys, values: tensors differ in (batch, tokens): {sorted(sizes)}")
@@ -120,6 +120,7 @@ class DenseKV:
 class _DensePart:
     """One part's tensor as bytes, and how a block of it is ordered."""
 
+    what: str  # as messages call it
     data: npt.NDArray[np.uint8]  # [batch, heads, tokens, dim bytes], strided
     page_shape: tuple[int, ...]  # of one page in bytes, in the layout's order of axes
     to_heads_first: tuple[int, ...]  # axes of [page, *page_shape] in the order page, head, token, dim
@@ -139,6 +140,7 @@ class _DensePart:
                 f"want {part.dtype} [batch, {heads}, tokens, {dim}]"
             )
         return cls(
+            what=what,
             data=data,
             page_shape=(*part.shape[:-1], dim * DTYPE_BYTES[part.dtype]),
             to_heads_first=(0, 1 + part.axes.index("head"), 1 + part.token_axis, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import prod
 from typing import Any, Final, TypeAlias
 
@@ -16,6 +16,7 @@ from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable,
 from kvtier.errors import ConfigError
 from kvtier.kernels import Rows, RowSpace
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, cut, frozen_ids
 from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
 
@@ -44,6 +45,7 @@ class PagedTensors:
             _GroupRows.of(layout, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))
             for group in layout.groups
         )
+        check_apart((part.what, part.pages) for rows in self._groups for part in rows.parts)
         self.num_pages = tuple(
             _same_count(group, rows.parts) for group, rows in zip(layout.groups, self._groups, strict=True)
         )
@@ -161,6 +163,7 @@ class PagedTensors:
 class _PartPages:
     """One part's tensor as bytes."""
 
+    what: str  # as messages call it
     pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
     cells: npt.NDArray[np.uint8]  # [num_pages, outer, page_tokens, inner bytes]: the same, cut at the token axis
     page_bytes: int
@@ -180,6 +183,7 @@ class _PartPages:
         inner = prod(part.shape[part.token_axis + 1 :]) * DTYPE_BYTES[part.dtype]
         count = data.shape[0]
         return cls(
+            what=what,
             pages=data.reshape(count, part.page_bytes),
             cells=data.reshape(count, outer, part.shape[part.token_axis], inner),
             page_bytes=part.page_bytes,
@@ -239,7 +243,6 @@ def _range_of(ids: Ids) -> tuple[int, int, bool]:
 
 
 def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
-    _check_apart(group, parts)
     counts = [len(part.pages) for part in parts]
     if len(set(counts)) > 1:
         other = next(number for number, count in enumerate(counts) if count != counts[0])
@@ -248,19 +251,6 @@ def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
             f"{group.parts[other].label} has {counts[other]}; page ids need the same number in all"
         )
     return counts[0]
-
-
-def _check_apart(group: KVGroup, parts: tuple[_PartPages, ...]) -> None:
-    """Refuse tensors that share memory: what is loaded into one part would overwrite another."""
-    starts = [part.pages.__array_interface__["data"][0] for part in parts]
-    in_memory = sorted(range(len(parts)), key=starts.__getitem__)
-    for one, other in pairwise(in_memory):
-        if starts[one] + parts[one].pages.nbytes > starts[other]:
-            first, second = sorted((one, other))
-            raise ConfigError(
-                f"tensors of group {group.name!r}: {group.parts[first].label} and {group.parts[second].label} share"
-                " memory; every part needs a tensor of its own"
-            )
 
 
 def _in_order(layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> Sequence[Tensor]:

@@ -174,12 +174,57 @@ def test_a_row_that_is_not_in_the_batch_is_refused_at_once():
         DenseKV(layout, *_keys_values(layout)).row(2)
 
 
-def test_a_tensor_that_is_there_twice_is_refused():
+@pytest.mark.parametrize(
+    ("choose", "names"),
+    [
+        (lambda keys, values: (keys, [keys[0], values[1]]), ("layer 0 k", "layer 0 v")),
+        (lambda keys, values: ([keys[0]] * 2, values), ("layer 0 k", "layer 1 k")),
+        (lambda keys, values: (keys, [values[0], keys[0][:]]), ("layer 0 k", "layer 1 v")),
+        (lambda keys, values: (keys, [keys[1].numpy().view(), values[1]]), ("layer 0 v", "layer 1 k")),
+    ],
+)
+def test_two_parts_in_one_memory_are_refused_by_name(choose, names):
+    """Two views of it are two objects; what is loaded into one would overwrite the other all the same."""
+    layout = _layout(dtype="float32")
+    with pytest.raises(ConfigError, match=r"{}.* and .*{} share memory".format(*names)):
+        DenseKV(layout, *choose(*_keys_values(layout)))
+
+
+def _of_one_storage(shape, strides, offsets):
+    storage = torch.zeros(20_000, dtype=torch.bfloat16)
+    return [torch.as_strided(storage, shape, strides, offset) for offset in offsets]
+
+
+def test_keys_and_values_may_lie_between_each_other_in_one_storage():
+    """As a model with one projection for both leaves them: ``[batch, tokens, layer, side, heads, dim]``."""
     layout = _layout()
-    keys, values = _keys_values(layout)
-    for wrong in ([keys, [keys[0], values[1]]], [[keys[0]] * 2, values]):
-        with pytest.raises(ConfigError, match="twice"):
-            DenseKV(layout, *wrong)
+    both = torch.zeros((BATCH, TOKENS, 2, 2, HEADS, DIM), dtype=torch.bfloat16)
+    keys, values = ([both[:, :, layer, side].transpose(1, 2) for layer in range(2)] for side in range(2))
+    assert DenseKV(layout, keys, values).num_tokens == TOKENS
+
+
+def test_parts_that_lie_between_each_other_and_meet_in_one_element_are_refused():
+    """A row of ``k`` has room for two more elements behind its DIM; ``v`` begins in its last one."""
+    layout = _layout(layers=1)
+    shape, strides = (BATCH, HEADS, TOKENS, DIM), (HEADS * TOKENS * 2 * DIM, TOKENS * 2 * DIM, 2 * DIM, 1)
+    keys, apart, met = _of_one_storage(shape, strides, (0, DIM, DIM - 1))
+    assert DenseKV(layout, [keys], [apart]).num_tokens == TOKENS
+    with pytest.raises(ConfigError, match=r"layer 0 k and .*layer 0 v share memory"):
+        DenseKV(layout, [keys], [met])
+
+
+def test_a_tensor_without_tokens_shares_nothing():
+    """An empty cache of transformers: torch gives all empty tensors the same address."""
+    layout = _layout()
+    keys, values = ([torch.zeros((1, HEADS, 0, DIM), dtype=torch.bfloat16)] * 2 for _ in range(2))
+    assert DenseKV(layout, keys, values).num_tokens == 0
+
+
+def test_a_part_that_two_groups_have_is_refused_as_both_would_be_loaded_into_one_tensor():
+    group = _layout(layers=1).groups[0]
+    layout = KVLayout(8, 4, (group, KVGroup("window", group.parts)))
+    with pytest.raises(ConfigError, match=r"group 'attention', layer 0 (.) and .*group 'window', layer 0 \1 share"):
+        DenseKV(layout, *_keys_values(_layout(layers=1)))
 
 
 @pytest.mark.parametrize("batch_index", [1.0, True, "0", None, [0], 2**40])

@@ -260,8 +260,19 @@ def test_parts_that_share_memory_are_refused():
     tensors = _tensors(layout)
     pool = torch.zeros((PAGES + 1, *layout.groups[0].parts[0].shape), dtype=torch.bfloat16)
     for first, second in ((tensors[0], tensors[0]), (pool[1:], pool[:-1])):
-        with pytest.raises(ConfigError, match="layer 0 k and layer 1 k share memory"):
+        with pytest.raises(ConfigError, match=r"layer 0 k and .*layer 1 k share memory"):
             PagedTensors(layout, [first, tensors[1], second, tensors[3]])
+
+
+def test_parts_of_two_groups_that_share_memory_are_refused():
+    part = _layout().groups[0].parts[0]
+    layout = KVLayout(16, 4, (KVGroup("attention", (part,)), KVGroup("window", (part,))))
+    pool = torch.zeros((PAGES + 1, *part.shape), dtype=torch.bfloat16)
+    names = r"group 'attention', layer 0 k and .*group 'window', layer 0 k share memory"
+    for tensors in ([pool, pool], [pool, pool[:]], [pool[:-1], pool[1:]]):
+        with pytest.raises(ConfigError, match=names):
+            PagedTensors(layout, tensors)
+    assert PagedTensors(layout, [pool[:12], pool[12:]]).num_pages == (12, 13)
 
 
 def test_parts_may_lie_side_by_side_in_one_allocation():
