@@ -35,7 +35,8 @@ def model_id(path_or_model: Any) -> str:
     from it have different ids.
 
     Raises:
-        ConfigError: there is no config or no weights at the path, or the weights of the model are not in memory.
+        ConfigError: there is no config or no weights at the path, the config is not one, or the weights of the model
+            are not in memory.
     """
     if isinstance(path_or_model, (str, os.PathLike)):
         return _digest_of_files(Path(path_or_model))
@@ -57,12 +58,22 @@ def _digest_of_files(directory: Path) -> str:
     cache_path = _cache_path()
     cached = _load_cache(cache_path)
     known = dict(cached)
-    fields = [b"kvtier-model-files-1", _config_bytes(json.loads(config.read_bytes()))]
+    fields = [b"kvtier-model-files-1", _config_bytes(_settings_in(config))]
     for path in weights:
         fields += [path.name.encode(), bytes.fromhex(_file_digest(path, cached))]
     if cached != known:
         _save_cache(cache_path, cached)
     return _digest(fields)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}; is the model's directory complete?") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: holds a {type(settings).__name__}, want the object that save_pretrained writes")
+    return settings
 
 
 def _file_digest(path: Path, cached: Cached) -> str:

@@ -153,6 +153,25 @@ def test_what_is_missing_at_a_path_is_named(tmp_path):
         model_id(7)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b'{"model_type": "llama"', "not JSON"),
+        (b"\xff\xfe{", "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b"[1, 2]", "holds a list"),
+        (b"null", "holds a NoneType"),
+        (b'"llama"', "holds a str"),
+    ],
+)
+def test_a_config_that_is_none_is_refused_with_its_path(directory, content, message):
+    """As a download that was cut short leaves it."""
+    (directory / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"model/config\.json: {message}"):
+        model_id(directory)
+
+
 def test_the_id_of_a_path_needs_no_torch(directory):
     code = (
         f"import sys, kvtier.integrations.weights as w; w.model_id({str(directory)!r}); print('torch' in sys.modules)"
