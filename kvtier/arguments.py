@@ -6,11 +6,9 @@ import reprlib
 from collections.abc import Hashable
 from typing import Any, Final, TypeVar
 
-import numpy as np
-
 from kvtier.codecs.chain import chain_of
 from kvtier.config import MOST_SECONDS, Config
-from kvtier.core.checks import whole
+from kvtier.core.checks import is_number, whole
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
 from kvtier.errors import ConfigError
@@ -59,8 +57,7 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
     """
     if deadline_s is None:
         return default_s
-    is_number = isinstance(deadline_s, (int, float, np.integer, np.floating)) and not isinstance(deadline_s, bool)
-    if not is_number or not 0 < deadline_s <= MOST_SECONDS:
+    if not is_number(deadline_s) or not 0 < deadline_s <= MOST_SECONDS:
         raise ConfigError(
             f"deadline_s = {deadline_s!r}: must be a number of seconds above 0 and up to {MOST_SECONDS:g}, or None"
         )

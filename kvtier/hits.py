@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
+from kvtier.config import MOST_SECONDS
+from kvtier.core.checks import is_number
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Lineage, Tier
+from kvtier.errors import ConfigError
 from kvtier.planner import Lease
 from kvtier.planner.sessions import SessionHints
 
@@ -88,9 +92,23 @@ class Session:
         self.hints.one_shot = True
 
     def expect_reuse(self, after_s: float) -> None:
-        """Its next request is expected in ``after_s`` seconds."""
-        self.hints.expected_reuse_s = after_s
+        """Its next request is expected in ``after_s`` seconds.
+
+        Raises:
+            ConfigError: that is no number of seconds.
+        """
+        self.hints.expected_reuse_s = _checked_seconds("after_s", after_s)
 
     def ttl(self, seconds: float) -> None:
-        """Its blocks need not be kept longer than ``seconds`` after their last use."""
-        self.hints.ttl_s = seconds
+        """Its blocks need not be kept longer than ``seconds`` after their last use.
+
+        Raises:
+            ConfigError: that is no number of seconds.
+        """
+        self.hints.ttl_s = _checked_seconds("seconds", seconds)
+
+
+def _checked_seconds(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value <= MOST_SECONDS:
+        raise ConfigError(f"{name} = {value!r}: must be a number of seconds from 0 up to {MOST_SECONDS:g}")
+    return float(value)

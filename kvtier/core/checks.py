@@ -35,6 +35,11 @@ def at_least(name: str, value: Any, least: int) -> int:
     return number
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is an integer or a float; True is none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a ``value``, called ``name``, that is not among ``choices``.
 

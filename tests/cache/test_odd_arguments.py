@@ -97,6 +97,27 @@ def test_a_session_is_a_name(opened: Opened, value: Any) -> None:
     refused(opened, "session = ", lambda: opened.cache.session(value))
 
 
+@pytest.mark.parametrize(
+    "value", [-1, float("nan"), float("inf"), 10**400, True, "abc", None, []], ids=lambda value: repr(value)[:8]
+)
+def test_hints_are_numbers_of_seconds(opened: Opened, value: Any) -> None:
+    """What is refused leaves the hint that was given before."""
+    session = opened.cache.session("chat")
+    session.ttl(60)
+    session.expect_reuse(0)
+    refused(opened, "seconds = ", lambda: session.ttl(value))
+    refused(opened, "after_s = ", lambda: session.expect_reuse(value))
+    assert (session.hints.ttl_s, session.hints.expected_reuse_s) == (60.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1e9, np.float32(2), np.int64(3)], ids=repr)
+def test_hints_may_be_any_number(opened: Opened, value: Any) -> None:
+    session = opened.cache.session("chat")
+    session.ttl(value)
+    session.expect_reuse(value)
+    assert session.hints.ttl_s == session.hints.expected_reuse_s == value
+
+
 @pytest.mark.parametrize("value", NOT_A_WORD, ids=repr)
 def test_words_are_those_that_are_known(opened: Opened, value: Any) -> None:
     refused(opened, "durability = .*'durable'", lambda: opened.store(durability=value))

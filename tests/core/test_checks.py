@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvtier.core.checks import at_least, flag, one_of, several, whole
+from kvtier.core.checks import at_least, flag, is_number, one_of, several, whole
 from kvtier.errors import ConfigError
 
 
@@ -27,6 +27,16 @@ def test_integers_from_the_least_up_become_an_int(value):
 def test_integers_below_the_least_are_refused_by_name(value):
     with pytest.raises(ConfigError, match=r"^size = "):
         at_least("size", value, 1)
+
+
+@pytest.mark.parametrize("value", [0, -0.5, float("inf"), np.float32(1), np.int64(2)])
+def test_numbers_of_any_kind_are_numbers(value):
+    assert is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "1", None, [], 1j])
+def test_what_only_counts_as_a_number_is_none(value):
+    assert not is_number(value)
 
 
 @pytest.mark.parametrize("value", ["c", "", None, 1, ["a"], {}, np.array(["a", "b"])])
