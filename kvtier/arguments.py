@@ -78,6 +78,21 @@ def checked_layout(layout: KVLayout) -> KVLayout:
     return layout
 
 
+def check_block_tokens(config: Config, layout: KVLayout) -> None:
+    """Refuse a size of blocks that was chosen and would have no effect, as ``layout`` has another.
+
+    The default goes with any layout: configs/default.toml writes it down for all.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if config.block_tokens not in (layout.block_tokens, Config.model_fields["block_tokens"].default):
+        raise ConfigError(
+            f"block_tokens = {config.block_tokens}: the layout has {layout.block_tokens}, and a cache goes by its layout: "
+            "pass block_tokens=config.block_tokens to KVLayout.from_hf_config, or leave the key out"
+        )
+
+
 def checked_start(keys: Keys, start: int) -> int:
     """``start``.
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 from kvtier.arguments import (
+    check_block_tokens,
     check_codecs,
     check_owner,
     check_root,
@@ -78,6 +79,7 @@ class TieredCache:
         self.config = config if isinstance(config, Config) else load_config(config)
         check_codecs(self.config)
         self.layout = checked_layout(layout)
+        check_block_tokens(self.config, layout)
         self.model_id = checked_model_id(model_id)
         self._machine = machine or system_machine(self.config.disk.io_engine)
         self._process = this_process()

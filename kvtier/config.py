@@ -219,7 +219,11 @@ class Config(_Section):
     """Every setting; frozen. ``load_config`` makes it."""
 
     block_tokens: int = Field(
-        64, ge=1, le=1 << 16, description="tokens per block, where kvtier builds the layout itself"
+        64,
+        ge=1,
+        le=1 << 16,
+        description="tokens per block, for KVLayout.from_hf_config; a cache goes by its layout: the default fits any, "
+        "another number must be the layout's",
     )
     device: DeviceConfig = DeviceConfig()
     host: HostConfig = HostConfig()

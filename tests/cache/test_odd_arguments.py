@@ -174,6 +174,20 @@ def test_a_layout_is_a_layout(value: Any) -> None:
         TieredCache(SETTINGS, value, "m")
 
 
+@pytest.mark.parametrize("value", [SIZE // 2, 2 * SIZE])
+def test_a_size_of_blocks_that_was_set_is_that_of_the_layout(value: int) -> None:
+    """A cache goes by its layout: what was set would have no effect, and nobody would know."""
+    with pytest.raises(ConfigError, match=rf"^block_tokens = {value}: the layout has {SIZE}"):
+        TieredCache({**SETTINGS, "block_tokens": value}, LAYOUT, "m")
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "block_tokens": 64}, {**SETTINGS, "block_tokens": SIZE}])
+def test_the_default_size_of_blocks_goes_with_any_layout(settings: dict[str, Any]) -> None:
+    """configs/default.toml writes every key down, and is where many start from."""
+    with TieredCache(settings, LAYOUT, "m") as cache:
+        assert cache.keys(TOKENS).block_tokens == SIZE
+
+
 @pytest.mark.parametrize("value", ["acme/eu", "../..", "é", "x" * 100_000], ids=lambda value: value[:8])
 def test_a_tenant_may_be_called_anything_else(opened: Opened, value: str) -> None:
     assert opened.cache.match(TOKENS, tenant=value) == 0
