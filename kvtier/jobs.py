@@ -6,6 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from kvtier.core.plan import Reason, Tier
@@ -13,7 +14,7 @@ from kvtier.errors import ClosedError, KVTierError
 from kvtier.planner.tickets import Outcome, Ticket, TicketKind
 from kvtier.runtime.notify import Notifier
 from kvtier.runtime.process import this_process
-from kvtier.runtime.seam import Lock, Runtime
+from kvtier.runtime.seam import Event, Lock, Runtime
 
 if TYPE_CHECKING:
     from kvtier.core.memory import KVMemory
@@ -106,7 +107,7 @@ class Job(Generic[R]):
         self._done = False
         self._result: R | None = None
         self._source_free = False
-        self._callbacks: tuple[Callable[[AnyJob], object], ...] = ()
+        self._callbacks: list[Callable[[AnyJob], object]] | tuple[()] = ()  # most jobs never have one
         self._consumed_tokens = 0
 
     @property
@@ -166,12 +167,20 @@ class Job(Generic[R]):
 
     def call_on_news(self, callback: Callable[[AnyJob], object], *, unless: Callable[[], bool]) -> None:
         """Call ``callback`` once, on whichever thread brings the next news (source free, done); at once if ``unless``
-        holds already. It must not block."""
+        holds already. It must not block; whoever does not wait any longer says so by ``call_no_more``."""
         with self._control.lock:
             if not unless():
-                self._callbacks += (callback,)
+                if not self._callbacks:
+                    self._callbacks = []
+                self._callbacks.append(callback)
                 return
         callback(self)
+
+    def call_no_more(self, callback: Callable[[AnyJob], object]) -> None:
+        """Forget ``callback``, which ``call_on_news`` was given; harmless if it was called, or is being called now."""
+        with self._control.lock:
+            if self._callbacks and callback in self._callbacks:
+                self._callbacks.remove(callback)
 
     def __repr__(self) -> str:
         state = repr(self.result()) if self._done else "under way"
@@ -208,8 +217,13 @@ class Job(Generic[R]):
         deadline = None if timeout_s is None else clock.monotonic() + timeout_s
         while not ready():
             event = self._control.runtime.event()
-            self.call_on_news(lambda _: event.set(), unless=ready)  # noqa: B023  each event belongs to its round
-            if not event.wait(None if deadline is None else max(0.0, deadline - clock.monotonic())) and not ready():
+            wake = partial(_wake, event)
+            self.call_on_news(wake, unless=ready)
+            try:
+                told = event.wait(None if deadline is None else max(0.0, deadline - clock.monotonic()))
+            finally:  # whoever polls with short timeouts leaves nothing behind, nor does Ctrl-C
+                self.call_no_more(wake)
+            if not told and not ready():
                 raise TimeoutError(f"{self!r} after {timeout_s} s")
 
 
@@ -266,6 +280,10 @@ class Client:
     def close(self) -> None:
         """Close the descriptor."""
         self._notifier.close()
+
+
+def _wake(event: Event, _: AnyJob) -> None:
+    event.set()
 
 
 def _result_of(ticket: Ticket, span: range, block_tokens: int) -> Result:

@@ -65,8 +65,12 @@ class AsyncJob(Generic[R]):
     async def _until(self, ready: Callable[[], bool]) -> None:
         while not ready():
             woken = self._loop.create_future()
-            self.job.call_on_news(partial(_wake_from_thread, self._loop, woken), unless=ready)
-            await woken
+            wake = partial(_wake_from_thread, self._loop, woken)
+            self.job.call_on_news(wake, unless=ready)
+            try:
+                await woken
+            finally:  # a cancelled await leaves nothing behind
+                self.job.call_no_more(wake)
 
 
 class CacheManager:
