@@ -55,7 +55,8 @@ class Dispatch:
         self._block_tokens = layout.block_tokens
         self._blocks_a_turn = max(1, _BYTES_A_TURN // sum(layout.block_bytes))
         self._check_here = check_here
-        self._control = JobControl(runtime, self._cancel, check_here)
+        parts = sum(len(group.parts) for group in layout.groups)
+        self._control = JobControl(runtime, self._cancel, check_here, parts)
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
         self._on_attach: list[Event] = []

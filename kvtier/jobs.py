@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
+from kvtier.core.checks import whole
 from kvtier.core.plan import Reason, Tier
-from kvtier.errors import ClosedError, KVTierError
+from kvtier.errors import ClosedError, ConfigError
 from kvtier.planner.tickets import Outcome, Ticket, TicketKind
 from kvtier.runtime.notify import Notifier
 from kvtier.runtime.process import this_process
@@ -85,7 +86,6 @@ class Job(Generic[R]):
         "_block_tokens",
         "_callbacks",
         "_client",
-        "_consumed_tokens",
         "_control",
         "_done",
         "_result",
@@ -108,7 +108,6 @@ class Job(Generic[R]):
         self._result: R | None = None
         self._source_free = False
         self._callbacks: list[Callable[[AnyJob], object]] | tuple[()] = ()  # most jobs never have one
-        self._consumed_tokens = 0
 
     @property
     def done(self) -> bool:
@@ -138,32 +137,27 @@ class Job(Generic[R]):
         self._wait(lambda: self._source_free, timeout_s)
 
     def wait_part(self, part: int, timeout_s: float | None = None) -> int:
-        """Wait until ``part`` (its number in the layout) of a load is in engine memory; returns ok_tokens.
+        """Wait until ``part`` of a load is in engine memory; returns ok_tokens.
+
+        Parts are counted over all groups of the layout, in its order. Whole blocks are read, so every part comes with
+        the last one: ok_tokens is that of ``result``, and no part has fewer than one that was consumed before it.
 
         Raises:
-            KVTierError: a later part has fewer tokens than one that was consumed already: start over without them.
-            TimeoutError: it has not come in time.
+            ConfigError: the layout has no such part, or this is no load.
+            TimeoutError: it has not come in time; the job goes on.
+            ClosedError: as ``result``.
         """
-        del part  # whole blocks are read, so every part comes with the last one
-        result = self.result(timeout_s)
-        if not isinstance(result, LoadResult):
-            raise KVTierError("wait_part: only loads have parts")
-        if result.ok_tokens < self._consumed_tokens:
-            raise KVTierError(
-                f"wait_part: only {result.ok_tokens} tokens of this part could be loaded, {self._consumed_tokens} of an"
-                f" earlier one were consumed: start over without the tokens from {result.ok_tokens} on"
-            )
-        self._consumed_tokens = result.ok_tokens
-        return result.ok_tokens
+        self._check_part(part)
+        return cast(LoadResult, self.result(timeout_s)).ok_tokens
 
     def cancel(self) -> None:
         """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it."""
         self._control.cancel(self)
 
     def part_ready(self, part: int) -> bool:
-        """Whether ``wait_part(part)`` would return at once."""
-        del part  # whole blocks are read, so every part comes with the last one
-        return self.done
+        """Whether ``wait_part(part)`` would return at once. ConfigError as there."""
+        self._check_part(part)
+        return self._done  # whole blocks are read, so every part comes with the last one
 
     def call_on_news(self, callback: Callable[[AnyJob], object], *, unless: Callable[[], bool]) -> None:
         """Call ``callback`` once, on whichever thread brings the next news (source free, done); at once if ``unless``
@@ -184,7 +178,7 @@ class Job(Generic[R]):
 
     def __repr__(self) -> str:
         state = repr(self.result()) if self._done else "under way"
-        return f"Job({self.ticket.kind.name.lower()}, {state})"
+        return f"Job({self._kind}, {state})"
 
     # --- for the cache ----------------------------------------------------------------------------------------------
 
@@ -209,6 +203,17 @@ class Job(Generic[R]):
                 log.exception("a callback of %r failed", self)
         return self._client if ended else None
 
+    def _check_part(self, part: int) -> None:
+        if self.ticket.kind != TicketKind.LOAD:
+            raise ConfigError(f"part = {part!r}: only loads have parts; wait for the result of this {self._kind}")
+        parts = self._control.parts
+        if not 0 <= whole("part", part) < parts:
+            raise ConfigError(f"part = {part}: must be in [0, {parts}), the parts of the layout over all groups")
+
+    @property
+    def _kind(self) -> str:
+        return self.ticket.kind.name.lower()
+
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> None:
         if ready():
             return
@@ -228,13 +233,19 @@ class Job(Generic[R]):
 
 
 class JobControl:
-    """What jobs share with their cache. ``check_here`` raises where nobody would ever end a job."""
+    """What jobs share with their cache. ``check_here`` raises where nobody would ever end a job.
 
-    def __init__(self, runtime: Runtime, cancel: Callable[[AnyJob], object], check_here: Callable[[], object]) -> None:
+    ``parts`` is how many the layout has, over all groups.
+    """
+
+    def __init__(
+        self, runtime: Runtime, cancel: Callable[[AnyJob], object], check_here: Callable[[], object], parts: int
+    ) -> None:
         self.runtime = runtime
         self.lock: Lock = runtime.lock()
         self.cancel = cancel
         self.check_here = check_here
+        self.parts = parts
 
 
 def tell(jobs: Iterable[AnyJob]) -> None:

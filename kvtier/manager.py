@@ -51,7 +51,11 @@ class AsyncJob(Generic[R]):
         await self._until(lambda: self.job.source_free)
 
     async def wait_part(self, part: int) -> int:
-        """Wait until ``part`` of a load is in engine memory; returns ok_tokens. Raises as ``Job.wait_part``."""
+        """Wait until ``part`` of a load is in engine memory; returns ok_tokens, as ``Job.wait_part``.
+
+        Raises:
+            ConfigError: the layout has no such part, or this is no load.
+        """
         await self._until(lambda: self.job.part_ready(part))
         return self.job.wait_part(part, 0)
 

@@ -105,7 +105,7 @@ def test_an_end_that_comes_while_news_are_heard_is_told_once() -> None:
     ticket.source_free = True
     runtime = system_machine("threads").runtime
     client = Client()
-    job: Job[Any] = Job(ticket, range(0), BLOCK, JobControl(runtime, lambda _: None, lambda: None), client)
+    job: Job[Any] = Job(ticket, range(0), BLOCK, JobControl(runtime, lambda _: None, lambda: None, 1), client)
     tell([job])
     tell([job])
     assert job.done

@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 
+from kvtier import CacheManager, ConfigError
+from kvtier.core.plan import Reason
 from kvtier.jobs import Job, JobControl
 from kvtier.manager import AsyncJob
 from kvtier.planner import Ticket
 from kvtier.planner.tickets import TicketKind
 from kvtier.runtime import SystemEvent, SystemRuntime
 from kvtier.runtime.seam import Event
+from kvtier.testing.contents import PseudoEngine, tiny_layout
 
-BLOCK = 8
+LAYOUT = tiny_layout()
+BLOCK = LAYOUT.block_tokens
+PARTS = sum(len(group.parts) for group in LAYOUT.groups)
+SETTINGS: dict[str, Any] = {"host": {"capacity": "1MiB", "staging": "1MiB"}}
+TOKENS = list(range(4 * BLOCK + 1))
 
 
 class CountingRuntime(SystemRuntime):
@@ -44,7 +51,7 @@ def runtime() -> CountingRuntime:
 def job(runtime: CountingRuntime) -> Job[Any]:
     """A store of one block that is under way."""
     ticket = Ticket.of(TicketKind.STORE, 0, 1)
-    return Job(ticket, range(0), BLOCK, JobControl(runtime, lambda _: None, lambda: None), None)
+    return Job(ticket, range(0), BLOCK, JobControl(runtime, lambda _: None, lambda: None, 1), None)
 
 
 def end(job: Job[Any]) -> None:
@@ -97,3 +104,41 @@ def test_to_take_a_callback_back_after_it_was_called_is_harmless(job: Job[Any]) 
     job.call_no_more(called.append)
     job.call_no_more(called.append)
     assert called == [job]
+
+
+# --- the parts of a load ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [-1, PARTS, 999, 0.0, "0", None, True])
+async def test_a_part_that_the_layout_does_not_have_is_refused(part: Any) -> None:
+    async with CacheManager(SETTINGS, LAYOUT, "m") as cache:
+        engine = PseudoEngine(LAYOUT, 4)
+        await cache.store(TOKENS, engine.pages)
+        with cache.lookup(TOKENS) as hit:
+            load = cache.load(hit, engine.pages)
+        for wait in (load.job.wait_part, load.job.part_ready):
+            with pytest.raises(ConfigError, match="part = "):
+                wait(part)
+        with pytest.raises(ConfigError, match="part = "):
+            await load.wait_part(part)
+        assert await load.wait_part(PARTS - 1) == load.job.wait_part(0) == 4 * BLOCK
+
+
+async def test_a_store_has_no_parts_and_says_so_at_once(job: Job[Any]) -> None:
+    """Not when it has ended: whoever waits for a part of it waits for the wrong thing."""
+    with pytest.raises(ConfigError, match="part = 0: only loads have parts; wait for the result of this store"):
+        job.wait_part(0, 0)
+    with pytest.raises(ConfigError, match="only loads have parts"):
+        await AsyncJob(job, asyncio.get_running_loop()).wait_part(0)
+
+
+async def test_no_part_has_fewer_tokens_than_one_before_it(runtime: CountingRuntime) -> None:
+    """Of a load whose third block was damaged: what was consumed stays so."""
+    ticket = Ticket.of(TicketKind.LOAD, 0, 4)
+    load: Job[Any] = Job(ticket, range(4 * BLOCK), BLOCK, JobControl(runtime, lambda _: None, lambda: None, 3), None)
+    assert not load.part_ready(0)
+    ticket.fail_from(2, Reason.DAMAGED)
+    end(load)
+    asynchronous = AsyncJob(load, asyncio.get_running_loop())
+    found = [load.wait_part(part, 0) for part in range(3)] + [await asynchronous.wait_part(part) for part in range(3)]
+    assert found == [2 * BLOCK] * 6
