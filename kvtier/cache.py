@@ -325,7 +325,10 @@ class TieredCache:
     # --- the rest ---------------------------------------------------------------------------------------------------
 
     def client(self) -> Client:
-        """A queue of one's own for finished jobs: pass it to ``submit_*``, poll it, or wait on its ``fileno``."""
+        """A queue of one's own for finished jobs: pass it to ``submit_*``, poll it, or wait on its ``fileno``.
+
+        Whoever asks for it closes it, or uses it by ``with``; ``close`` of the cache leaves it open, to be polled.
+        """
         return Client()
 
     def set_weights_version(self, version: str) -> None:
@@ -470,4 +473,4 @@ class TieredCache:
 
 def _check_client(client: object) -> None:
     if not isinstance(client, Client):
-        raise ConfigError(f"client = {client!r}: want what client() of this cache returned, or None")
+        raise ConfigError(f"client = {client!r}: want what client() of a cache returned, or None")

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
 from kvtier.core.checks import whole
@@ -260,7 +261,12 @@ def tell(jobs: Iterable[AnyJob]) -> None:
 
 
 class Client:
-    """A queue of finished jobs of one consumer; nobody else can take its jobs."""
+    """A queue of finished jobs of one consumer; nobody else can take its jobs.
+
+    It belongs to whoever asked for it, who closes it or uses it by ``with``; one that is dropped closes itself once its
+    last job is gone. Closing a cache leaves its clients open: they have the jobs that ended then. It may be passed to
+    several caches.
+    """
 
     def __init__(self) -> None:
         self._done: deque[AnyJob] = deque()
@@ -269,7 +275,7 @@ class Client:
         self._told = False  # since the last poll: telling once is enough
 
     def fileno(self) -> int:
-        """Readable while ``poll`` has something: for select, epoll and event loops."""
+        """Readable while ``poll`` has something: for select, epoll and event loops; -1 once it is closed."""
         return self._notifier.fileno()
 
     def poll(self) -> list[AnyJob]:
@@ -289,8 +295,16 @@ class Client:
             self._notifier.set()  # after the jobs are there: a poll in between takes them, and finds nothing next time
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor; idempotent. Jobs may end afterwards: ``poll`` still has them, and nobody is woken."""
         self._notifier.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _wake(event: Event, _: AnyJob) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from contextlib import suppress
 
 
 class Notifier:
-    """An eventfd: readable from ``set`` until ``clear``."""
+    """An eventfd: readable from ``set`` until ``clear``. Whoever has the last reference may drop it without closing."""
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()  # what is closed may be a stranger's file the next moment
+        self._close = weakref.finalize(self, os.close, self._fd)  # runs once, when nobody is left who could set it
+        self._close.atexit = False  # threads may set it until the very end
 
     def fileno(self) -> int:
         """The descriptor, to be polled for reading; -1 after ``close``."""
@@ -33,6 +36,5 @@ class Notifier:
     def close(self) -> None:
         """Close the descriptor; idempotent."""
         with self._lock:
-            fd, self._fd = self._fd, -1
-            if fd >= 0:
-                os.close(fd)
+            self._fd = -1
+            self._close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Sequence
 from select import select
 from typing import Any
@@ -107,6 +109,45 @@ def test_a_client_is_woken_once_for_many_jobs_and_again_after_it_polled(
         assert client.poll() == []
         jobs = [cache.submit_store(tokens(9), TABLE, client=client)]
     client.close()
+
+
+def test_a_client_outlives_its_cache_and_ends_with_its_block(cache: TieredCache, channel: AnsweringChannel) -> None:
+    with cache.client() as client:
+        job = cache.submit_store(tokens(1), TABLE, client=client)
+        channel.answer()
+        assert cache.close()
+        assert is_readable(client)
+        assert client.poll() == [job]
+    assert client.fileno() == -1
+    client.close()
+
+
+def test_a_client_that_was_dropped_gives_its_descriptor_back_after_its_last_job(
+    cache: TieredCache, channel: AnsweringChannel
+) -> None:
+    """Not before: the end of the job is told on a thread that knows nothing of who is left."""
+    client = cache.client()
+    fd = client.fileno()
+    job = cache.submit_store(tokens(1), TABLE, client=client)
+    del client
+    gc.collect()
+    os.fstat(fd)
+    channel.answer()
+    cache.pump()
+    assert job.result(0).stored == SIZE
+    del job
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_client_of_another_cache_does_as_well(cache: TieredCache, channel: AnsweringChannel) -> None:
+    other = TieredCache(CONFIG, LAYOUT, "pump", channels=[AnsweringChannel()])
+    with other.client() as client:
+        job = cache.submit_store(tokens(1), TABLE, client=client)
+        channel.answer()
+        cache.pump()
+        assert client.poll() == [job]
 
 
 def test_news_that_comes_while_somebody_pumps_is_taken_in_by_the_one_who_pumps(
