@@ -17,11 +17,13 @@ from kvtier.cache import TieredCache
 from kvtier.config import Config
 from kvtier.core.keys import Extra, Keys, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
+from kvtier.errors import ClosedError
 from kvtier.hits import Hit, Session
 from kvtier.jobs import FlushResult, Job, LoadResult, PrefetchResult, R, StoreResult
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout
 from kvtier.planner.events import BlockEvent
+from kvtier.runtime import SystemRuntime
 from kvtier.runtime.seam import Machine
 
 
@@ -89,20 +91,32 @@ class CacheManager:
         weights_version: str = "",
         machine: Machine | None = None,
     ) -> None:
-        """What ``TieredCache`` takes; the tiers are opened by ``async with``, or by the first use of ``core``."""
+        """What ``TieredCache`` takes and raises; the tiers are opened by ``async with``.
+
+        Synchronous code opens them by the first use of ``core`` or of a verb.
+        """
         self._open = partial(TieredCache, config, layout, model_id, weights_version=weights_version, machine=machine)
         self._core: TieredCache | None = None
+        self._lock = SystemRuntime().lock()  # held while it is opened, once, whoever asks
+        self._wanted_by: set[object] = set()  # whoever entered or is about to; what nobody wants is closed
 
     @property
     def core(self) -> TieredCache:
-        """The thread-safe cache underneath, for synchronous code."""
-        if self._core is None:
-            self._core = self._open()
-        return self._core
+        """The thread-safe cache underneath, for synchronous code; opened here if it is not yet, once for all threads.
+
+        Raises:
+            ClosedError: it is not open, and opening it here would block a running event loop.
+        """
+        return self._opened_here() if self._core is None else self._core
 
     async def __aenter__(self) -> CacheManager:
+        """Open the tiers in a thread. If that is cancelled, they are closed as soon as they have been opened.
+
+        Raises:
+            ConfigError, CapacityError, TierError: as ``TieredCache``.
+        """
         if self._core is None:
-            self._core = await asyncio.to_thread(self._open)
+            await self._enter()
         return self
 
     async def __aexit__(
@@ -111,10 +125,8 @@ class CacheManager:
         await self.close()
 
     async def close(self, timeout_s: float = 30.0) -> bool:
-        """Close the cache; True when nothing was left behind."""
-        if self._core is None:
-            return True
-        return await asyncio.shield(asyncio.to_thread(self._core.close, timeout_s))
+        """Close the cache; True when nothing was left behind. An opening that is under way is waited for first."""
+        return await asyncio.shield(asyncio.to_thread(self._close, timeout_s))
 
     def keys(self, tokens: TokenIds, *, tenant: str = "", adapter: str = "", extra: Iterable[Extra] = ()) -> Keys:
         """As ``TieredCache.keys``."""
@@ -238,8 +250,52 @@ class CacheManager:
         """As ``TieredCache.stats``."""
         return self.core.stats()
 
+    async def _enter(self) -> None:
+        loop, who = asyncio.get_running_loop(), object()
+        self._wanted_by.add(who)
+        try:
+            await asyncio.to_thread(self._open_for, who)
+        except BaseException:  # the thread goes on after a cancelled await, or has not even begun
+            self._wanted_by.discard(who)
+            with suppress(RuntimeError):  # a loop that was closed: the thread that opens looks at its end too
+                loop.run_in_executor(None, self._close_unwanted)
+            raise
+
+    def _open_for(self, who: object) -> None:
+        with self._lock:
+            if self._core is None and who in self._wanted_by:
+                self._core = self._open()
+        self._close_unwanted()
+
+    def _opened_here(self) -> TieredCache:
+        if _loop_runs():
+            raise ClosedError("the cache is not open: enter it by `async with` (opening it here would block the loop)")
+        with self._lock:
+            if self._core is None:
+                self._core = self._open()
+            self._wanted_by.add(self)  # until it is closed
+            return self._core
+
+    def _close_unwanted(self) -> None:
+        with self._lock:
+            if self._core is not None and not self._wanted_by and self._core.close():
+                self._core = None  # may be opened again
+
+    def _close(self, timeout_s: float) -> bool:
+        with self._lock:  # behind an opening
+            core = self._core
+        return core is None or core.close(timeout_s)
+
     def _job(self, job: Job[R]) -> AsyncJob[R]:
         return AsyncJob(job, asyncio.get_running_loop())
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _wake_from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], _: object) -> None:
