@@ -180,9 +180,9 @@ class CacheManager:
         deadline_s: float | None = None,
     ) -> AsyncJob[LoadResult]:
         """As ``TieredCache.submit_load``: the job to be awaited, or waited for part by part."""
-        return self._job(
-            self.core.submit_load(hit, pages, start=start, stop=stop, priority=priority, deadline_s=deadline_s)
-        )
+        loop = _loop_for("load")
+        job = self.core.submit_load(hit, pages, start=start, stop=stop, priority=priority, deadline_s=deadline_s)
+        return AsyncJob(job, loop)
 
     def store(
         self,
@@ -197,12 +197,12 @@ class CacheManager:
         session: str | None = None,
     ) -> AsyncJob[StoreResult]:
         """As ``TieredCache.submit_store``."""
-        return self._job(
-            self.core.submit_store(
-                tokens, pages, tenant=tenant, adapter=adapter, start=start, derived_from=derived_from,
-                durability=durability, session=session,
-            )
+        loop = _loop_for("store")
+        job = self.core.submit_store(
+            tokens, pages, tenant=tenant, adapter=adapter, start=start, derived_from=derived_from,
+            durability=durability, session=session,
         )  # fmt: skip
+        return AsyncJob(job, loop)
 
     def prefetch(
         self,
@@ -214,13 +214,14 @@ class CacheManager:
         deadline_s: float | None = None,
     ) -> AsyncJob[PrefetchResult]:
         """As ``TieredCache.submit_prefetch``."""
-        return self._job(
-            self.core.submit_prefetch(tokens, to=to, tenant=tenant, adapter=adapter, deadline_s=deadline_s)
-        )
+        loop = _loop_for("prefetch")
+        job = self.core.submit_prefetch(tokens, to=to, tenant=tenant, adapter=adapter, deadline_s=deadline_s)
+        return AsyncJob(job, loop)
 
     def flush(self, durability: str = "process") -> AsyncJob[FlushResult]:
         """As ``TieredCache.submit_flush``."""
-        return self._job(self.core.submit_flush(durability))
+        loop = _loop_for("flush")
+        return AsyncJob(self.core.submit_flush(durability), loop)
 
     def register(self, memory: KVMemory) -> int:
         """As ``TieredCache.register``."""
@@ -286,8 +287,14 @@ class CacheManager:
             core = self._core
         return core is None or core.close(timeout_s)
 
-    def _job(self, job: Job[R]) -> AsyncJob[R]:
-        return AsyncJob(job, asyncio.get_running_loop())
+
+def _loop_for(verb: str) -> asyncio.AbstractEventLoop:
+    """The running loop; asked for before anything is submitted, whose pages nobody could tell when they are free."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        remedy = f"call it in a coroutine, or use core.submit_{verb}() without asyncio"
+        raise RuntimeError(f"{verb}(): no running event loop; {remedy}") from None
 
 
 def _loop_runs() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from kvtier import CacheManager, ClosedError, TieredCache
+from kvtier.dispatch import Dispatch
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import Arena, Machine
-from kvtier.testing.contents import tiny_layout
+from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
 TOKENS = list(range(LAYOUT.block_tokens + 1))
+OTHER_TOKENS = [7] * LAYOUT.block_tokens
 
 
 def settings(directory: Path) -> dict[str, Any]:
@@ -168,3 +171,27 @@ async def test_a_manager_that_was_not_entered_does_not_open_in_the_loop(gate: Ga
             use()
     assert gate.openings == 0
     assert await manager.close() is True
+
+
+@pytest.mark.parametrize("verb", ["load", "store", "prefetch", "flush"])
+def test_without_a_running_loop_nothing_is_submitted(verb: str) -> None:
+    """A job that had begun would use pages, and nobody could wait for it."""
+    manager = CacheManager({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m")
+    with manager.core as cache:
+        engine = PseudoEngine(LAYOUT, 4)
+        cache.submit_store(TOKENS, engine.pages).result(30)
+        hit = cache.lookup(TOKENS)
+        uses: dict[str, Callable[[], object]] = {
+            "load": lambda: manager.load(hit, engine.pages),
+            "store": lambda: manager.store(OTHER_TOKENS, engine.pages),
+            "prefetch": lambda: manager.prefetch(TOKENS),
+            "flush": manager.flush,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Dispatch, "submit", _no_job)
+            with pytest.raises(RuntimeError, match=rf"{verb}\(\): no running event loop.*core.submit_{verb}\(\)"):
+                uses[verb]()
+
+
+def _no_job(*_: object) -> None:
+    raise AssertionError("submitted")
