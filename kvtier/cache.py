@@ -119,7 +119,8 @@ class TieredCache:
         ``extra`` is content beyond the token ids, as (start, stop, digest).
 
         Raises:
-            ConfigError: token ids out of [0, 2^31), or not one dimension of integers.
+            ConfigError: token ids out of [0, 2^31), or not one dimension of integers; a name that cannot be printed.
+            ClosedError: this is another process than that of the cache.
         """
         return Keys.from_tokens(self._root(tenant, adapter), tokens, self.layout.block_tokens, extra)
 
@@ -133,7 +134,14 @@ class TieredCache:
         chained: bool = True,
         num_tokens: int | None = None,
     ) -> Keys:
-        """Keys of an engine's own block hashes; ``chained``: each extends the one before it."""
+        """Keys of an engine's own block hashes; ``chained``: each extends the one before it.
+
+        ``num_tokens`` is the length of the sequence; by default every full block may hit.
+
+        Raises:
+            ConfigError: a raw key is no bytes or comes twice, or another argument is not what it should be.
+            ClosedError: this is another process than that of the cache.
+        """
         root = self._root(tenant, adapter)
         return Keys.foreign(
             root, raw_keys, self.layout.block_tokens, engine=engine, chained=chained, num_tokens=num_tokens
@@ -142,7 +150,12 @@ class TieredCache:
     # --- looking up -------------------------------------------------------------------------------------------------
 
     def match(self, tokens: Prompt, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False) -> int:
-        """Tokens that ``lookup`` would find: no pin, no side effect, memory only."""
+        """Tokens that ``lookup`` would find: no pin, no side effect, memory only.
+
+        Raises:
+            ConfigError: as ``lookup``.
+            ClosedError: the cache is closed, or of another process.
+        """
         keys = self._keys(tokens, tenant, adapter)
         start, exact = checked_start(keys, start), flag("exact", exact)
         self._check_open()
@@ -163,6 +176,11 @@ class TieredCache:
         """Pin the longest stored prefix beyond ``start``, which the engine holds itself. Never waits.
 
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
+
+        Raises:
+            ConfigError: tokens as ``keys``, or keys of another block size, tenant or adapter; ``start`` is beyond the
+                sequence, ``owner`` cannot be hashed, or a word or flag is none.
+            ClosedError: the cache is closed, or of another process.
         """
         keys = self._keys(tokens, tenant, adapter)
         start, exact = checked_start(keys, start), flag("exact", exact)
@@ -180,7 +198,12 @@ class TieredCache:
         return Hit(lease, start, self._release, self)
 
     def session(self, session: str) -> Session:
-        """Hints about a conversation, by the name that ``lookup(session=)`` was given."""
+        """Hints about a conversation, by the name that ``lookup(session=)`` was given.
+
+        Raises:
+            ConfigError: the name is no string.
+            ClosedError: this is another process than that of the cache.
+        """
         self._check_here()
         name = checked_string("session", session)
         with self._lock:
@@ -280,6 +303,10 @@ class TieredCache:
         It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
         left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
         loads them takes those that have come from host memory, and reads the others itself.
+
+        Raises:
+            ConfigError: ``to`` is not ``host``, ``deadline_s`` no time above 0, or tokens or keys as ``lookup``.
+            ClosedError: the cache is closed, or of another process.
         """
         if not isinstance(to, str) or to != "host":
             raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
@@ -293,14 +320,24 @@ class TieredCache:
         return self._dispatch.submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
-        """Everything stored so far reaches ``durability``."""
+        """Everything stored so far reaches ``durability``, as in ``submit_store``.
+
+        Raises:
+            ConfigError: there is no such level.
+            ClosedError: the cache is closed, or of another process.
+        """
         if client is not None:
             _check_client(client)
         self._check_open()
         return self._dispatch.submit(FlushWish.of(durability_of(durability)), _NO_SPAN, None, client)
 
     def flush(self, durability: str = "process", timeout_s: float | None = None) -> FlushResult:
-        """``submit_flush``, waited for; TimeoutError when it takes longer than ``timeout_s``."""
+        """``submit_flush``, waited for.
+
+        Raises:
+            TimeoutError: it takes longer than ``timeout_s`` seconds; it goes on.
+            ConfigError, ClosedError: as ``submit_flush``.
+        """
         return self.submit_flush(durability).result(timeout_s)
 
     # --- the engine's memory ----------------------------------------------------------------------------------------
@@ -309,6 +346,10 @@ class TieredCache:
         """Make ``memory`` known on every rank for good; returns its number for page tables.
 
         ``KVPages`` of memory that was not registered are registered for the time of each job.
+
+        Raises:
+            ConfigError: it is no engine memory, it is of another layout, or ranks disagree on its number.
+            ClosedError: the cache is closed, or of another process.
         """
         if not isinstance(memory, KVMemory):
             raise ConfigError(f"memory = {memory!r}: want engine memory, such as PagedTensors or DenseKV")
@@ -317,7 +358,11 @@ class TieredCache:
             return self._memories.use(memory)
 
     def unregister(self, memory: KVMemory) -> None:
-        """Forget ``memory`` once no job uses it that was given ``KVPages``; jobs that name it by number end first."""
+        """Forget ``memory`` once no job uses it that was given ``KVPages``; jobs that name it by number end first.
+
+        Raises:
+            ClosedError: this is another process than that of the cache.
+        """
         self._check_here()
         with self._lock:
             self._memories.let_go(memory)
@@ -332,7 +377,12 @@ class TieredCache:
         return Client()
 
     def set_weights_version(self, version: str) -> None:
-        """From now on KV of any other version is a miss, in every tier, at once."""
+        """From now on KV of any other version is a miss, in every tier, at once.
+
+        Raises:
+            ConfigError: ``version`` is no string.
+            ClosedError: the cache is closed, or of another process.
+        """
         checked = checked_string("weights_version", version)
         self._check_open()
         self._dispatch.decide(lambda: self._planner.set_weights_version(checked))
@@ -341,6 +391,9 @@ class TieredCache:
         """Blocks that came and went since the last call; the first call begins to listen.
 
         Of more than 262,144 blocks the oldest are dropped; the counter ``dropped_events`` says how many.
+
+        Raises:
+            ClosedError: this is another process than that of the cache.
         """
         self._check_here()
         with self._lock:
@@ -349,7 +402,11 @@ class TieredCache:
         return events_of(batches)
 
     def samples(self) -> list[Sample]:
-        """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``."""
+        """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``.
+
+        Raises:
+            ClosedError: this is another process than that of the cache.
+        """
         self._check_here()
         with self._lock:
             counters, levels = self._planner.counters(), self._planner.levels()
@@ -364,7 +421,11 @@ class TieredCache:
         return sorted(found, key=lambda sample: sample.name)
 
     def stats(self) -> dict[str, float]:
-        """``samples`` as one dict; names end in their unit, labels stand in braces."""
+        """``samples`` as one dict; names end in their unit, labels stand in braces.
+
+        Raises:
+            ClosedError: as ``samples``.
+        """
         return {str(sample): sample.value for sample in self.samples()}
 
     def close(self, timeout_s: float = 30.0) -> bool:

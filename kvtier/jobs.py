@@ -30,7 +30,8 @@ class LoadResult:
     """Tokens [start, ok_tokens) are in engine memory.
 
     ``by_tier`` counts them by where they came from; ``failed`` is the tokens behind them by reason (lower case), such
-    as ``{"damaged": 64}``: the caller computes them.
+    as ``{"damaged": 64}``: the caller computes them. ``nbytes`` is what was moved: whole records in 4 KiB pages, with
+    their header pages, also where only part of a block was wanted.
     """
 
     ok_tokens: int
@@ -41,7 +42,10 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class StoreResult:
-    """Tokens of the full blocks in range: ``stored`` + ``existing`` + ``refused``; ``failed`` is refused by reason."""
+    """Tokens of the full blocks in range: ``stored`` + ``existing`` + ``refused``; ``failed`` is refused by reason.
+
+    ``nbytes`` is what was moved to host memory: whole records in 4 KiB pages, with their header pages.
+    """
 
     stored: int
     existing: int

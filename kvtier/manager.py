@@ -129,7 +129,14 @@ class CacheManager:
         return await asyncio.shield(asyncio.to_thread(self._close, timeout_s))
 
     def keys(self, tokens: TokenIds, *, tenant: str = "", adapter: str = "", extra: Iterable[Extra] = ()) -> Keys:
-        """As ``TieredCache.keys``."""
+        """Keys of ``tokens``, to be hashed once and appended to; every verb takes them in place of tokens.
+
+        ``extra`` is content beyond the token ids, as (start, stop, digest).
+
+        Raises:
+            ConfigError: token ids out of [0, 2^31), or not one dimension of integers; a name that cannot be printed.
+            ClosedError: the cache is not open yet, or of another process.
+        """
         return self.core.keys(tokens, tenant=tenant, adapter=adapter, extra=extra)
 
     def foreign_keys(
@@ -142,7 +149,14 @@ class CacheManager:
         chained: bool = True,
         num_tokens: int | None = None,
     ) -> Keys:
-        """As ``TieredCache.foreign_keys``."""
+        """Keys of an engine's own block hashes; ``chained``: each extends the one before it.
+
+        ``num_tokens`` is the length of the sequence; by default every full block may hit.
+
+        Raises:
+            ConfigError: a raw key is no bytes or comes twice, or another argument is not what it should be.
+            ClosedError: the cache is not open yet, or of another process.
+        """
         return self.core.foreign_keys(
             raw_keys, engine=engine, tenant=tenant, adapter=adapter, chained=chained, num_tokens=num_tokens
         )
@@ -150,7 +164,12 @@ class CacheManager:
     def match(
         self, tokens: TokenIds | Keys, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False
     ) -> int:
-        """As ``TieredCache.match``."""
+        """Tokens that ``lookup`` would find: no pin, no side effect, memory only; a plain call.
+
+        Raises:
+            ConfigError: as ``lookup``.
+            ClosedError: the cache is closed, or not open yet.
+        """
         return self.core.match(tokens, tenant=tenant, adapter=adapter, start=start, exact=exact)
 
     def lookup(
@@ -164,7 +183,15 @@ class CacheManager:
         session: str | None = None,
         owner: Hashable | None = None,
     ) -> Hit:
-        """As ``TieredCache.lookup``."""
+        """Pin the longest stored prefix beyond ``start``, which the engine holds itself; a plain call that never waits.
+
+        ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
+
+        Raises:
+            ConfigError: tokens as ``keys``, or keys of another block size, tenant or adapter; ``start`` is beyond the
+                sequence, ``owner`` cannot be hashed, or a word or flag is none.
+            ClosedError: the cache is closed, or not open yet.
+        """
         return self.core.lookup(
             tokens, tenant=tenant, adapter=adapter, start=start, exact=exact, session=session, owner=owner
         )
@@ -179,7 +206,16 @@ class CacheManager:
         priority: str = "demand",
         deadline_s: float | None = None,
     ) -> AsyncJob[LoadResult]:
-        """As ``TieredCache.submit_load``: the job to be awaited, or waited for part by part."""
+        """Bring tokens [start, stop) of ``hit`` into engine memory; by default all that it found.
+
+        The job goes on by itself: await it, or wait for it part by part. ``deadline_s`` (seconds from now; default
+        ``read.deadline_s``) ends it with what is there by then.
+
+        Raises:
+            RuntimeError: no event loop runs; nothing was submitted.
+            ConfigError: the range is not within the hit, or the pages do not fit it.
+            ClosedError: the cache is closed, or not open yet.
+        """
         loop = _loop_for("load")
         job = self.core.submit_load(hit, pages, start=start, stop=stop, priority=priority, deadline_s=deadline_s)
         return AsyncJob(job, loop)
@@ -196,7 +232,17 @@ class CacheManager:
         durability: str = "memory",
         session: str | None = None,
     ) -> AsyncJob[StoreResult]:
-        """As ``TieredCache.submit_store``."""
+        """Keep the full blocks in [start, len(tokens)); what is kept or being stored already is not moved again.
+
+        The job goes on by itself; the pages are its own until ``source_free``. ``derived_from`` is the hit that these
+        tokens were computed on top of. ``durability`` is the level of acknowledgement: ``memory``, ``process``
+        (survives kill -9) or ``durable`` (survives a power cut).
+
+        Raises:
+            RuntimeError: no event loop runs; nothing was submitted.
+            ConfigError: the pages do not fit, or a word is not known.
+            ClosedError: the cache is closed, or not open yet.
+        """
         loop = _loop_for("store")
         job = self.core.submit_store(
             tokens, pages, tenant=tenant, adapter=adapter, start=start, derived_from=derived_from,
@@ -213,42 +259,90 @@ class CacheManager:
         adapter: str = "",
         deadline_s: float | None = None,
     ) -> AsyncJob[PrefetchResult]:
-        """As ``TieredCache.submit_prefetch``."""
+        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
+
+        The job goes on by itself, for ``deadline_s`` seconds or, without that, as long as ``[prefetch]`` says; what is
+        not there by then is left on disk.
+
+        Raises:
+            RuntimeError: no event loop runs; nothing was submitted.
+            ConfigError: ``to`` is not ``host``, ``deadline_s`` no time above 0, or tokens or keys as ``lookup``.
+            ClosedError: the cache is closed, or not open yet.
+        """
         loop = _loop_for("prefetch")
         job = self.core.submit_prefetch(tokens, to=to, tenant=tenant, adapter=adapter, deadline_s=deadline_s)
         return AsyncJob(job, loop)
 
     def flush(self, durability: str = "process") -> AsyncJob[FlushResult]:
-        """As ``TieredCache.submit_flush``."""
+        """Everything stored so far reaches ``durability``, as in ``store``; the job goes on by itself.
+
+        Raises:
+            RuntimeError: no event loop runs; nothing was submitted.
+            ConfigError: there is no such level.
+            ClosedError: the cache is closed, or not open yet.
+        """
         loop = _loop_for("flush")
         return AsyncJob(self.core.submit_flush(durability), loop)
 
     def register(self, memory: KVMemory) -> int:
-        """As ``TieredCache.register``."""
+        """Make ``memory`` known for good; returns its number for page tables.
+
+        ``KVPages`` of memory that was not registered are registered for the time of each job.
+
+        Raises:
+            ConfigError: it is no engine memory, or of another layout.
+            ClosedError: the cache is closed, or not open yet.
+        """
         return self.core.register(memory)
 
     def unregister(self, memory: KVMemory) -> None:
-        """As ``TieredCache.unregister``."""
+        """Forget ``memory`` once no job uses it that was given ``KVPages``; jobs that name it by number end first.
+
+        Raises:
+            ClosedError: the cache is not open yet, or of another process.
+        """
         self.core.unregister(memory)
 
     def session(self, session: str) -> Session:
-        """As ``TieredCache.session``."""
+        """Hints about a conversation, by the name that ``lookup(session=)`` was given.
+
+        Raises:
+            ConfigError: the name is no string.
+            ClosedError: the cache is not open yet, or of another process.
+        """
         return self.core.session(session)
 
     def set_weights_version(self, version: str) -> None:
-        """As ``TieredCache.set_weights_version``."""
+        """From now on KV of any other version is a miss, in every tier, at once.
+
+        Raises:
+            ConfigError: ``version`` is no string.
+            ClosedError: the cache is closed, or not open yet.
+        """
         self.core.set_weights_version(version)
 
     def take_events(self) -> list[BlockEvent]:
-        """As ``TieredCache.take_events``."""
+        """Blocks that came and went since the last call; the first call begins to listen.
+
+        Raises:
+            ClosedError: the cache is not open yet, or of another process.
+        """
         return self.core.take_events()
 
     def samples(self) -> list[Sample]:
-        """As ``TieredCache.samples``."""
+        """Counters and levels, for ``kvtier.metrics.prometheus.PrometheusCollector``.
+
+        Raises:
+            ClosedError: the cache is not open yet, or of another process.
+        """
         return self.core.samples()
 
     def stats(self) -> dict[str, float]:
-        """As ``TieredCache.stats``."""
+        """``samples`` as one dict; names end in their unit, labels stand in braces.
+
+        Raises:
+            ClosedError: as ``samples``.
+        """
         return self.core.stats()
 
     async def _enter(self) -> None:

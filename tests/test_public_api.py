@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from inspect import isfunction
+
+import pytest
 
 import kvtier
 from kvtier import errors
@@ -62,3 +65,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, kvtier; print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("face", [kvtier.TieredCache, kvtier.CacheManager], ids=lambda face: face.__name__)
+def test_every_verb_of_a_cache_says_by_itself_what_it_does_and_raises(face: type) -> None:
+    """``help()`` of one does not send its reader to the other. What is left out raises nothing of its own."""
+    docs = {name: item.__doc__ or "" for name, item in vars(face).items() if isfunction(item) and name[0] != "_"}
+    silent = {"client", "close", "pump"}
+    assert [name for name, doc in docs.items() if "Raises:" not in doc and name not in silent] == []
+    assert [name for name, doc in docs.items() if not doc or "As ``TieredCache" in doc] == []
