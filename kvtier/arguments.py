@@ -88,8 +88,8 @@ def check_block_tokens(config: Config, layout: KVLayout) -> None:
     """
     if config.block_tokens not in (layout.block_tokens, Config.model_fields["block_tokens"].default):
         raise ConfigError(
-            f"block_tokens = {config.block_tokens}: the layout has {layout.block_tokens}, and a cache goes by its layout: "
-            "pass block_tokens=config.block_tokens to KVLayout.from_hf_config, or leave the key out"
+            f"block_tokens = {config.block_tokens}: the layout has {layout.block_tokens}, and a cache goes by its layout:"
+            " pass block_tokens=config.block_tokens to KVLayout.from_hf_config, or leave the key out"
         )
 
 
