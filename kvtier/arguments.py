@@ -88,7 +88,7 @@ def check_block_tokens(config: Config, layout: KVLayout) -> None:
     """
     if config.block_tokens not in (layout.block_tokens, Config.model_fields["block_tokens"].default):
         raise ConfigError(
-            f"block_tokens = {config.block_tokens}: the layout has {layout.block_tokens}, and a cache goes by its layout:"
+            f"block_tokens = {config.block_tokens}: the layout has {layout.block_tokens}, and a cache goes by that:"
             " pass block_tokens=config.block_tokens to KVLayout.from_hf_config, or leave the key out"
         )
 
