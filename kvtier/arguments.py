@@ -53,7 +53,7 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
     """Seconds from now.
 
     Raises:
-        ConfigError: not a number above zero, or one of which nobody lives to see the end.
+        ConfigError: not a number above zero, or more than thirty years.
     """
     if deadline_s is None:
         return default_s

@@ -54,7 +54,8 @@ _NO_SPAN: Final = range(0)
 class TieredCache:
     """A cache for synchronous callers, in as many threads as they like. A context manager that closes.
 
-    It is of the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
+    Close it: until then its threads go on, and what the write policy kept back from the disk is lost with the process.
+    It belongs to the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class Dispatch:
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
         self._on_attach: list[Event] = []
-        self._turn = Turn(runtime.lock())  # this thread's: data planes have news before they are made
+        self._turn = Turn(runtime.lock())  # ours until all is made: planes have news before they can be asked
         self.channels = tuple(make_channels(self.pump))
         self.memories = Memories(self.channels)
         self._take_turn()

@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @app.command()
 def check(file: Annotated[Path, typer.Argument(help="TOML file")], *, as_json: Json = False) -> None:
-    """Print the settings that FILE comes to; exit status 2 and a message where it is wrong."""
+    """Print the settings that are in effect with FILE; exit status 2 and a message where it is wrong."""
     config = load_config(file)
     if as_json:
         typer.echo(json.dumps(config.model_dump(mode="json")))

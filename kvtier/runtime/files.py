@@ -18,7 +18,7 @@ _locked: set[int] = set()
 
 
 class SystemFiles:
-    """``seam.Files`` on system calls; holds no state, so any number of threads may share one."""
+    """``seam.Files`` on system calls; any number of threads may share one: all that it knows is of the process."""
 
     def make_directory(self, path: str) -> None:
         """Create it and its parents where missing, mode 0700 for what is created; durable when it returns."""

@@ -1,4 +1,4 @@
-"""The real machine in one hand."""
+"""The real machine: everything that the seam names."""
 
 from __future__ import annotations
 

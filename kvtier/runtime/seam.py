@@ -213,7 +213,7 @@ class Arena(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """All of the seam in one hand: what a data plane is built on.
+    """All of the seam together: what a data plane is built on.
 
     ``arena(name, nbytes)`` makes an arena; ``io_engine(name, threads)`` makes an engine of the configured kind.
     ``owner`` says for people which process this is.

@@ -17,7 +17,7 @@ from kvtier.codecs.base import pages_of
 from kvtier.codecs.checksums import content_sum, page_sum
 from kvtier.codecs.record import NONCE_BYTES
 from kvtier.core.memory import Bytes1D
-from kvtier.core.plan import PAGE_BYTES, Table
+from kvtier.core.plan import PAGE_BYTES, RECOVERED, Table
 from kvtier.errors import CorruptBlockError
 
 FORMAT_MAJOR: Final = 1
@@ -35,23 +35,8 @@ _SUPERBLOCK: Final = Struct(
 _SEGMENT: Final = Struct("<12xIiiq16s16s32s")  # state, segment, pages, generation, uuid, nonce, placement
 _TAIL: Final = Struct("<12xIiiq16s16s")  # bytes of an entry, segment, count, generation, nonce, sum of the entries
 
-ENTRY: Final = np.dtype(
-    [
-        ("key", "u1", (32,)),
-        ("parent", "u1", (32,)),
-        ("group", "<u2"),
-        ("lineage", "u1"),
-        ("unused", "u1"),
-        ("depth", "<i4"),
-        ("tokens", "<i4"),
-        ("segment", "<i4"),
-        ("page", "<i4"),
-        ("pages", "<i4"),
-        ("generation", "<i8"),
-        ("sequence", "<i8"),
-    ]
-)
-"""One record in a footer, 104 bytes. The same columns as ``core.plan.RECOVERED``, so that recovery copies nothing."""
+ENTRY: Final = RECOVERED
+"""One record in a footer, 104 bytes: recovery hands it on as it is."""
 
 
 class SegmentState(IntEnum):

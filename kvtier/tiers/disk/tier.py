@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.core.memory import Bytes1D
-from kvtier.core.plan import PAGE_BYTES, RECOVERED, Table
+from kvtier.core.plan import PAGE_BYTES, Table
 from kvtier.errors import TierError
 from kvtier.models import KVLayout
 from kvtier.runtime.seam import Event, Files, Runtime
@@ -223,7 +223,7 @@ class DiskTier:
             if found is not None:
                 self._count(found)
                 if len(found.entries):
-                    yield found.entries.astype(RECOVERED)
+                    yield found.entries.copy()
         if self._directory.read_only:
             self._book.health.standing_reason = "made by a newer version of kvtier: it is read, and not written"
         else:
