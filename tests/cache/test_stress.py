@@ -21,11 +21,13 @@ SIZE = LAYOUT.block_tokens
 TASKS, THREADS = 32, 8
 
 
-def config(directory: Path, write: str) -> dict[str, object]:
+def config(directory: Path, write: str, codec: str) -> dict[str, object]:
+    """With a codec, loads compete with spills for staging: what they read is not kept."""
     return {
         "host": {"capacity": "512KiB", "staging": "1MiB"},
-        "disk": {"directories": [str(directory)], "capacity": "8MiB", "segment": "1MiB"},
+        "disk": {"directories": [str(directory)], "capacity": "8MiB", "segment": "1MiB", "codec": codec},
         "policy": {"write": write},
+        "read": {"promote": codec == "raw"},
     }
 
 
@@ -151,10 +153,10 @@ def assert_nothing_left(cache: TieredCache) -> None:
     assert not [name for name in stats if name.startswith(("damaged_reads", "failed_pieces"))]
 
 
-async def stress(directory: Path, write: str, seed: int, operations: int) -> Seen:
+async def stress(directory: Path, write: str, seed: int, operations: int, codec: str = "raw") -> Seen:
     seen = Seen()
     before = set(threading.enumerate())
-    async with CacheManager(config(directory, write), LAYOUT, "stress") as cache:
+    async with CacheManager(config(directory, write, codec), LAYOUT, "stress") as cache:
         threads = run_threads(cache.core, seed, operations // 2, seen)
         await asyncio.gather(*(async_user(cache, n, seed, operations // 2, seen) for n in range(TASKS)))
         await asyncio.to_thread(lambda: [thread.join() for thread in threads])
@@ -180,6 +182,11 @@ def check(seen: Seen, operations: int) -> None:
 async def test_every_loaded_byte_belongs_to_its_key_and_nothing_is_left(tmp_path: Path, write: str) -> None:
     """32 tasks and 8 threads with overlapping prefixes, deadlines and cancellation at random points."""
     check(await stress(tmp_path, write, seed=1, operations=10_240), 10_000)
+
+
+@pytest.mark.timeout(300)
+async def test_the_same_with_records_that_are_encoded_on_their_way_to_disk(tmp_path: Path) -> None:
+    check(await stress(tmp_path, "write_back", seed=3, operations=5_120, codec="raw+lz4"), 5_000)
 
 
 @pytest.mark.stress
