@@ -58,18 +58,16 @@ class Journeys:
         wanted = keys.rows()[: 0 if stale else wish.stop]
         groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
         blocks = min(map(len, groups))
-        waiting = ticket if wish.waits else None
-        hop = self._hop(PlanKind.FETCH, [entries[:blocks] for entries in groups], 0, waiting)
-        elsewhere = state.index.host_ranks[hop.entries] == 0
+        found = self._hop(PlanKind.FETCH, [own[:blocks] for own in groups], 0, ticket if wish.waits else None)
+        missing = self._only(found, state.index.host_ranks[found.entries] == 0)
         ticket.cover(blocks, Outcome.EXISTING)
-        for block in hop.blocks[elsewhere].tolist():
+        for block in missing.blocks.tolist():
             ticket.outcome[block] = Outcome.WAITING if wish.waits else Outcome.PENDING
-        hop = Hop(hop.plan_id, hop.kind, hop.entries[elsewhere], hop.blocks[elsewhere], hop.ranks, hop.version, waiting)
-        placed = self._target(hop)
-        for block in hop.blocks[~placed].tolist():
+        placed = self._target(missing)
+        for block in missing.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
         if placed.any():
-            state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=wish.deadline_s)
+            state.send(self._only(missing, placed), priority=Priority.PREFETCH, deadline_s=wish.deadline_s)
         self._stages.advance(ticket)
 
     # --- flush ------------------------------------------------------------------------------------------------------
