@@ -13,6 +13,8 @@ MIN_RECORDS: Final = 8
 """Records of the largest group that a segment holds at least: at the end of a segment up to one record is wasted."""
 MIN_SEGMENTS: Final = 4
 """One that is written, one that is clean, and some that hold blocks."""
+MOST_SEGMENTS: Final = 1_000_000
+"""Their files have numbers of six digits."""
 FULL_SEGMENTS: Final = 64
 """How many segments a capacity is cut into before they become larger than the smallest good size."""
 SMALLEST_GOOD_PAGES: Final = (64 << 20) // PAGE_BYTES
@@ -39,10 +41,11 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     ``record_pages`` is the largest raw record of the layout.
 
     Raises:
-        ConfigError: a segment would hold fewer than 8 records, or the capacity fewer than 4 segments.
+        ConfigError: a segment would hold fewer than 8 records, or the capacity fewer than 4 segments or more than a
+            million.
     """
     capacity_pages = capacity_bytes // PAGE_BYTES
-    least = pages_with(MIN_RECORDS, record_pages)
+    least = max(pages_with(MIN_RECORDS, record_pages), -(-capacity_pages // MOST_SEGMENTS))
     if capacity_pages < MIN_SEGMENTS * least:
         raise ConfigError(
             f"disk.capacity = {capacity_bytes} per directory: too small for {MIN_SEGMENTS} segments of {MIN_RECORDS} "
@@ -55,7 +58,8 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     if not least <= pages <= capacity_pages // MIN_SEGMENTS:
         raise ConfigError(
             f"disk.segment = {segment_bytes}: {MIN_RECORDS} records of {record_pages * PAGE_BYTES} bytes have to fit "
-            f"into a segment and {MIN_SEGMENTS} segments into disk.capacity = {capacity_bytes} per directory; set "
+            f"into a segment, and {MIN_SEGMENTS} to {MOST_SEGMENTS} segments are to make up disk.capacity = "
+            f"{capacity_bytes} per directory; headers and footer take room, too. Set "
             f'it to between {least * PAGE_BYTES} and {capacity_pages // MIN_SEGMENTS * PAGE_BYTES}, or to "auto"'
         )
     return pages

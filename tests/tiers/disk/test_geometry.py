@@ -47,6 +47,12 @@ def test_a_given_segment_is_taken_or_refused_with_the_range_that_would_do(
         assert pages_with(8, record) <= pages <= capacity // 4096 // 4
 
 
+def test_there_are_no_more_segments_than_their_files_have_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"disk\.segment = 1048576: .* 1000000 segments .*Set it to between \d+"):
+        segment_pages_for(2, TIB, MIB)
+    assert TIB // (4096 * segment_pages_for(2, TIB, 2 * MIB)) < 1_000_000
+
+
 def test_too_small_a_capacity_says_how_much_it_takes() -> None:
     with pytest.raises(
         ConfigError, match=r"disk\.capacity = 1000000 per directory: .* set it to at least (\d+)"
