@@ -47,10 +47,10 @@ class MemfdArena:
             # A process that shrank it would kill the others with SIGBUS.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self._map(fd, nbytes)
+            _in_runs(self.data, _clear)
         except BaseException:
             os.close(fd)
             raise
-        _in_runs(self.data, _clear)
 
     @classmethod
     def attach(cls, fd: int) -> MemfdArena:
@@ -64,11 +64,11 @@ class MemfdArena:
         try:
             nbytes = os.fstat(own).st_size
             arena._map(own, nbytes)
+            # The other side may be writing: reading maps a shared page just as well, and for writing, too.
+            _in_runs(arena.data, lambda run: run[::PAGE_BYTES].max())
         except BaseException:
             os.close(own)
             raise
-        # The other side may be writing: reading maps a shared page just as well, and for writing, too.
-        _in_runs(arena.data, lambda run: run[::PAGE_BYTES].max())
         return arena
 
     @property

@@ -8,6 +8,7 @@ directories going and ends what is past its deadline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Final
 
@@ -31,7 +32,7 @@ from kvtier.core.plan import (
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
-from kvtier.runtime.seam import Buffer, Event, Machine, Worker
+from kvtier.runtime.seam import Arena, Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.endpoint import table_fits
 from kvtier.transfer.gathering import StoreRun
@@ -56,6 +57,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
 _IDLE_THREADS_S: Final = 5.0
+"""For threads that nothing is under way in: they were told to end, and only have to be given a core to do it on."""
 _LOOK_AGAIN_S: Final = 0.1
 """Who closes looks so often whether all is over: of several who do, only one hears of the last run's end."""
 
@@ -72,16 +74,18 @@ class DataPlane:
         rank: int = 0,
         incarnation: int = 1,
         on_news: Callable[[], None] = lambda: None,
-        pin: Callable[[Buffer], None] = lambda buffer: None,
+        pin: Callable[[Buffer], Callable[[], None]] = lambda buffer: lambda: None,
         tables_are_checked: bool = False,
     ) -> None:
         """Make the arenas, open the directories, start the threads. ``on_news`` is called, without a lock, whenever
-        ``poll`` has something; ``pin`` page-locks an arena for a GPU. With ``tables_are_checked`` whoever sends plans
-        has compared every page table with its memory; else that is done here.
+        ``poll`` has something; ``pin`` page-locks an arena for a GPU and returns what undoes it. With
+        ``tables_are_checked`` whoever sends plans has compared every page table with its memory; else that is done
+        here. What raises leaves nothing open.
 
         Raises:
             CapacityError: a block is larger than a tier.
-            TierError: a directory cannot be used.
+            ConfigError: an arena is larger than the memory that is free.
+            TierError: a directory cannot be used, or an arena cannot be pinned.
         """
         self.rank = rank
         self._config = config
@@ -99,24 +103,21 @@ class DataPlane:
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
         _check_host(config, record_pages)
-        host = machine.arena("host", config.host.capacity // PAGE_BYTES * PAGE_BYTES)
-        staging = machine.arena("staging", Staging.arena_bytes(config.host.staging, record_pages))
-        headers = machine.arena("headers", _HEADER_PAGES * PAGE_BYTES)
-        self._arenas = (host, staging, headers)
-        for arena in (host, staging):
-            pin(arena.data)
-        self._equipment = Equipment(
-            rank=rank, incarnation=incarnation, layout=layout, verify_memory=config.read.verify_memory,
-            clock=machine.runtime.clock, host=host, staging=Staging(staging, record_pages),
-            headers=Staging(headers, 1, shares=False), paths=[],
-            metrics=Metrics(machine.runtime.lock(), max_series=config.metrics.max_series),
-        )  # fmt: skip
-        try:
-            self._open_directories(layout)
-        except BaseException:
-            self._give_back()
-            raise
-        self._start()
+        with ExitStack() as held:
+            host = _make_arena(machine, "host", config.host.capacity // PAGE_BYTES * PAGE_BYTES, held)
+            staging = _make_arena(machine, "staging", Staging.arena_bytes(config.host.staging, record_pages), held)
+            headers = _make_arena(machine, "headers", _HEADER_PAGES * PAGE_BYTES, held)
+            for arena in (host, staging):
+                held.callback(pin(arena.data))  # undone before the arena goes: CUDA forgets no address by itself
+            self._equipment = Equipment(
+                rank=rank, incarnation=incarnation, layout=layout, verify_memory=config.read.verify_memory,
+                clock=machine.runtime.clock, host=host, staging=Staging(staging, record_pages),
+                headers=Staging(headers, 1, shares=False), paths=[],
+                metrics=Metrics(machine.runtime.lock(), max_series=config.metrics.max_series),
+            )  # fmt: skip
+            self._open_directories(layout, held)
+            self._start(held)
+            self._held = held.pop_all()
 
     # --- the engine's memory ----------------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class DataPlane:
             return False
         if self._end_all():
             self._on_news()
-            self._give_back()
+            self._held.close()
         return True
 
     def _end_all(self) -> bool:
@@ -252,14 +253,6 @@ class DataPlane:
                 run.end(Reason.CLOSED)
             self._gone = True
             return True
-
-    def _give_back(self) -> None:
-        """Close what no thread uses any more."""
-        for path in self._equipment.paths:
-            path.lane.engine.close(_IDLE_THREADS_S)
-            path.tier.close()
-        for arena in self._arenas:
-            arena.close()
 
     def _drain(self, timeout_s: float) -> None:
         """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may."""
@@ -277,14 +270,20 @@ class DataPlane:
 
     # --- threads ----------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        runtime, threads = self._machine.runtime, self._config.host.copy_threads
-        for number in range(threads):
-            wake = runtime.event()
-            self._workers.append(runtime.spawn(f"copy-{number}", partial(self._step, wake), wake))
+    def _start(self, held: ExitStack) -> None:
+        for number in range(self._config.host.copy_threads):
+            wake = self._machine.runtime.event()
+            self._spawn(held, f"copy-{number}", partial(self._step, wake), wake)
         for path in self._equipment.paths:
             path.lane.engine.ready = _WakeOne(self)
-        self._workers.append(runtime.spawn("housekeeping", self._housekeep, self._chores, _HOUSEKEEPING_S))
+        self._spawn(held, "housekeeping", self._housekeep, self._chores, _HOUSEKEEPING_S)
+
+    def _spawn(
+        self, held: ExitStack, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None = None
+    ) -> None:
+        worker = self._machine.runtime.spawn(name, step, wake, idle_s)
+        self._workers.append(worker)
+        held.callback(worker.stop, _IDLE_THREADS_S)
 
     def _step(self, wake: Event) -> bool:
         """One piece of work, if there is any."""
@@ -352,7 +351,7 @@ class DataPlane:
 
     # --- directories ------------------------------------------------------------------------------------------------
 
-    def _open_directories(self, layout: KVLayout) -> None:
+    def _open_directories(self, layout: KVLayout, held: ExitStack) -> None:
         config, equipment = self._config, self._equipment
         directories = config.disk.directories
         recovered: list[Recovered] = []
@@ -365,10 +364,13 @@ class DataPlane:
                 owner=self._machine.owner,
             )  # fmt: skip
             tier.wake = self._chores
-            for rows in tier.open():
+            found = tier.open()
+            held.callback(tier.close)
+            for rows in found:
                 rows["segment"] = global_segment(number, 0) + rows["segment"]
                 recovered.append(Recovered(self.rank, equipment.incarnation, rows))
             engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
+            held.callback(engine.close, _IDLE_THREADS_S)
             equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, threads=config.disk.io_threads)))
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
@@ -376,7 +378,7 @@ class DataPlane:
         equipment.outbox.append(
             Hello(
                 rank=self.rank, incarnation=equipment.incarnation, placement=layout.placement,
-                host_pages=self._arenas[0].data.nbytes // PAGE_BYTES,
+                host_pages=equipment.host.data.nbytes // PAGE_BYTES,
                 disk_bytes=sum(tier.capacity_bytes for tier in tiers),
                 segment_bytes=max((tier.segment_bytes for tier in tiers), default=0), directories=directories,
             )
@@ -404,6 +406,12 @@ class DataPlane:
         equipment.outbox.append(
             LaneRate(self.rank, equipment.incarnation, lane.name, lane.bytes_per_s, lane.queued_bytes)
         )
+
+
+def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Arena:
+    arena = machine.arena(name, nbytes)
+    held.callback(arena.close)
+    return arena
 
 
 def _check_host(config: Config, record_pages: int) -> None:

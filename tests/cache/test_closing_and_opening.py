@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,15 @@ def test_a_failed_opening_gives_back_what_it_took(tmp_path: Path) -> None:
     assert not set(threading.enumerate()) - before
     with TieredCache(settings(tmp_path / "a"), LAYOUT, "m"):
         pass
+
+
+def test_memory_that_no_gpu_is_there_to_pin_for_is_given_back_at_every_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(TierError, match=r"host\.pin"):
+            TieredCache({"host": {"capacity": "16MiB", "staging": "1MiB", "pin": "on"}}, LAYOUT, "m")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_two_directories_share_the_writes(tmp_path: Path) -> None:
