@@ -40,6 +40,7 @@ from kvtier.models.layout import KVLayout
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
+from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
@@ -49,6 +50,8 @@ Prompt: TypeAlias = TokenIds | Keys
 log = logging.getLogger(__name__)
 
 _NO_SPAN: Final = range(0)
+_ENDING_SHARE: Final = 0.2
+"""Of the time that closing has: kept for ending what is under way on a disk that could not take all in the rest."""
 
 
 class TieredCache:
@@ -432,20 +435,22 @@ class TieredCache:
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
-        False: time ran out, and jobs may be under way still. They end when it is called again, with more of it.
+        ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
+        when it is called again, with more of it.
         In a child of the process that opened it nothing happens: all of it is the parent's.
         """
         if not self._process.is_here:
             return True
+        deadline = Deadline(self._clock, timeout_s)
         if self.config.disk.directories and not self._dispatch.closed:
-            self._flush_at_close(timeout_s)
-        return self._dispatch.close(timeout_s)
+            self._flush_at_close(timeout_s * (1 - _ENDING_SHARE))
+        return self._dispatch.close(deadline.left_s())
 
     def _flush_at_close(self, timeout_s: float) -> None:
         try:
             result = self.flush("process", timeout_s)
         except TimeoutError:
-            log.warning("close: the disk did not take everything within %s s; what is not on it is lost", timeout_s)
+            log.warning("close: the disk did not take everything within %g s; what is not on it is lost", timeout_s)
             return
         if not result.ok:
             log.warning("close: some blocks could not be written to disk (%s); they are lost", result.reason)

@@ -39,7 +39,7 @@ class Channel(Protocol):
         """Counters and levels of the rank."""
 
     def close(self, timeout_s: float) -> bool:
-        """Stop the rank; True when nothing was left behind."""
+        """Stop the rank, within ``timeout_s`` (0: look, and do not wait); True when nothing was left behind."""
 
 
 class LocalChannel:

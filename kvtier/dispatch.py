@@ -21,6 +21,7 @@ from kvtier.jobs import AnyJob, Client, Job, JobControl, R, tell
 from kvtier.memories import Memories
 from kvtier.models.layout import KVLayout
 from kvtier.planner import Planner, Ticket, Wish
+from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Event, Runtime
 from kvtier.turn import Turn
 
@@ -125,10 +126,14 @@ class Dispatch:
                 raise TimeoutError(f"{ready} after {timeout_s} s")
 
     def close(self, timeout_s: float) -> bool:
-        """Take no more wishes, end every job, close the data planes; True when nothing was left behind."""
+        """Take no more wishes, end every job, close the data planes; True when nothing was left behind.
+
+        ``timeout_s`` is for all of them: each gets what those before it left.
+        """
+        deadline = Deadline(self._runtime.clock, timeout_s)
         with self.lock:
             self.closed = True
-        closed = [channel.close(timeout_s) for channel in self.channels]
+        closed = [channel.close(deadline.left_s()) for channel in self.channels]
         self.pump()
         return all(closed)
 

@@ -32,6 +32,7 @@ from kvtier.core.plan import (
 from kvtier.errors import CapacityError, ConfigError
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
+from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Arena, Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.endpoint import table_fits
@@ -218,8 +219,10 @@ class DataPlane:
     def close(self, timeout_s: float) -> bool:
         """Stop taking plans, end what is under way, close the directories; True when nothing was left behind.
 
-        What does not end in time keeps its buffers; calling again goes on waiting for it.
+        It waits for ``timeout_s`` in all. What does not end in time keeps its buffers; calling again goes on waiting
+        for it.
         """
+        deadline = Deadline(self._equipment.clock, timeout_s)
         with self._lock:
             if self._gone:
                 return True
@@ -230,11 +233,11 @@ class DataPlane:
             self._equipment.kick()
         self._on_news()
         if self._working:
-            self._drain(timeout_s)
+            self._drain(deadline)
         # Engines first: the copy threads are still there to take in what was in flight.
-        stuck = sum(path.lane.engine.close(timeout_s) for path in self._equipment.paths)
+        stuck = sum(path.lane.engine.close(deadline.left_s()) for path in self._equipment.paths)
         self._working = False  # whoever closes a second time waits for the engines alone: nobody drains any more
-        stopped = [worker.stop(timeout_s) for worker in self._workers]
+        stopped = [worker.stop(deadline.left_s()) for worker in self._workers]
         if stuck or not all(stopped):
             return False
         if self._end_all():
@@ -254,17 +257,16 @@ class DataPlane:
             self._gone = True
             return True
 
-    def _drain(self, timeout_s: float) -> None:
+    def _drain(self, deadline: Deadline) -> None:
         """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may."""
-        deadline_s = self._equipment.clock.monotonic() + timeout_s
         while True:
             self._progress.clear()
             with self._lock:
                 self._equipment.kick()
                 if all(run.final for run in self._runs.values()):
                     return
-            left_s = deadline_s - self._equipment.clock.monotonic()
-            if left_s <= 0:
+            left_s = deadline.left_s()
+            if not left_s:
                 return
             self._progress.wait(min(left_s, _LOOK_AGAIN_S))
 
