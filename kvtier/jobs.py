@@ -30,7 +30,8 @@ class LoadResult:
     """Tokens [start, ok_tokens) are in engine memory.
 
     ``by_tier`` counts them by where they came from; ``failed`` is the tokens behind them by reason (lower case), such
-    as ``{"damaged": 64}``: the caller computes them. ``nbytes`` is what was moved: whole records in 4 KiB pages, with
+    as ``{"damaged": 64}``: the caller computes them (``engine_error``: the engine's own memory raised when it was
+    written to; the log has the traceback). ``nbytes`` is what was moved: whole records in 4 KiB pages, with
     their header pages, also where only part of a block was wanted.
     """
 
@@ -44,6 +45,7 @@ class LoadResult:
 class StoreResult:
     """Tokens of the full blocks in range: ``stored`` + ``existing`` + ``refused``; ``failed`` is refused by reason.
 
+    ``engine_error``: the engine's own memory raised when it was read; the log has the traceback.
     ``nbytes`` is what was moved to host memory: whole records in 4 KiB pages, with their header pages.
     """
 

@@ -106,6 +106,7 @@ class Reason(IntEnum):
     RETIRED = 6  # the weights version changed under way
     REFUSED = 7  # over a budget
     CLOSED = 8  # the cache was closed
+    ENGINE_ERROR = 9  # the engine's own memory raised when it was to be read or written
 
 
 ROW = np.dtype(

@@ -310,7 +310,7 @@ class DataPlane:
             result = piece.work()
         except BaseException as error:  # the one boundary: what a codec or engine memory throws is a failed row
             result = RuntimeError(f"a piece of work failed: {error!r}")
-            self._equipment.metrics.add("failed_pieces", error=type(error).__name__)
+            self._equipment.faults.tell("a piece of work failed", error)
         with self._lock:
             piece.finish(result)
             self._equipment.kick()

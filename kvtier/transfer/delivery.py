@@ -44,7 +44,11 @@ class Delivery:
     """Whether the checksums of the slices are compared as well."""
 
     def deliver(self) -> list[Reason]:
-        """How it went, row by row: NONE or DAMAGED."""
+        """How it went, row by row: NONE or DAMAGED.
+
+        Raises:
+            EngineMemoryError: engine memory would not take one of them.
+        """
         tokens = first_tokens(self.equipment, self.plan, self.rows)
         if self.records.are_long(self.shape.pages):
             done = self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)

@@ -10,6 +10,7 @@ import numpy as np
 from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
+from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.parts import Equipment
 
 Rows: TypeAlias = list[int]
@@ -32,12 +33,26 @@ class Endpoint:
         return None if memory is None or plan.pages is None else cls(memory, plan.pages, plan.start, plan.stop)
 
     def gather(self, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
-        """Copy blocks of ``parts`` from the engine's pages; see ``KVMemory.gather``."""
-        self.memory.gather(self.table, group, first_tokens, parts, out)
+        """Copy blocks of ``parts`` from the engine's pages; see ``KVMemory.gather``.
+
+        Raises:
+            EngineMemoryError: the memory raised, whatever it was.
+        """
+        try:
+            self.memory.gather(self.table, group, first_tokens, parts, out)
+        except BaseException as error:
+            raise EngineMemoryError(f"gather of {type(self.memory).__name__} raised {error!r}") from error
 
     def scatter(self, group: int, first_tokens: Tokens, parts: range, source: Bytes2D) -> None:
-        """Write the tokens that the plan is about to the engine's pages; see ``KVMemory.scatter``."""
-        self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
+        """Write the tokens that the plan is about to the engine's pages; see ``KVMemory.scatter``.
+
+        Raises:
+            EngineMemoryError: the memory raised, whatever it was: that says nothing about ``source``.
+        """
+        try:
+            self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
+        except BaseException as error:
+            raise EngineMemoryError(f"scatter of {type(self.memory).__name__} raised {error!r}") from error
 
 
 def table_fits(equipment: Equipment, plan: Plan) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.images import Extents
 from kvtier.transfer.parts import Equipment
 from kvtier.transfer.records import fill_records, gather_record, seal_records
@@ -42,17 +43,14 @@ class StoreRun(Run):
     def _queue_gather(self, shape: RecordShape, rows: list[int]) -> None:
         seal_at_once = self.plan.durable or shape.batch > 1
 
-        def work() -> bool:
-            source = Endpoint.of(self.equipment, self.plan)
-            if source is not None:
-                for batch in shape.batches(rows):
-                    self._gather(source, shape, batch)
-            return source is not None
+        def work() -> Reason:
+            return self._gather_now(shape, rows)
 
-        def finish(result: bool | Exception) -> None:
+        def finish(result: Reason | Exception) -> None:
             self._gathers_left -= 1
-            if result is not True:
-                self._fail(rows, Reason.GONE)
+            reason = Reason.IO_ERROR if isinstance(result, Exception) else result
+            if reason != Reason.NONE:
+                self._fail(rows, reason)
             elif seal_at_once:
                 self._sealed(shape, rows)
             else:
@@ -62,6 +60,18 @@ class StoreRun(Run):
                 self.free_source()
 
         self.equipment.work.put(Piece(Rank.GATHER, work, finish))
+
+    def _gather_now(self, shape: RecordShape, rows: list[int]) -> Reason:
+        """On a copy thread: what came of ``rows``, all or none."""
+        source = Endpoint.of(self.equipment, self.plan)
+        if source is None:
+            return Reason.GONE
+        try:
+            for batch in shape.batches(rows):
+                self._gather(source, shape, batch)
+        except EngineMemoryError as error:
+            return self.equipment.faults.of_engine(error)
+        return Reason.NONE
 
     def _gather(self, source: Endpoint, shape: RecordShape, rows: list[int]) -> None:
         """Many small blocks, or a large one."""

@@ -15,6 +15,7 @@ from kvtier.metrics import Metrics
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Arena, Buffer, Clock
 from kvtier.tiers.disk import DiskTier
+from kvtier.transfer.faults import Faults
 from kvtier.transfer.lanes import Lane
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.staging import Staging
@@ -65,6 +66,7 @@ class Equipment:
     shapes: tuple[RecordShape, ...] = field(init=False)
     """Per group, what its raw records look like."""
     placement: bytes = field(init=False)
+    faults: Faults = field(init=False)
     content_sizes: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
     """Per chain and group, the bytes of every slice after the tensor codec: worked out when first needed."""
     scratch: list[Buffer] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Equipment:
     def __post_init__(self) -> None:
         """What every record needs is worked out once."""
         self.placement = bytes.fromhex(self.layout.placement)
+        self.faults = Faults(self.metrics)
         self.shapes = tuple(RecordShape.of(self.layout, group) for group in range(len(self.layout.groups)))
 
     def sizes_of(self, chain: str, group: int) -> tuple[int, ...]:

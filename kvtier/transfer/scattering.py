@@ -17,6 +17,7 @@ from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Pr
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.parts import DiskPath, Equipment
@@ -166,8 +167,14 @@ class LoadRun(Run):
                         target=target,
                         verify=self.equipment.verify_memory or not on_host,
                     )  # fmt: skip
-                    reasons.update(zip(wanted, delivery.deliver(), strict=True))
+                    reasons.update(zip(wanted, self._outcome(delivery), strict=True))
         return [reasons[row] for row in rows]
+
+    def _outcome(self, delivery: Delivery) -> list[Reason]:
+        try:
+            return delivery.deliver()
+        except EngineMemoryError as error:
+            return [self.equipment.faults.of_engine(error)] * len(delivery.rows)
 
     def _is_wanted(self, row: int) -> bool:
         return self.states[row] != _State.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)

@@ -1,0 +1,143 @@
+"""Engine memory that raises: its blocks say so, the log has the traceback, and everything else goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtier import ConfigError, TieredCache
+from kvtier.core.memory import KVPages
+from kvtier.testing.contents import PseudoEngine, tiny_layout
+
+LAYOUT = tiny_layout()
+SIZE = LAYOUT.block_tokens
+BLOCKS = 8
+ERRORS = [RuntimeError("CUDA error: an illegal memory access"), ConfigError("page 9: there are 8"), SystemExit(1)]
+
+
+class Raising:
+    """The engine's memory, whose ``verb`` raises an error like ``error``."""
+
+    def __init__(self, engine: PseudoEngine, verb: str, error: BaseException) -> None:
+        self._memory, self._verb, self._error = engine.memory, verb, error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._memory, name)
+
+    def gather(self, *arguments: Any) -> None:
+        if self._verb == "gather":
+            raise type(self._error)(*self._error.args)
+        self._memory.gather(*arguments)
+
+    def scatter(self, *arguments: Any) -> None:
+        if self._verb == "scatter":
+            raise type(self._error)(*self._error.args)
+        self._memory.scatter(*arguments)
+
+    def check(self, *arguments: Any) -> None:
+        self._memory.check(*arguments)
+
+    @property
+    def placement(self) -> str:
+        return self._memory.placement
+
+
+@pytest.fixture
+def engine() -> PseudoEngine:
+    return PseudoEngine(LAYOUT, BLOCKS)
+
+
+@pytest.fixture(params=["host", "disk", "lz4"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TieredCache]:
+    """A cache whose loads come from host memory, or from disk, raw or coded."""
+    config: dict[str, Any] = {"host": {"capacity": "1MiB", "staging": "1MiB"}}
+    if request.param != "host":
+        codec = "raw" if request.param == "disk" else "raw+lz4"
+        config["disk"] = {"directories": [str(tmp_path)], "capacity": "8MiB", "segment": "1MiB", "codec": codec}
+        with TieredCache(config, LAYOUT, "m") as earlier:
+            store(earlier, PseudoEngine(LAYOUT, BLOCKS))
+    with TieredCache(config, LAYOUT, "m") as opened:
+        if request.param == "host":
+            store(opened, PseudoEngine(LAYOUT, BLOCKS))
+        yield opened
+        assert_nothing_leaks(opened)
+
+
+def store(cache: TieredCache, engine: PseudoEngine, number: int = 1) -> None:
+    keys = cache.keys([number] * (SIZE * BLOCKS))
+    engine.write(keys, range(BLOCKS))
+    durability = "process" if cache.config.disk.directories else "memory"
+    assert cache.submit_store(keys, engine.pages, durability=durability).result(30).stored == SIZE * BLOCKS
+
+
+def loads(cache: TieredCache, engine: PseudoEngine, number: int = 1) -> bool:
+    with cache.lookup([number] * (SIZE * BLOCKS + 1)) as hit:
+        engine.wipe()
+        ok_tokens = cache.submit_load(hit, engine.pages).result(30).ok_tokens
+        return ok_tokens == SIZE * BLOCKS and not engine.wrong_blocks(hit.keys, range(BLOCKS))
+
+
+def assert_nothing_leaks(cache: TieredCache) -> None:
+    stats = cache.stats()
+    assert (stats["jobs"], stats["hops"], stats["pinned_entries"], stats["memories"]) == (0, 0, 0, 0)
+    assert stats["staging_free"] == stats["staging_buffers"]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The errors whose tracebacks the data plane has logged."""
+    return [repr(record.exc_info[1]) for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_store_from_memory_that_raises_is_refused_as_an_error_of_the_engine(
+    cache: TieredCache, engine: PseudoEngine, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    pages = KVPages(Raising(engine, "gather", error), engine.pages.table)
+    used_bytes = cache.stats()["host_used_bytes"]
+    for durability in ("memory", "durable") if cache.config.disk.directories else ("memory",):
+        result = cache.submit_store([7] * (SIZE * BLOCKS), pages, durability=durability).result(30)
+        assert (result.stored, result.failed) == (0, {"engine_error": SIZE * BLOCKS})
+    assert cache.stats()["host_used_bytes"] == used_bytes
+    assert told(caplog) == [repr(error)]
+    store(cache, engine, 7)
+    assert loads(cache, engine, 7)
+    assert loads(cache, engine)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_load_to_memory_that_raises_is_an_error_of_the_engine_and_says_nothing_about_the_block(
+    cache: TieredCache, engine: PseudoEngine, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not one of the disk, and no damage: the copies stay, and the next load finds all of them."""
+    pages = KVPages(Raising(engine, "scatter", error), engine.pages.table)
+    with cache.lookup([1] * (SIZE * BLOCKS + 1)) as hit:
+        result = cache.submit_load(hit, pages).result(30)
+    assert (result.ok_tokens, result.failed) == (0, {"engine_error": SIZE * BLOCKS})
+    assert told(caplog) == [repr(error)]
+    counted = cache.stats()
+    assert not [name for name in counted if name.startswith(("damaged_reads", "lost_copies", "read_errors"))]
+    assert loads(cache, engine)
+    store(cache, engine, 7)
+
+
+def test_what_raises_with_every_block_is_told_once_and_counted_every_time(
+    engine: PseudoEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for each type and place: the second verb is another place, the second type another error."""
+    with TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m") as cache:
+        store(cache, engine)
+        for verb, error in (("gather", ValueError()), ("gather", KeyError()), ("scatter", ValueError())):
+            pages = KVPages(Raising(engine, verb, error), engine.pages.table)
+            for number in range(10, 15):
+                if verb == "gather":
+                    cache.submit_store([number] * SIZE, pages).result(30)
+                else:
+                    with cache.lookup([1] * (SIZE + 1)) as hit:
+                        cache.submit_load(hit, pages).result(30)
+        stats = cache.stats()
+    assert stats["failed_pieces{error=ValueError}"] == 10
+    assert stats["failed_pieces{error=KeyError}"] == 5
+    assert told(caplog) == ["ValueError()", "KeyError()", "ValueError()"]
