@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.pairs import Ratio
 from benchmarks.report import latest, read_rows, write_figures
-from benchmarks.rows import AT_MOST, Row
+from benchmarks.rows import AT_MOST, SURELY, Row
 from benchmarks.suite import BenchmarkError
 
 README = "before\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nafter\n"
@@ -65,6 +65,30 @@ def test_machine_and_commit_stand_above_their_rows(readme: Path, tmp_path: Path)
 def test_what_was_missed_is_reported_as_missed(readme: Path, tmp_path: Path) -> None:
     write_figures(readme, [recorded(tmp_path / "a.jsonl", row("disk.store", 1.0))])
     assert "| 0.5 (0.25) | 0.9 | no |" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "refused", "met"),
+    [(Ratio(0.95, 0.92, 5), 0, "yes"), (Ratio(0.95, 0.85, 5), 0, "by the median"), (Ratio(0.85, 0.8, 5), 0, "no"),
+     (Ratio(0.95, 0.85, 5), 64, "no")],
+)  # fmt: skip
+def test_what_must_be_sure_and_is_so_by_the_median_only_says_so(
+    readme: Path, tmp_path: Path, ratio: Ratio, refused: int, met: str
+) -> None:
+    made = Row.of(
+        "disk.store", 1.0, "GB/s", baseline=1.0, baseline_name="raw", ratio=ratio, target=0.9, ok_if=SURELY,
+        data_checked=True, refused_tokens=refused,
+    )  # fmt: skip
+    write_figures(readme, [recorded(tmp_path / "a.jsonl", made.stamped("a machine", "abc"))])
+    assert readme.read_text().count(f" | {met} |") == 1
+
+
+def test_rows_without_a_cache_stand_in_a_table_of_their_own(readme: Path, tmp_path: Path) -> None:
+    rows = [row("disk.load.itself", 1.9), row("disk.load", 1.8), row("disk.load.bare", 1.7)]
+    write_figures(readme, [recorded(tmp_path / "a.jsonl", *rows)])
+    ours, machines = readme.read_text().split("with no cache")
+    assert ours.count("| disk.load | ") == 1
+    assert (ours.count("disk.load."), machines.count("disk.load.")) == (0, 2)
 
 
 def test_the_last_row_of_a_benchmark_counts() -> None:
