@@ -256,6 +256,7 @@ class DiskState:
     """How one directory of a rank is: segments sealed since the last report, clean ones left, reclaims it waits for.
 
     ``sealed`` is int64 ``[n, 2]``: (segment, generation), oldest first. ``usable`` false: the tier is off.
+    ``writable`` false: it is only read, in all of this life.
     """
 
     rank: int
@@ -266,6 +267,7 @@ class DiskState:
     sealed: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
     reason: str = ""
     directory: int = 0
+    writable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

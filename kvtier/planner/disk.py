@@ -22,6 +22,7 @@ class Directory:
     """One directory of a rank. ``sealed`` maps segment to generation, oldest first."""
 
     usable: bool = True
+    writable: bool = True
     reason: str = ""
     reclaims_wanted: int = 0
     reclaiming: set[int] = field(default_factory=set)
@@ -39,7 +40,7 @@ class RankDisk:
     @property
     def usable(self) -> bool:
         """Whether there is a directory that can be written to; before its first report one counts as well."""
-        working = [directory.usable for directory in self.directories.values()]
+        working = [directory.usable and directory.writable for directory in self.directories.values()]
         return self.capacity_bytes > 0 and (any(working) or not working)
 
     def directory_of(self, segment: int) -> Directory:
@@ -70,7 +71,7 @@ class DiskBook:
         """What a data plane says of one of its directories; True when it has just been given up."""
         directory = self.ranks[state.rank].directories.setdefault(state.directory, Directory())
         given_up = directory.usable and not state.usable
-        directory.usable, directory.reason = state.usable, state.reason
+        directory.usable, directory.writable, directory.reason = state.usable, state.writable, state.reason
         directory.reclaims_wanted = state.reclaims_wanted
         directory.sealed.update(state.sealed.tolist())
         if given_up:

@@ -401,7 +401,7 @@ class DataPlane:
         equipment.outbox.append(
             DiskState(
                 self.rank, equipment.incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed,
-                events.reason, directory,
+                events.reason, directory, path.tier.writable,
             )
         )  # fmt: skip
         lane = path.lane

@@ -46,7 +46,7 @@ class DiskPath:
 
     def reluctance(self) -> tuple[bool, int, int]:
         """Least where the next write should go: what works, has little queued, and has been given least so far."""
-        return not self.tier.usable, self.lane.queued_bytes, self.assigned_bytes
+        return not self.tier.writable, self.lane.queued_bytes, self.assigned_bytes
 
 
 @dataclass(slots=True, eq=False)

@@ -158,7 +158,7 @@ class WriteMove:
     def prepare(self) -> IORequest | None:
         """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move."""
         run, tier = self._run, self._path.tier
-        if run.abandoned or not tier.usable or self._late():
+        if run.abandoned or not tier.writable or self._late():
             self._give_up(Reason.CLOSED if run.abandoned else Reason.NO_SPACE)
             return None
         while len(self._places) < len(self._records):

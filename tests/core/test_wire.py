@@ -102,6 +102,7 @@ MESSAGES: st.SearchStrategy[Plan | Message] = st.one_of(
         reclaims_wanted=INT,
         sealed=arrays(np.int64, st.tuples(st.integers(0, 3), st.just(2)), elements=from_dtype(np.dtype(np.int64))),
         reason=WORD,
+        writable=st.booleans(),
     ),
     st.builds(LaneRate, rank=INT, incarnation=LONG, lane=WORD, bytes_per_s=FLOAT, queued_bytes=LONG),
 )

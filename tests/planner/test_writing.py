@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.core.plan import PAGE_BYTES, Plan, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import PAGE_BYTES, DiskState, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
 from tests.planner.bench import BACK, BLOCK, Bench
 
@@ -68,6 +68,21 @@ def test_selective_does_not_free_the_blocks_that_it_was_asked_for() -> None:
     bench.send()
     bench.check()
     assert bench.planner.stats()["host_entries"] == lease.blocks == 5
+
+
+@pytest.mark.parametrize("durability", LEVELS)
+def test_a_disk_that_is_only_read_is_sent_no_writes_and_keeps_its_copies(durability: Durability) -> None:
+    bench = Bench(segments=4)
+    old, new = bench.keys(3), bench.keys(3, 1)
+    bench.stored(old, durability=Durability.PROCESS)
+    for block in range(3):
+        bench.lose(old, block, Tier.HOST)
+    bench.say(DiskState(0, 1, True, 0, 0, reason="made by a newer version", writable=False))
+    ticket = bench.stored(new, durability=durability)
+    assert [Reason(reason) for reason in ticket.reason] == 3 * [Reason.NO_SPACE]
+    assert set(bench.written()) == set(old.digests)
+    assert bench.match(old) == bench.loaded(old).count(Outcome.DONE) == 3
+    bench.check_at_rest()
 
 
 def test_a_block_that_came_from_disk_is_not_written_again() -> None:

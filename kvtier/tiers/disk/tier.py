@@ -148,6 +148,11 @@ class DiskTier:
         """False once the directory is gone."""
         return self._book.health.usable
 
+    @property
+    def writable(self) -> bool:
+        """False where nothing will ever be placed in this life: it is gone, or a newer version made it."""
+        return self.usable and not self._directory.read_only
+
     def place(self, pages: int) -> Place | None:
         """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
 
