@@ -36,9 +36,9 @@ from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Arena, Buffer, Event, Machine, Worker
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.endpoint import table_fits
+from kvtier.transfer.equipment import DiskPath, Equipment
 from kvtier.transfer.gathering import StoreRun
 from kvtier.transfer.lanes import Lane, global_segment
-from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.reclaiming import ReclaimRun
 from kvtier.transfer.run import Run
 from kvtier.transfer.scattering import LoadRun

@@ -20,8 +20,8 @@ from kvtier.core.plan import PAGE_BYTES, Plan, Reason
 from kvtier.errors import ConfigError, CorruptBlockError
 from kvtier.runtime.seam import Buffer
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.images import Records
-from kvtier.transfer.parts import Equipment
 from kvtier.transfer.shapes import RecordShape
 
 Mask = npt.NDArray[np.bool_]

@@ -10,8 +10,8 @@ import numpy as np
 from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError
-from kvtier.transfer.parts import Equipment
 
 Rows: TypeAlias = list[int]
 """Rows of one plan, ascending; at least one."""

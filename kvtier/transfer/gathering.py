@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.images import Extents
-from kvtier.transfer.parts import Equipment
 from kvtier.transfer.records import fill_records, gather_record, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import Piece, Rank
+from kvtier.transfer.work import Piece, Service
 
 
 class StoreRun(Run):
@@ -59,7 +59,7 @@ class StoreRun(Run):
             if not self._gathers_left:
                 self.free_source()
 
-        self.equipment.work.put(Piece(Rank.GATHER, work, finish))
+        self.equipment.work.put(Piece(Service.GATHER, work, finish))
 
     def _gather_now(self, shape: RecordShape, rows: list[int]) -> Reason:
         """On a copy thread: what came of ``rows``, all or none."""
@@ -94,7 +94,7 @@ class StoreRun(Run):
                 self._sealed(shape, rows)
             self.settle()
 
-        self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
+        self.equipment.work.put(Piece(Service.BACKGROUND, work, finish))
 
     def _extents(self, rows: list[int]) -> Extents:
         table = table_of(self.plan, rows)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, Priority, Reason, Status, Table, Tier
-from kvtier.transfer.parts import Equipment
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES
 

@@ -17,12 +17,12 @@ from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Pr
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.equipment import DiskPath, Equipment
 from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
-from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.run import Run
-from kvtier.transfer.work import PIECE_BYTES, Piece, Rank
+from kvtier.transfer.work import PIECE_BYTES, Piece, Service
 
 
 class _State(IntEnum):
@@ -49,7 +49,7 @@ class LoadRun(Run):
         self.target_page = rows["target_page"].tolist()
         self.states = [_State.WAITING] * len(rows)
         self._tried = [0] * len(rows)  # reads of any copy that were begun
-        self._work_rank = Rank.LOAD if plan.priority == Priority.DEMAND else Rank.FETCH
+        self._service = Service.LOAD if plan.priority == Priority.DEMAND else Service.FETCH
 
     def begin(self) -> None:
         """Queue the rows that are in host memory for copying, the others for reading, adjacent ones together."""
@@ -146,7 +146,7 @@ class LoadRun(Run):
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
-        self.equipment.work.put(Piece(self._work_rank, work, finish))
+        self.equipment.work.put(Piece(self._service, work, finish))
 
     def _deliver_now(self, rows: list[int], origin: Tier, buffers: Sequence[Buffer]) -> list[Reason]:
         """On a copy thread: what came of each row."""

@@ -13,11 +13,11 @@ from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place
+from kvtier.transfer.equipment import DiskPath, Equipment
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment
-from kvtier.transfer.parts import DiskPath, Equipment
 from kvtier.transfer.records import encode_record, stamp
 from kvtier.transfer.run import Run
-from kvtier.transfer.work import Piece, Rank
+from kvtier.transfer.work import Piece, Service
 
 _WRITE_PATIENCE_S: Final = 10.0
 """How long a write waits for a clean segment before it is refused."""
@@ -92,7 +92,7 @@ class SpillRun(Run):
                 pages, coded = result
                 self._write([Outgoing(row, out[: pages * PAGE_BYTES], buffer, chain=int(not coded))])
 
-        self.equipment.work.put(Piece(Rank.BACKGROUND, work, finish))
+        self.equipment.work.put(Piece(Service.BACKGROUND, work, finish))
 
     def _write(self, records: list[Outgoing]) -> None:
         path = min(self.equipment.paths, key=DiskPath.reluctance)

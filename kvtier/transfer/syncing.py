@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvtier.core.plan import Plan, Priority, Reason
 from kvtier.runtime.seam import IODone, IORequest, Op
 from kvtier.tiers.disk import SyncTarget
-from kvtier.transfer.parts import DiskPath, Equipment
+from kvtier.transfer.equipment import DiskPath, Equipment
 from kvtier.transfer.run import Run
 
 

@@ -14,7 +14,7 @@ PIECE_BYTES: Final = 8 << 20
 """Payload of one piece of work: long enough to hide its price, short enough that a demand load soon gets a thread."""
 
 
-class Rank(IntEnum):
+class Service(IntEnum):
     """Order of service. Gathers come before checksums: the engine waits for its pages and for nothing else."""
 
     LOAD = 0
@@ -30,22 +30,22 @@ class Piece:
     ``work`` may raise: ``finish`` then gets the exception.
     """
 
-    rank: Rank
+    service: Service
     work: Callable[[], Any]
     finish: Callable[[Any], None]
 
 
 class WorkQueue:
-    """Pieces by rank, and the threads that wait for some."""
+    """Pieces by class of service, and the threads that wait for some."""
 
     def __init__(self) -> None:
         """Nothing to do, nobody waits."""
-        self._queues: tuple[deque[Piece], ...] = tuple(deque() for _ in Rank)
+        self._queues: tuple[deque[Piece], ...] = tuple(deque() for _ in Service)
         self._idle: list[Event] = []
 
     def put(self, piece: Piece) -> None:
         """Queue ``piece`` and wake one thread that waits."""
-        self._queues[piece.rank].append(piece)
+        self._queues[piece.service].append(piece)
         self.wake_one()
 
     def take(self, wake: Event) -> Piece | None:

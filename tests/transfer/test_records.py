@@ -16,8 +16,8 @@ from kvtier.pages import PagedTensors
 from kvtier.runtime import system_machine
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, first_tokens
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.images import Buffers, Extents, Records
-from kvtier.transfer.parts import Equipment
 from kvtier.transfer.records import encode_record, fill_records, gather_record, seal_records
 from kvtier.transfer.staging import Staging
 

@@ -3,20 +3,20 @@
 from typing import Any
 
 from kvtier.runtime import system_machine
-from kvtier.transfer.work import Piece, Rank, WorkQueue
+from kvtier.transfer.work import Piece, Service, WorkQueue
 
 
-def _piece(rank: Rank) -> Piece:
-    return Piece(rank, lambda: None, lambda result: None)
+def _piece(service: Service) -> Piece:
+    return Piece(service, lambda: None, lambda result: None)
 
 
 def _event() -> Any:
     return system_machine("threads").runtime.event()
 
 
-def test_pieces_come_by_rank_and_then_in_order() -> None:
+def test_pieces_come_by_class_of_service_and_then_in_order() -> None:
     queue, wake = WorkQueue(), _event()
-    pieces = [_piece(rank) for rank in (Rank.BACKGROUND, Rank.GATHER, Rank.LOAD, Rank.GATHER)]
+    pieces = [_piece(service) for service in (Service.BACKGROUND, Service.GATHER, Service.LOAD, Service.GATHER)]
     for piece in pieces:
         queue.put(piece)
     assert [queue.take(wake) for _ in range(4)] == [pieces[2], pieces[1], pieces[3], pieces[0]]
@@ -25,20 +25,20 @@ def test_pieces_come_by_rank_and_then_in_order() -> None:
 def test_a_thread_that_found_nothing_is_woken_by_the_next_piece_and_only_once() -> None:
     queue, wake = WorkQueue(), _event()
     assert queue.take(wake) is None
-    queue.put(_piece(Rank.LOAD))
+    queue.put(_piece(Service.LOAD))
     assert wake.wait(0)
     wake.clear()
-    queue.put(_piece(Rank.LOAD))
+    queue.put(_piece(Service.LOAD))
     assert not wake.wait(0)
 
 
 def test_a_thread_that_takes_one_of_several_pieces_wakes_another() -> None:
     queue, first, second = WorkQueue(), _event(), _event()
     assert queue.take(first) is None
-    queue.put(_piece(Rank.LOAD))
+    queue.put(_piece(Service.LOAD))
     assert queue.take(second) is not None
     assert queue.take(second) is None
-    queue.put(_piece(Rank.LOAD))
-    queue.put(_piece(Rank.LOAD))
+    queue.put(_piece(Service.LOAD))
+    queue.put(_piece(Service.LOAD))
     assert queue.take(second) is not None
     assert first.wait(0) or len(queue) == 0
