@@ -232,11 +232,17 @@ class Commits:
         """A data plane is there; if its rank was there before, all that the old life held is void.
 
         Raises:
-            ConfigError: there is no such rank.
+            ConfigError: there is no such rank, or the only one has another layout.
         """
         state = self._state
         if not 0 <= hello.rank < state.index.ranks:
             raise ConfigError(f"rank {hello.rank}: this cache was opened for {state.index.ranks} ranks, from 0 on")
+        wanted = state.layout.placement
+        if state.index.ranks == 1 and hello.placement != wanted:  # of several, each has a placement of its own
+            raise ConfigError(
+                f"rank 0 has placement {hello.placement[:12]}, this cache's layout {wanted[:12]}: open both with the"
+                " same KVLayout"
+            )
         if hello.rank in state.incarnations:
             self._void(hello.rank)
         state.incarnations[hello.rank] = hello.incarnation

@@ -88,9 +88,16 @@ def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     assert all(job.source_free for job in jobs)
 
 
-def test_a_hello_of_a_rank_too_many_is_logged_and_passed_over(
-    cache: TieredCache, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("hello", "why"),
+    [
+        (Hello(7, 1, LAYOUT.placement, 1, 0, 0), "rank 7: this cache was opened for 1 ranks"),
+        (Hello(0, 2, "f" * 64, 1, 0, 0), "rank 0 has placement ffffffffffff"),
+    ],
+)
+def test_a_hello_of_a_rank_too_many_or_of_another_layout_is_logged_and_passed_over(
+    cache: TieredCache, caplog: pytest.LogCaptureFixture, hello: Hello, why: str
 ) -> None:
-    cache._dispatch._hear([Hello(7, 1, LAYOUT.placement, 1, 0, 0)])
-    assert "rank 7" in caplog.text
+    cache._dispatch._hear([hello])
+    assert why in caplog.text
     assert store(cache, 1).result(60).stored == 2 * SIZE

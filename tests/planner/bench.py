@@ -64,7 +64,7 @@ class Bench:
         self.planes = [
             FakePlane(
                 rank, host_pages=host_blocks * pages, segments=segments, segment_pages=segment_blocks * pages,
-                clean_target=clean_target, directories=directories,
+                clean_target=clean_target, directories=directories, placement=self.layout.placement,
             )
             for rank in range(ranks)
         ]  # fmt: skip

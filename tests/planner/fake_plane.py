@@ -97,6 +97,7 @@ class FakePlane:
         rank: int,
         *,
         host_pages: int,
+        placement: str = "f" * 64,
         segments: int = 0,
         segment_pages: int = 0,
         clean_target: int = 1,
@@ -105,6 +106,7 @@ class FakePlane:
         self.rank = rank
         self.incarnation = 1
         self.host_pages = host_pages
+        self.placement = placement
         self.segment_pages = segment_pages
         self.clean_target = clean_target
         self.directories = range(directories)
@@ -139,7 +141,7 @@ class FakePlane:
         """Say who it is."""
         nbytes = len(self.segments) * self.segment_pages * PAGE_BYTES
         self.outbox.append(
-            Hello(self.rank, self.incarnation, "f" * 64, self.host_pages, nbytes, self.segment_pages * PAGE_BYTES)
+            Hello(self.rank, self.incarnation, self.placement, self.host_pages, nbytes, self.segment_pages * PAGE_BYTES)
         )
 
     def restart(self) -> None:
