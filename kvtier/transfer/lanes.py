@@ -84,6 +84,7 @@ class Lane:
         self.bytes_per_s = 0.0
         self._threads = threads
         self._queues: dict[Priority, deque[Move]] = {priority: deque() for priority in Priority}
+        self._syncs: deque[Move] = deque()
         self._cut: dict[Priority, deque[IORequest]] = {priority: deque() for priority in Priority}
         self._in_flight: dict[Priority, int] = dict.fromkeys(Priority, 0)
 
@@ -91,6 +92,10 @@ class Lane:
         """Queue ``move``."""
         self.queued_bytes += move.nbytes
         self._queues[move.priority].append(move)
+
+    def put_sync(self, move: Move) -> None:
+        """Queue a sync, of SPILL: it waits for no write that was queued before it, and keeps none waiting."""
+        self._syncs.append(move)
 
     def insert_second(self, rest: Move) -> None:
         """Queue what the move at the head, which is being prepared, leaves over; its bytes are counted already."""
@@ -113,6 +118,8 @@ class Lane:
     def _next(self, priority: Priority) -> IORequest | None:
         """The next request: of the move that was begun last, or of the first that is ready to begin."""
         cut, queue = self._cut[priority], self._queues[priority]
+        if priority == Priority.SPILL and self._syncs and not cut and (request := self._next_sync()) is not None:
+            return request
         while queue and not cut:
             move = queue[0]
             request = move.prepare() if move.wanted else None
@@ -124,6 +131,17 @@ class Lane:
             else:
                 self._forget(queue.popleft())
         return cut.popleft() if cut else None
+
+    def _next_sync(self) -> IORequest | None:
+        """The request of the first sync that is ready to begin; one that is over goes."""
+        for _ in range(len(self._syncs)):
+            move = self._syncs.popleft()
+            request = move.prepare()
+            if request is not None:
+                return _Transfer(move, request).cut(REQUEST_BYTES)[0]
+            if move.wanted:
+                self._syncs.append(move)
+        return None
 
     def _request_bytes(self, priority: Priority) -> int:
         """How long a request may be. Nothing is left to be done with the bytes of a write: those are always long."""

@@ -27,14 +27,14 @@ class SyncRun(Run):
                     self._error = True
                     continue
                 self._left += 1
-                path.lane.put(SyncMove(self, target, path))
+                path.lane.put_sync(SyncMove(self, target, path))
         self._error = self._error or not any(path.tier.usable for path in self.equipment.paths)
         self._end_if_done()
 
-    def synced(self, error: OSError | None) -> None:
+    def synced(self, *, good: bool) -> None:
         """One file is synced, or never will be."""
         self._left -= 1
-        self._error = self._error or error is not None
+        self._error = self._error or not good
         self._end_if_done()
 
     def _end_if_done(self) -> None:
@@ -49,21 +49,26 @@ class SyncMove:
 
     priority = Priority.SPILL
     nbytes = 0
-    wanted = True
 
     def __init__(self, run: SyncRun, target: SyncTarget, path: DiskPath) -> None:
         """``target`` is a file of ``path``."""
+        self.wanted = True
         self._run = run
         self._target = target
         self._path = path
 
     def prepare(self) -> IORequest | None:
-        """The request; None while another sync of the same file is under way."""
-        if not self._path.tier.begin_sync(self._target):
-            return None
-        return IORequest(Op.SYNC, self._target.fd, 0, (), self)
+        """The request; None while another sync of the same file is under way, or when none will follow."""
+        tier = self._path.tier
+        if tier.begin_sync(self._target):
+            return IORequest(Op.SYNC, self._target.fd, 0, (), self)
+        reason = tier.sync_over(self._target)
+        if reason is not None:
+            self.wanted = False
+            self._run.synced(good=reason == Reason.NONE)
+        return None
 
     def finish(self, done: IODone) -> None:
         """Tell the tier what is durable now, or that the segment cannot be trusted any more."""
         self._path.tier.synced(self._target, done.error)
-        self._run.synced(done.error)
+        self._run.synced(good=done.error is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import Counter
 from typing import Any
@@ -13,9 +14,10 @@ from kvtier import load_config
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import NOWHERE, ROW, Completion, Message, Plan, PlanKind, Priority, Reason, Status
 from kvtier.runtime import system_machine
-from kvtier.runtime.seam import Machine
-from kvtier.testing import Simulation
+from kvtier.runtime.seam import IORequest, Machine, Op
+from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.testing.simfile import Snapshot
 from kvtier.transfer import DataPlane
 from kvtier.transfer.spilling import _WRITE_PATIENCE_S
 
@@ -161,3 +163,78 @@ def test_a_write_waits_for_a_clean_segment_and_not_for_ever() -> None:
     assert written > most // 2
     assert refused > 0
     assert plane.close(PATIENCE_S)
+
+
+def sync(number: int) -> Plan:
+    return Plan(number, 0, PlanKind.SYNC, Priority.SPILL)
+
+
+class Failing(SimDisk):
+    """Operations of ``fails`` fail once each; a sync takes a second."""
+
+    def __init__(self, world: Simulation) -> None:
+        super().__init__(world)
+        self.fails: set[Op] = set()
+        self.asked: Counter[Op] = Counter()
+
+    def service_s(self, request: IORequest) -> float:
+        return super().service_s(request) + (request.op is Op.SYNC)
+
+    def finish(self, request: IORequest, snapshot: Snapshot | None) -> None:
+        self.asked[request.op] += 1
+        if request.op in self.fails:
+            self.fails.remove(request.op)
+            raise OSError(errno.EIO, "Input/output error")
+        super().finish(request, snapshot)
+
+
+class Written:
+    """A data plane over a disk with faults; one record is written, in plan 2, and not durable."""
+
+    def __init__(self) -> None:
+        self.world = Simulation(1)
+        self.disk = Failing(self.world)
+        settings = {"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB"}
+        self.opened, engine = Opened(self.world.machine(self.disk), disk=settings), PseudoEngine(LAYOUT, 1)
+        self.plane = self.opened.plane
+        self.plane.submit([store(self.plane, engine.memory, engine)])
+        assert self.ends_after(0.1) == all_well(1, 1)
+        self.plane.submit([spill(2, 1)])
+        assert self.ends_after(0.1) == all_well(2, 1)
+
+    def ends_after(self, seconds: float) -> list[Ends]:
+        self.world.run_for(seconds)
+        return self.opened.ends()
+
+
+def test_a_sync_does_not_wait_for_writes_that_find_no_clean_segment() -> None:
+    """What is to be durable has been written: the writes behind which the sync was asked for are others."""
+    written = Written()
+    written.disk.fails = {Op.WRITE}  # its segment is not sealed, and what is in it has to be synced
+    written.plane.submit([spill(3, 1)])
+    assert written.ends_after(0.1) == [(3, Counter({(Status.FAILED, Reason.IO_ERROR): 1}))]
+    written.plane.submit([spill(4, 4 * (1 << 20) // (PAGES * 4096))])
+    assert written.ends_after(1) == []
+    written.plane.submit([sync(5)])
+    assert written.ends_after(1.5) == [(5, Counter())]
+    assert written.disk.asked[Op.SYNC] == 1
+    assert written.plane.close(PATIENCE_S)
+
+
+def test_of_two_syncs_of_one_file_both_fail_when_the_first_does() -> None:
+    """The second waits for the first, and then must not be asked: it would claim that the lost bytes are durable."""
+    written = Written()
+    written.disk.fails = {Op.SYNC}
+    written.plane.submit([sync(3), sync(4)])
+    failed = Counter({(Status.FAILED, Reason.IO_ERROR): 1})
+    assert written.ends_after(10) == [(3, failed), (4, failed)]
+    assert written.disk.asked[Op.SYNC] == 1
+    assert written.plane.close(PATIENCE_S)
+
+
+def test_writes_do_not_wait_for_a_sync_that_waits_for_another() -> None:
+    written = Written()
+    written.plane.submit([sync(3), sync(4), spill(5, 1)])
+    assert written.ends_after(0.5) == all_well(5, 1)
+    assert written.ends_after(10) == [(3, Counter()), (4, Counter())]
+    assert written.plane.close(PATIENCE_S)

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Final
 
 from kvtier.core.memory import Bytes1D
-from kvtier.core.plan import PAGE_BYTES
+from kvtier.core.plan import PAGE_BYTES, Reason
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Clock, Lock
 from kvtier.tiers.disk.geometry import CleanPool, largest_record_pages
@@ -154,19 +154,29 @@ class SegmentBook:
             return [segment.sync_target() for segment in self.segments.values() if segment.unsynced]
 
     def begin_sync(self, target: SyncTarget) -> bool:
-        """Ask before a sync is issued; False while another sync of the same file is under way: ask again later.
+        """Ask before a sync is issued; False while another sync of the same file is under way, or when ``sync_over``.
 
         Two at a time would be wrong: the kernel reports a failure once per open file, to one of them.
         """
         with self._lock:
             segment = self._in_life(target)
-            if segment is None:
-                return True
-            if segment.syncing:
+            if segment is None or segment.syncing or segment.sync_failed:
                 return False
             segment.syncing = True
             self._traffic.began()
             return True
+
+    def sync_over(self, target: SyncTarget) -> Reason | None:
+        """How a sync ended that will never be begun; None while it may be.
+
+        NONE: that life of the segment is over, nobody relies on it, and its file may be another's. IO_ERROR: a sync of
+        the file failed, and any later one would claim that what the kernel dropped is durable.
+        """
+        with self._lock:
+            segment = self._in_life(target)
+            if segment is None:
+                return Reason.NONE
+            return Reason.IO_ERROR if segment.sync_failed else None
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
         """A sync of ``target`` ended. One that failed is never tried again: the kernel may have dropped the data."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtier.core.memory import Bytes1D
-from kvtier.core.plan import PAGE_BYTES, Table
+from kvtier.core.plan import PAGE_BYTES, Reason, Table
 from kvtier.errors import TierError
 from kvtier.models import KVLayout
 from kvtier.runtime.seam import Event, Files, Runtime
@@ -184,8 +184,12 @@ class DiskTier:
         return self._book.unsynced()
 
     def begin_sync(self, target: SyncTarget) -> bool:
-        """Ask before the sync is issued; False while another sync of this file is under way: ask again later."""
+        """Ask before the sync is issued; False while another sync of this file is under way, or when ``sync_over``."""
         return self._book.begin_sync(target)
+
+    def sync_over(self, target: SyncTarget) -> Reason | None:
+        """How a sync ended that will never be begun: NONE, nothing is left to sync, or IO_ERROR. None: it may be."""
+        return self._book.sync_over(target)
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
         """The sync ended. After an error the segment takes no more, and is never synced again."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvtier.core.plan import Reason
 from kvtier.tiers.disk import DiskEvents
 from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
 from kvtier.tiers.disk.housekeeping import HEALTH_S
@@ -135,6 +136,38 @@ def test_after_a_failed_sync_the_file_is_never_synced_again(workbench: Make, fau
     assert not bench.sync(), "block 1 will never be durable, and whoever asks is told so"
     assert faulty.calls.count("sync") == 1, "only the file of block 2"
     assert [target.fd for target in bench.tier.unsynced()] == [-1]
+
+
+def test_a_sync_that_was_asked_for_before_another_of_the_file_failed_is_not_begun(workbench: Make) -> None:
+    bench = workbench(segments=8).open()
+    bench.put(1)
+    (first,), (second,) = bench.tier.unsynced(), bench.tier.unsynced()
+    assert bench.tier.begin_sync(first)
+    assert not bench.tier.begin_sync(second)
+    assert bench.tier.sync_over(second) is None, "it may be its turn yet"
+    bench.tier.synced(first, OFF)
+    assert not bench.tier.begin_sync(second)
+    assert bench.tier.sync_over(second) == Reason.IO_ERROR
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_sync_of_a_segment_that_was_given_back_meanwhile_is_not_begun_and_has_nothing_left_to_do(
+    workbench: Make, faulty: FaultyFiles, is_removed: bool
+) -> None:
+    """Its file has another life, or is closed and its number another file's: a sync would hide errors from that."""
+    bench = workbench(files=faulty, segments=8).open()
+    place = bench.put(1)
+    (target,) = bench.tier.unsynced()
+    broken = bench.tier.place(RECORD_PAGES)
+    assert broken is not None
+    bench.tier.failed(broken)
+    if is_removed:
+        faulty.fail("size", errno.EIO)
+    bench.tier.reclaim(place.segment, place.generation)
+    bench.keep_house()
+    assert bench.tier.locate(place.segment, place.generation) is None
+    assert not bench.tier.begin_sync(target)
+    assert bench.tier.sync_over(target) == Reason.NONE
 
 
 def test_durability_can_be_had_again_once_the_poisoned_segment_is_reclaimed(
