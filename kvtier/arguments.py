@@ -24,12 +24,12 @@ def checked_model_id(model_id: str) -> str:
     """``model_id``.
 
     Raises:
-        ConfigError: it is no string, or empty.
+        ConfigError: it is no string of printable characters, or empty.
     """
-    if not isinstance(model_id, str) or not model_id:
+    if not isinstance(model_id, str) or not model_id or not model_id.isprintable():
         raise ConfigError(
-            f"model_id = {model_id!r}: must be a non-empty string that changes whenever the model's KV would;"
-            " kvtier.model_id(model) makes one"
+            f"model_id = {model_id!r}: must be a string of printable characters that changes whenever the model's KV"
+            " would; kvtier.model_id(model) makes one"
         )
     return model_id
 

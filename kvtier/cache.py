@@ -90,7 +90,7 @@ class TieredCache:
         self._clock = self._machine.runtime.clock
         self._is_local = not channels
         planner = Planner(self.config, layout, ranks=max(1, len(channels)))
-        planner.set_weights_version(checked_string("weights_version", weights_version))
+        planner.set_weights_version(checked_name("weights_version", weights_version))
         self._dispatch = Dispatch(
             planner, self._machine.runtime, layout,
             make_channels=lambda pump: tuple(channels) or (self._local(pump),), check_here=self._check_here,
@@ -387,7 +387,7 @@ class TieredCache:
             ConfigError: ``version`` is no string.
             ClosedError: the cache is closed, or of another process.
         """
-        checked = checked_string("weights_version", version)
+        checked = checked_name("weights_version", version)
         self._check_open()
         self._dispatch.decide(lambda: self._planner.set_weights_version(checked))
 

@@ -135,7 +135,13 @@ class Dispatch:
             self.closed = True
         closed = [channel.close(deadline.left_s()) for channel in self.channels]
         self.pump()
-        return all(closed)
+        if not all(closed):
+            return False
+        with self.lock:  # of a rank that went without a word nobody will ever hear
+            self.planner.end([job.ticket for job in self._jobs.values()])
+            jobs = self._jobs_with_news()
+        tell(jobs)
+        return True
 
     def levels(self) -> dict[str, float]:
         """How much of what is held here; under the lock."""

@@ -81,11 +81,7 @@ class Commits:
             state.storing.pop(entry, None)
         of_others = [*(share.ticket for share in hop.shares), *(join.ticket for join in hop.joins)]
         for ticket in of_others if hop.ticket is None else (hop.ticket, *of_others):
-            if not ticket.finished:
-                ticket.fail_from(ticket.first_block, Reason.REFUSED)
-                ticket.waits = 0
-                ticket.stage = ticket.durability
-                self._stages.advance(ticket)
+            self._stages.give_up(ticket, Reason.REFUSED)
         state.counts["failed_messages"] += 1
 
     def _go_on(self, hop: Hop) -> None:

@@ -75,6 +75,9 @@ class Journeys:
     def flush(self, wish: FlushWish) -> None:
         """Wait for the stores under way; then, level by level, write and sync everything that is in host memory."""
         state, ticket = self._state, wish.ticket
+        if not state.attached:  # a rank that is not there yet may hold what has to be written
+            self._stages.give_up(ticket, Reason.CLOSED)
+            return
         nothing = np.empty(0, np.int32)
         for hop in {id(hop): hop for hop in state.storing.values()}.values():
             hop.joins.append(Join(ticket, nothing, nothing))

@@ -141,10 +141,13 @@ class Planner:
         for wish in wishes:
             ticket = wish.ticket
             if not ticket.finished and not ticket.waits:
-                ticket.fail_from(ticket.first_block, Reason.REFUSED)
-                ticket.stage = ticket.durability
-                self._stages.advance(ticket)
+                self._stages.give_up(ticket, Reason.REFUSED)
                 self._state.counts["failed_wishes"] += 1
+
+    def end(self, tickets: Iterable[Ticket]) -> None:
+        """End those of ``tickets`` that have not: every rank is closed, and answers nothing any more."""
+        for ticket in tickets:
+            self._stages.give_up(ticket, Reason.CLOSED)
 
     def _plan_one(self, wish: Wish) -> None:
         if isinstance(wish, StoreWish):

@@ -29,6 +29,15 @@ class Stages:
                 ticket.stage = Durability.DURABLE
                 self._sync(ticket)
 
+    def give_up(self, ticket: Ticket, reason: Reason) -> None:
+        """End ``ticket`` now, whatever it waits for; harmless for one that has ended."""
+        if ticket.finished:
+            return
+        ticket.fail_from(ticket.first_block, reason)
+        ticket.waits = 0
+        ticket.stage = ticket.durability
+        self.advance(ticket)
+
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
@@ -50,7 +59,7 @@ class Stages:
                     ticket.fail(block, Reason.NO_SPACE)
 
     def _sync(self, ticket: Ticket) -> None:
-        if self._state.disk.usable:
+        if self._state.attached and self._state.disk.usable:  # one that is not there would never answer
             self._state.sync_hop(ticket)
             return
         for at in range(len(ticket.outcome)):

@@ -70,8 +70,7 @@ def sync_file(fd: int) -> None:
         OSError: it failed, or (ENOENT) the file was removed: nothing in it will ever be found again.
     """
     os.fdatasync(fd)
-    if not os.fstat(fd).st_nlink:
-        raise OSError(errno.ENOENT, "the file was removed, and what was written to it with it")
+    _check_linked(fd)
 
 
 def _run(request: IORequest) -> None:
@@ -79,12 +78,18 @@ def _run(request: IORequest) -> None:
         sync_file(request.fd)
     elif request.op is Op.WRITE:
         write_all(request.fd, request.offset, request.buffers)
+        _check_linked(request.fd)
     else:
         read = read_up_to(request.fd, request.offset, request.buffers)
         if read < request.nbytes:
             raise OSError(
                 errno.EIO, f"the file ends at {request.offset + read}, {request.nbytes - read} bytes before the read"
             )
+
+
+def _check_linked(fd: int) -> None:
+    if not os.fstat(fd).st_nlink:
+        raise OSError(errno.ENOENT, "the file was removed, and what was written to it with it")
 
 
 def _rest(buffers: Sequence[Buffer], moved: int) -> Sequence[Buffer]:

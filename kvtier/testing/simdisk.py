@@ -109,6 +109,7 @@ class SimDisk:
             self._sync(entry.file, snapshot or entry.file.snapshot())
         elif request.op is Op.WRITE:
             self._write(entry, request.offset, request.buffers)
+            self._check_linked(entry.file)
         elif self._read(entry, request.offset, request.buffers) < request.nbytes:
             raise OSError(errno.EIO, f"the file ends at {entry.file.size}, before the read does")
 
@@ -247,9 +248,12 @@ class SimDisk:
     def _links(self, file: SimFile) -> int:
         return sum(other is file for other in self._names.live.values())
 
-    def _sync(self, file: SimFile, snapshot: Snapshot) -> None:
+    def _check_linked(self, file: SimFile) -> None:
         if not self._links(file):
             raise OSError(errno.ENOENT, "the file was removed")
+
+    def _sync(self, file: SimFile, snapshot: Snapshot) -> None:
+        self._check_linked(file)
         file.settle(snapshot)
 
     def _write(self, entry: OpenFile, offset: int, buffers: Sequence[Buffer]) -> None:

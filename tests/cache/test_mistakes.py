@@ -88,6 +88,53 @@ def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     assert all(job.source_free for job in jobs)
 
 
+class Silent:
+    """Leads to a rank that says hello, if at all, and then nothing ever again."""
+
+    def __init__(self, *hellos: Hello) -> None:
+        self.hellos = list(hellos)
+
+    def poll(self) -> list[Hello]:
+        said, self.hellos = self.hellos, []
+        return said
+
+    def send(self, plans: object) -> None:
+        pass
+
+    def call_back(self) -> bool:
+        return False
+
+    def register(self, memory: object) -> int:
+        return 0
+
+    def unregister(self, memory_id: int) -> None:
+        pass
+
+    def close(self, timeout_s: float) -> bool:
+        return True
+
+
+def test_jobs_of_a_rank_that_went_without_a_word_end_when_the_cache_is_closed() -> None:
+    channel: Any = Silent(Hello(0, 1, LAYOUT.placement, 64, 0, 0))
+    cache = TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=[channel])
+    cache.register(ENGINE.memory)
+    job = store(cache, 1)
+    assert not job.done
+    assert cache.close(1)
+    assert job.result(0).failed == {"closed": 2 * SIZE}
+
+
+@pytest.mark.parametrize("durability", ["memory", "process", "durable"])
+def test_before_every_rank_is_there_nothing_is_stored_and_no_flush_says_so(durability: str) -> None:
+    there, missing = Silent(Hello(0, 1, LAYOUT.placement, 64, 1 << 20, 1 << 20)), Silent()
+    channels: Any = [there, missing]
+    cache = TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=channels)
+    job = cache.submit_store([1] * SIZE, ENGINE.pages, durability=durability)
+    assert job.result(0).failed == {"closed": SIZE}
+    flushed = cache.submit_flush(durability).result(0)
+    assert (flushed.ok, flushed.reason) == (False, "closed")
+
+
 @pytest.mark.parametrize(
     ("hello", "why"),
     [

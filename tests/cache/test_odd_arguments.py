@@ -168,6 +168,14 @@ def test_keys_say_themselves_whose_they_are(opened: Opened, value: Any) -> None:
     refused(opened, "adapter = ", lambda: opened.cache.match(keys, adapter=value))
 
 
+@pytest.mark.parametrize("value", ["\ud800", "a\nb", "", None, 5], ids=repr)
+def test_a_model_and_its_version_have_printable_names(opened: Opened, value: Any) -> None:
+    with pytest.raises(ConfigError, match="model_id = "):
+        TieredCache(SETTINGS, LAYOUT, value)
+    if value != "":
+        refused(opened, "weights_version = ", lambda: opened.cache.set_weights_version(value))
+
+
 @pytest.mark.parametrize("value", [None, "llama", {}, [LAYOUT]], ids=lambda value: type(value).__name__)
 def test_a_layout_is_a_layout(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"layout = .*from_hf_config"):

@@ -82,12 +82,14 @@ class IOEngineContract:
         assert run_one(engine, IORequest(Op.WRITE, fd, 0, [aligned(PAGE, 1)], 0)) is None
         assert run_one(engine, IORequest(Op.SYNC, fd, 0, (), 1)) is None
 
-    def test_a_sync_of_a_file_that_was_removed_is_an_error(
-        self, machine: Machine, engine: IOEngine, root: str, fd: int
+    @pytest.mark.parametrize("op", [Op.SYNC, Op.WRITE])
+    def test_a_write_or_sync_of_a_file_that_was_removed_is_an_error(
+        self, machine: Machine, engine: IOEngine, root: str, fd: int, op: Op
     ) -> None:
+        """It would succeed, and mean nothing."""
         assert run_one(engine, IORequest(Op.WRITE, fd, 0, [aligned(PAGE, 1)], 0)) is None
         machine.files.unlink(f"{root}/data")
-        error = run_one(engine, IORequest(Op.SYNC, fd, 0, (), 1))
+        error = run_one(engine, IORequest(op, fd, 0, [aligned(PAGE)] if op is Op.WRITE else (), 1))
         assert error is not None
         assert error.errno == errno.ENOENT
 
