@@ -82,7 +82,6 @@ class Commits:
         of_others = [*(share.ticket for share in hop.shares), *(join.ticket for join in hop.joins)]
         for ticket in of_others if hop.ticket is None else (hop.ticket, *of_others):
             self._stages.give_up(ticket, Reason.REFUSED)
-        state.counts["failed_messages"] += 1
 
     def _go_on(self, hop: Hop) -> None:
         """Settle once every rank has answered; let go once every rank has said its last word."""

@@ -230,6 +230,7 @@ class Planner:
 
     def pass_over(self, message: Message) -> None:
         """Taking ``message`` in failed, nobody knows how far it came: whoever waits for it is refused."""
+        self._state.counts["failed_messages"] += 1
         if isinstance(message, Completion):
             self._commits.give_up(message.plan_id)
 

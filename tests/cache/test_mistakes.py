@@ -147,4 +147,5 @@ def test_a_hello_of_a_rank_too_many_or_of_another_layout_is_logged_and_passed_ov
 ) -> None:
     cache._dispatch._hear([hello])
     assert why in caplog.text
+    assert cache.stats()["failed_messages"] == 1
     assert store(cache, 1).result(60).stored == 2 * SIZE
