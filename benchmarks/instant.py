@@ -24,6 +24,8 @@ class InstantChannel:
                     rank=0,
                     incarnation=1,
                     placement=layout.placement,
+                    block_tokens=layout.block_tokens,
+                    record_pages=layout.record_pages,
                     host_pages=host_pages,
                     disk_bytes=0,
                     segment_bytes=0,
@@ -61,10 +63,6 @@ class InstantChannel:
 
     def unregister(self, memory_id: int) -> None:
         """Nothing was kept."""
-
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        """There are no loads."""
-        return True
 
     def samples(self) -> list[Sample]:
         """Nothing is counted."""

@@ -12,7 +12,11 @@ from kvtier.transfer import DataPlane
 
 
 class Channel(Protocol):
-    """The way to one rank. Safe to call from several threads; nothing blocks but ``close``."""
+    """The way to one rank. Safe to call from several threads; nothing blocks but ``close``.
+
+    One whose rank may die tells of it with a ``Farewell``, after all that the rank still had to say; what is sent to a
+    rank that is gone is passed over.
+    """
 
     def send(self, plans: Sequence[Plan]) -> None:
         """Begin plans of this rank."""
@@ -31,9 +35,6 @@ class Channel(Protocol):
 
     def unregister(self, memory_id: int) -> None:
         """Forget engine memory."""
-
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        """Whether a part of a load is in engine memory."""
 
     def samples(self) -> list[Sample]:
         """Counters and levels of the rank."""
@@ -71,10 +72,6 @@ class LocalChannel:
     def unregister(self, memory_id: int) -> None:
         """Forget engine memory."""
         self._plane.unregister(memory_id)
-
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        """Whether a part of a load is in engine memory."""
-        return self._plane.part_ready(plan_id, part)
 
     def samples(self) -> list[Sample]:
         """Counters and levels of the data plane."""

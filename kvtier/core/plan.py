@@ -221,15 +221,31 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A data plane is there: who it is and what it owns. A new incarnation voids all that the old one held."""
+    """A data plane is there: who it is and what it owns. A new incarnation voids all that the old one held.
+
+    ``record_pages`` are the 4 KiB pages that a raw record takes, per group: extents of that length are reserved for it.
+    """
 
     rank: int
     incarnation: int
     placement: str
+    block_tokens: int
+    record_pages: tuple[int, ...]
     host_pages: int
     disk_bytes: int
     segment_bytes: int
     directories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """A data plane is gone, says its channel, and answers nothing any more; its last message.
+
+    All that it held and had under way is void. What it wrote to disk counts again once a new life has found it.
+    """
+
+    rank: int
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,5 +297,5 @@ class LaneRate:
     queued_bytes: int
 
 
-Report: TypeAlias = Hello | Recovered | Lost | DiskState | LaneRate
+Report: TypeAlias = Hello | Farewell | Recovered | Lost | DiskState | LaneRate
 Message: TypeAlias = Completion | Report

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,7 @@ from kvtier.errors import CorruptBlockError
 
 _HEAD: Final = Struct("<4sI")
 _MAGIC: Final = b"KVTW"
-_KINDS: Final[dict[str, type[Any]]] = {
-    kind.__name__: kind
-    for kind in (Plan, nouns.Completion, nouns.Hello, nouns.Recovered, nouns.Lost, nouns.DiskState, nouns.LaneRate)
-}
+_KINDS: Final[dict[str, type[Any]]] = {kind.__name__: kind for kind in (Plan, *get_args(Message))}
 _TABLES: Final[dict[tuple[str, str], np.dtype[Any]]] = {
     ("Plan", "rows"): ROW,
     ("Completion", "rows"): COMPLETED,
@@ -35,6 +32,7 @@ _TABLES: Final[dict[tuple[str, str], np.dtype[Any]]] = {
     ("DiskState", "sealed"): np.dtype("<i8"),
 }
 _ENUMS: Final = {"PlanKind": nouns.PlanKind, "Priority": nouns.Priority}
+_TUPLES: Final = {"tuple[str, ...]": "str", "tuple[int, ...]": "int"}
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "int": (int,),
     "bool": (bool,),
@@ -132,10 +130,10 @@ def _page_table(shape: Any, tables: list[memoryview]) -> PageTable | None:
 
 
 def _scalar(kind: str, value: Any) -> Any:
-    if kind == "tuple[str, ...]":
+    if of_each := _TUPLES.get(kind):
         if type(value) is not list:
-            raise ValueError(f"{value!r} is no list of words")
-        return tuple(_scalar("str", item) for item in value)
+            raise ValueError(f"{value!r} is no {kind}")
+        return tuple(_scalar(of_each, item) for item in value)
     if kind in _ENUMS:
         return _ENUMS[kind](_scalar("int", value))
     if type(value) not in _TYPES[kind] or (type(value) is int and not -(2**63) <= value < 2**63):

@@ -19,10 +19,10 @@ from kvtier.core.plan import (
     Reason,
     Tier,
 )
-from kvtier.errors import ConfigError
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.disk import Directory
+from kvtier.planner.hellos import check_hello
 from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
 from kvtier.planner.recovery import Recovery
 from kvtier.planner.stages import Stages
@@ -227,17 +227,10 @@ class Commits:
         """A data plane is there; if its rank was there before, all that the old life held is void.
 
         Raises:
-            ConfigError: there is no such rank, or the only one has another layout.
+            ConfigError: there is no such rank, or it has another layout.
         """
         state = self._state
-        if not 0 <= hello.rank < state.index.ranks:
-            raise ConfigError(f"rank {hello.rank}: this cache was opened for {state.index.ranks} ranks, from 0 on")
-        wanted = state.layout.placement
-        if state.index.ranks == 1 and hello.placement != wanted:  # of several, each has a placement of its own
-            raise ConfigError(
-                f"rank 0 has placement {hello.placement[:12]}, this cache's layout {wanted[:12]}: open both with the"
-                " same KVLayout"
-            )
+        check_hello(hello, state.layout, state.index.ranks)
         if hello.rank in state.incarnations:
             self._void(hello.rank)
         state.incarnations[hello.rank] = hello.incarnation
@@ -246,9 +239,16 @@ class Commits:
         if hello.disk_bytes:
             self.recovery.begin(hello.rank)
 
+    def detach(self, rank: int) -> None:
+        """The data plane of ``rank`` is gone: nothing is asked of it before another says hello."""
+        del self._state.incarnations[rank]  # first: what its plans end may ask for more
+        self._void(rank)
+        self._state.host.attach(rank, 0)
+        self._state.disk.detach(rank)
+        self.recovery.give_up(rank)
+
     def _void(self, rank: int) -> None:
         state, index = self._state, self._state.index
-        state.incarnations[rank] = -1
         state.plans = [plan for plan in state.plans if plan.rank != rank]
         # Also those of which the rank has said its last word: what it landed is not there any more.
         for hop in [hop for hop in state.hops.values() if hop.ranks >> rank & 1]:

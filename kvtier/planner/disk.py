@@ -67,6 +67,10 @@ class DiskBook:
         """Rank ``hello.rank`` brings a directory, or none (``disk_bytes`` 0)."""
         self.ranks[hello.rank] = RankDisk(hello.disk_bytes)
 
+    def detach(self, rank: int) -> None:
+        """Rank ``rank`` is gone, and its directories with it."""
+        self.ranks[rank] = RankDisk(0)
+
     def update(self, state: DiskState) -> bool:
         """What a data plane says of one of its directories; True when it has just been given up."""
         directory = self.ranks[state.rank].directories.setdefault(state.directory, Directory())

@@ -9,6 +9,7 @@ from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop, Join
 from kvtier.planner.host import targets_of
+from kvtier.planner.leases import Lease
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Outcome, Ticket
@@ -29,8 +30,8 @@ class Journeys:
         """Bring tokens of a lease into engine pages, promoting what is only on disk."""
         state, ticket, lease = self._state, wish.ticket, wish.lease
         first, blocks = ticket.first_block, len(ticket.outcome)
-        if lease.released or lease.keys.root.weights_version != state.version:
-            ticket.fail_from(first, Reason.GONE if lease.released else Reason.RETIRED)
+        if (reason := self._hindrance(lease)) != Reason.NONE:
+            ticket.fail_from(first, reason)
             self._stages.advance(ticket)
             return
         cut = slice(first - lease.first_block, first + blocks - lease.first_block)
@@ -85,6 +86,15 @@ class Journeys:
         self._stages.advance(ticket)
 
     # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def _hindrance(self, lease: Lease) -> Reason:
+        """Why nothing of ``lease`` can be loaded, or NONE."""
+        state = self._state
+        if lease.released:
+            return Reason.GONE
+        if lease.keys.root.weights_version != state.version:
+            return Reason.RETIRED
+        return Reason.NONE if state.attached else Reason.CLOSED
 
     def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket | None) -> Hop:
         state = self._state

@@ -19,6 +19,7 @@ from kvtier.core.plan import (
     PAGE_BYTES,
     Completion,
     DiskState,
+    Farewell,
     Hello,
     Lineage,
     Lost,
@@ -246,6 +247,8 @@ class Planner:
             self._commits.attach(message)
         elif message.incarnation != self._state.incarnations.get(message.rank):
             self._state.counts["late_messages"] += 1
+        elif isinstance(message, Farewell):
+            self._commits.detach(message.rank)
         elif isinstance(message, Recovered):
             self._commits.recovery.take(message)
         elif isinstance(message, Lost):

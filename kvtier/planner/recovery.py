@@ -54,6 +54,11 @@ class Recovery:
         if report.final:
             self._end(report.rank)
 
+    def give_up(self, rank: int) -> None:
+        """``rank`` is gone and tells nothing more."""
+        if rank in self._state.recovering:
+            self._end(rank)
+
     def _end(self, rank: int) -> None:
         orphans, self._orphans = self._orphans, []
         for some in orphans:

@@ -380,6 +380,7 @@ class DataPlane:
         equipment.outbox.append(
             Hello(
                 rank=self.rank, incarnation=equipment.incarnation, placement=layout.placement,
+                block_tokens=layout.block_tokens, record_pages=layout.record_pages,
                 host_pages=equipment.host.data.nbytes // PAGE_BYTES,
                 disk_bytes=sum(tier.capacity_bytes for tier in tiers),
                 segment_bytes=max((tier.segment_bytes for tier in tiers), default=0), directories=directories,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from multiprocessing.connection import Connection
@@ -13,7 +14,7 @@ from kvtier.config import load_config
 from kvtier.core import wire
 from kvtier.core.keys import Keys
 from kvtier.core.memory import KVMemory
-from kvtier.core.plan import Message, Plan
+from kvtier.core.plan import Farewell, Message, Plan
 from kvtier.metrics import Sample
 from kvtier.runtime import system_machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
@@ -76,7 +77,7 @@ def _take_plans(plane: DataPlane, plans: Connection) -> None:
 
 
 class PipeChannel:
-    """The control side of the pipe: everything that crosses is bytes."""
+    """The control side of the pipe: everything that crosses is bytes. It says when the process behind it is gone."""
 
     def __init__(self, plans: Connection) -> None:
         self.plans = plans
@@ -87,25 +88,37 @@ class PipeChannel:
 
     def listen(self, on_news: Any) -> None:
         self.on_news = on_news
-        threading.Thread(target=self._receive, daemon=True).start()
+        threading.Thread(target=self._receive, args=(self.plans,), daemon=True).start()
 
-    def _receive(self) -> None:
+    def connect(self, plans: Connection) -> None:
+        """There is another process."""
+        self.plans = plans
+        self.listen(self.on_news)
+
+    def _receive(self, plans: Connection) -> None:
+        incarnation = -1
         while True:
             try:
-                data = self.plans.recv_bytes()
+                message = wire.decode(plans.recv_bytes())
             except (EOFError, OSError):
-                return
-            message = wire.decode(data)
+                break
             assert not isinstance(message, Plan)
-            with self._lock:
-                self._inbox.append(message)
-            self.on_news()
+            rank, incarnation = message.rank, message.incarnation
+            self._tell(message)
+        if incarnation >= 0:
+            self._tell(Farewell(rank, incarnation))
+
+    def _tell(self, message: Message) -> None:
+        with self._lock:
+            self._inbox.append(message)
+        self.on_news()
 
     def send(self, plans: Sequence[Plan]) -> None:
         for plan in plans:
             data = wire.encode(plan)
             self.sent_bytes += len(data)
-            self.plans.send_bytes(data)
+            with suppress(BrokenPipeError):  # the farewell says the rest
+                self.plans.send_bytes(data)
 
     def call_back(self) -> bool:
         return False
@@ -123,9 +136,6 @@ class PipeChannel:
 
     def unregister(self, memory_id: int) -> None:
         raise AssertionError("each rank registers its own memory")
-
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        return False
 
     def samples(self) -> list[Sample]:
         return []

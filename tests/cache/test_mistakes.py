@@ -115,7 +115,7 @@ class Silent:
 
 
 def test_jobs_of_a_rank_that_went_without_a_word_end_when_the_cache_is_closed() -> None:
-    channel: Any = Silent(Hello(0, 1, LAYOUT.placement, 64, 0, 0))
+    channel: Any = Silent(Hello(0, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 64, 0, 0))
     cache = TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=[channel])
     cache.register(ENGINE.memory)
     job = store(cache, 1)
@@ -126,7 +126,7 @@ def test_jobs_of_a_rank_that_went_without_a_word_end_when_the_cache_is_closed() 
 
 @pytest.mark.parametrize("durability", ["memory", "process", "durable"])
 def test_before_every_rank_is_there_nothing_is_stored_and_no_flush_says_so(durability: str) -> None:
-    there, missing = Silent(Hello(0, 1, LAYOUT.placement, 64, 1 << 20, 1 << 20)), Silent()
+    there, missing = Silent(Hello(0, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 64, 1 << 20, 1 << 20)), Silent()
     channels: Any = [there, missing]
     cache = TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=channels)
     job = cache.submit_store([1] * SIZE, ENGINE.pages, durability=durability)
@@ -138,8 +138,11 @@ def test_before_every_rank_is_there_nothing_is_stored_and_no_flush_says_so(durab
 @pytest.mark.parametrize(
     ("hello", "why"),
     [
-        (Hello(7, 1, LAYOUT.placement, 1, 0, 0), "rank 7: this cache was opened for 1 ranks"),
-        (Hello(0, 2, "f" * 64, 1, 0, 0), "rank 0 has placement ffffffffffff"),
+        (
+            Hello(7, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 1, 0, 0),
+            "rank 7: this cache was opened for 1 ranks",
+        ),
+        (Hello(0, 2, "f" * 64, SIZE, LAYOUT.record_pages, 1, 0, 0), "rank 0 has placement ffffffffffff"),
     ],
 )
 def test_a_hello_of_a_rank_too_many_or_of_another_layout_is_logged_and_passed_over(

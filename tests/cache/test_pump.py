@@ -30,7 +30,7 @@ class AnsweringChannel:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
-        self.outbox: list[Message] = [Hello(0, 1, LAYOUT.placement, 64, 0, 0)]
+        self.outbox: list[Message] = [Hello(0, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 64, 0, 0)]
         self.plans: list[Plan] = []
         self.registered: list[KVMemory] = []
         self.forgotten: list[int] = []
@@ -65,9 +65,6 @@ class AnsweringChannel:
 
     def unregister(self, memory_id: int) -> None:
         self.forgotten.append(memory_id)
-
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        return False
 
     def samples(self) -> list[Sample]:
         return []

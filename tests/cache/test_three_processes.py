@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,9 @@ class Rank:
         args = (rank, settings(tmp_path, rank), theirs, their_commands, incarnation)
         self.process = SPAWN.Process(target=run, args=args, daemon=True)
         self.process.start()
+        theirs.close()
+        their_commands.close()
+        self.plans = ours
         self.channel = PipeChannel(ours)
 
     def ask(self, *command: Any) -> Any:
@@ -98,4 +103,32 @@ def test_both_ranks_are_found_again_after_a_restart(tmp_path: Path) -> None:
     with two_ranks(tmp_path) as (cache, ranks), cache.lookup(keys) as hit:
         assert hit.by_tier == {"device": 0, "host": 0, "disk": 160}
         assert cache.submit_load(hit, TABLE).result(60).ok_tokens == 160
+        assert tell(ranks, "wrong", keys, range(10)) == [[], []]
+
+
+def test_a_rank_that_is_killed_ends_what_was_asked_of_it_and_is_served_again_after_its_restart(tmp_path: Path) -> None:
+    """Nobody waits for the dead; the others go on, and a new process finds what the old one wrote."""
+    with two_ranks(tmp_path) as (cache, ranks):
+        keys = cache.keys(list(range(16 * 10 + 3)))
+        tell(ranks, "write", keys, range(10))
+        assert cache.submit_store(keys, TABLE, durability="process").result(60).stored == 160
+        victim = ranks[1]
+        with cache.lookup(keys) as hit:
+            os.kill(victim.process.pid, signal.SIGSTOP)
+            job = cache.submit_load(hit, TABLE)
+            assert not job.done
+            victim.process.kill()
+            assert job.result(60).failed == {"gone": 160}
+            assert cache.submit_load(hit, TABLE).result(60).failed == {"closed": 160}
+        assert cache.match(keys) == 0
+        assert cache.submit_store(keys, TABLE).result(60).refused == 160
+        victim.process.join(60)
+
+        ranks[1] = Rank(tmp_path, 1, incarnation=2)
+        victim.channel.connect(ranks[1].plans)
+        cache.wait_attached(60)
+        tell(ranks, "wipe")
+        with cache.lookup(keys) as hit:
+            assert hit.by_tier == {"device": 0, "host": 0, "disk": 160}
+            assert cache.submit_load(hit, TABLE).result(60).ok_tokens == 160
         assert tell(ranks, "wrong", keys, range(10)) == [[], []]

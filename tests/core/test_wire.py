@@ -22,6 +22,7 @@ from kvtier.core.plan import (
     ROW,
     Completion,
     DiskState,
+    Farewell,
     Hello,
     LaneRate,
     Lost,
@@ -86,11 +87,14 @@ MESSAGES: st.SearchStrategy[Plan | Message] = st.one_of(
         rank=INT,
         incarnation=LONG,
         placement=WORD,
+        block_tokens=INT,
+        record_pages=st.lists(INT, max_size=3).map(tuple),
         host_pages=LONG,
         disk_bytes=LONG,
         segment_bytes=LONG,
         directories=WORDS,
     ),
+    st.builds(Farewell, rank=INT, incarnation=LONG),
     st.builds(Recovered, rank=INT, incarnation=LONG, rows=table(RECOVERED), final=st.booleans()),
     st.builds(Lost, rank=INT, incarnation=LONG, rows=table(LOST)),
     st.builds(
@@ -142,7 +146,8 @@ EXAMPLE = Plan(
 EXAMPLES: list[Plan | Message] = [
     EXAMPLE,
     Completion(7, 1, 2, np.ones(2, COMPLETED), source_free=True),
-    Hello(0, 1, "ab", 10, 20, 30, ("/a", "/b")),
+    Hello(0, 1, "ab", 16, (3, 5), 10, 20, 30, ("/a", "/b")),
+    Farewell(0, 1),
     Recovered(0, 1, np.ones(1, RECOVERED), final=True),
     Lost(0, 1, np.ones(1, LOST)),
     DiskState(0, 1, True, 2, 1, np.array([[1, 2]], np.int64), "why"),
@@ -294,7 +299,7 @@ def test_a_scalar_of_another_type_is_damage(message: Plan | Message) -> None:
 
 def _fits(value: Any, other: Any) -> bool:
     if isinstance(value, list):
-        return other == ["x"]
+        return isinstance(other, list) and type(other[0]) is type(value[0])
     return type(value) is type(other)
 
 

@@ -64,7 +64,7 @@ class Bench:
         self.planes = [
             FakePlane(
                 rank, host_pages=host_blocks * pages, segments=segments, segment_pages=segment_blocks * pages,
-                clean_target=clean_target, directories=directories, placement=self.layout.placement,
+                clean_target=clean_target, directories=directories, layout=self.layout,
             )
             for rank in range(ranks)
         ]  # fmt: skip
@@ -158,8 +158,11 @@ class Bench:
         self.news += self.planner.take_finished()
 
     def knows(self, plane: FakePlane) -> bool:
-        """Whether the planner has heard of this life of ``plane``; until then its plans go to the one before."""
-        return self.planner._state.incarnations.get(plane.rank) == plane.incarnation
+        """Whether the planner has heard of this life of ``plane``, and there is no end of it to be heard of.
+
+        Plans that it sends at other times reach nobody.
+        """
+        return not plane.dead and self.planner._state.incarnations.get(plane.rank) == plane.incarnation
 
     def say(self, message: Message) -> None:
         """One message reaches the planner."""

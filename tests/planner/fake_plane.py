@@ -21,6 +21,7 @@ from kvtier.core.plan import (
     RECOVERED,
     Completion,
     DiskState,
+    Farewell,
     Hello,
     Lost,
     Message,
@@ -31,6 +32,7 @@ from kvtier.core.plan import (
     Status,
     Tier,
 )
+from kvtier.models import KVLayout
 
 Outcome = Status | Reason
 """What becomes of a row: OK, QUARANTINED, or the reason of its failure."""
@@ -97,7 +99,7 @@ class FakePlane:
         rank: int,
         *,
         host_pages: int,
-        placement: str = "f" * 64,
+        layout: KVLayout,
         segments: int = 0,
         segment_pages: int = 0,
         clean_target: int = 1,
@@ -106,7 +108,7 @@ class FakePlane:
         self.rank = rank
         self.incarnation = 1
         self.host_pages = host_pages
-        self.placement = placement
+        self.layout = layout
         self.segment_pages = segment_pages
         self.clean_target = clean_target
         self.directories = range(directories)
@@ -134,15 +136,26 @@ class FakePlane:
         self.flights: dict[int, Flight] = {}
         self.outbox: list[Message] = []
         self.cancelled: list[int] = []
+        self.dead = False
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
     def hello(self) -> None:
         """Say who it is."""
-        nbytes = len(self.segments) * self.segment_pages * PAGE_BYTES
+        segment_bytes = self.segment_pages * PAGE_BYTES
         self.outbox.append(
-            Hello(self.rank, self.incarnation, self.placement, self.host_pages, nbytes, self.segment_pages * PAGE_BYTES)
-        )
+            Hello(
+                self.rank, self.incarnation, self.layout.placement, self.layout.block_tokens, self.layout.record_pages,
+                self.host_pages, len(self.segments) * segment_bytes, segment_bytes,
+            )
+        )  # fmt: skip
+
+    def die(self) -> None:
+        """Its process is gone: its channel says so after what it had said before."""
+        outbox = self.outbox
+        self._begin_life()
+        self.outbox = [*outbox, Farewell(self.rank, self.incarnation)]
+        self.dead = True
 
     def restart(self) -> None:
         """A new process in the same directory: host memory, plans and unsent messages are gone, the disk is not."""

@@ -11,6 +11,7 @@ from kvtier.core.keys import Keys, Root
 from kvtier.core.plan import Hello, Lineage, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish, Ticket, TicketKind, Wish
 from tests.planner.bench import BLOCK, PAGES, Bench
+from tests.planner.fake_plane import FakePlane
 
 FAILURES = [Reason.DAMAGED, Reason.IO_ERROR, Reason.NO_SPACE, Reason.GONE]
 
@@ -166,6 +167,8 @@ class Storm:
         plane = self.random.choice(self.bench.planes)
         if plane.outbox:
             self.bench.say(plane.outbox.pop(0))
+        elif plane.dead and self.random.random() < 0.05:
+            self.restart(plane)
 
     # --- trouble ----------------------------------------------------------------------------------------------------
 
@@ -183,13 +186,19 @@ class Storm:
             segment = int(index.disk_segment[plane.rank, entry])
             generation = index.segment_generation[plane.rank].get(segment, 0)
             place = (segment, int(index.disk_page[plane.rank, entry]), generation)
-        if ranks[entry] >> plane.rank & 1:
+        if ranks[entry] >> plane.rank & 1 and not plane.dead:
             key, group = index.table.keys[entry].tobytes(), int(index.table.groups[entry])
             plane.lose(key, group, tier, place)
 
-    def restart(self) -> None:
-        """A rank begins a new life; what it has on disk is reported in any order."""
+    def die(self) -> None:
+        """A rank is gone, for a while."""
         plane = self.random.choice(self.bench.planes)
+        if not plane.dead:
+            plane.die()
+
+    def restart(self, plane: FakePlane | None = None) -> None:
+        """A rank begins a new life; what it has on disk is reported in any order."""
+        plane = plane or self.random.choice(self.bench.planes)
         late = [message for message in plane.outbox if not isinstance(message, Hello)]
         plane.restart()
         plane.outbox += self.random.sample(late, len(late) // 2)
@@ -198,7 +207,7 @@ class Storm:
 
     def disk_off_and_on(self) -> None:
         plane = self.random.choice(self.bench.planes)
-        if plane.segments:
+        if plane.segments and not plane.dead:
             plane.off ^= {self.random.choice(plane.directories)}
             plane.disk_state()
 
@@ -213,7 +222,7 @@ class Storm:
             + [self.prefetch, self.flush]
         )  # fmt: skip
         answers = [self.move] * 20 + [self.deliver] * 25
-        rare = [self.lose, self.restart, self.disk_off_and_on, self.change_version]
+        rare = [self.lose, self.restart, self.die, self.disk_off_and_on, self.change_version]
         roll = self.random.random()
         pool = rare if roll < 0.01 * bool(self.trouble) else answers if roll < 0.65 else wishes
         self.random.choice(pool)()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from kvtier.core.plan import RECOVERED, DiskState, PlanKind, Reason, Recovered, Status, Tier
+from kvtier.core.plan import RECOVERED, DiskState, Farewell, PlanKind, Reason, Recovered, Status, Tier
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability, Outcome
 from tests.planner.bench import BLOCK, PAGES, Bench
@@ -167,10 +170,19 @@ def test_what_a_rank_landed_before_its_new_life_is_not_published_after_it(finish
     assert list(ticket.reason) == [Reason.GONE] * 3
 
 
+def die(bench: Bench, rank: int) -> None:
+    """The process on ``rank`` is gone, and its channel says so."""
+    bench.planes[rank].die()
+    bench.hear()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", ["store", "load", "fetch", "spill", "flush"])
 @pytest.mark.parametrize("answered", [(), (0,), (1,)], ids=["nobody", "rank 0", "rank 1"])
-def test_plans_of_an_old_life_end_and_leave_nothing_behind(rank: int, kind: str, answered: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("end", [restart, die])
+def test_plans_of_an_old_life_end_and_leave_nothing_behind(
+    rank: int, kind: str, answered: tuple[int, ...], end: Callable[[Bench, int], None]
+) -> None:
     bench = Bench(ranks=2, segments=4, host_blocks=6)
     keys = bench.keys(3)
     bench.stored(keys)
@@ -194,11 +206,69 @@ def test_plans_of_an_old_life_end_and_leave_nothing_behind(rank: int, kind: str,
     for other in answered:
         bench.planes[other].finish(next(iter(bench.planes[other].flights)))
         bench.hear()
-    restart(bench, rank)
+    end(bench, rank)
     bench.check()
     bench.run()
     bench.check_at_rest()
+    if end is die:
+        assert bench.match(keys) == 0
+        restart(bench, rank)
     assert bench.loaded(keys).count(Outcome.DONE) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nothing_is_asked_of_a_rank_that_is_gone(rank: int) -> None:
+    """Whoever asks is told at once: no plan would be answered."""
+    bench = Bench(ranks=2, segments=4)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    lease = bench.lookup(keys)
+    die(bench, rank)
+    sent = len(bench.sent)
+    tickets = [bench.load(lease), bench.store(bench.keys(2, seed=1)), bench.flush(Durability.DURABLE)]
+    assert all(ticket.finished for ticket in tickets)
+    assert {bytes(ticket.reason[:1]) for ticket in tickets if ticket.outcome} == {bytes((Reason.CLOSED,))}
+    assert not bench.prefetch(keys).outcome
+    assert len(bench.sent) == sent
+    assert bench.planner.recovering
+    bench.planner.release(lease)
+    bench.check_at_rest()
+
+
+def test_a_rank_that_dies_while_it_tells_what_it_found_keeps_nobody_waiting() -> None:
+    bench = Bench(ranks=2, segments=4)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    bench.planes[1].restart()
+    bench.hear()
+    assert bench.planner.recovered_ranks == 1
+    die(bench, 1)
+    assert bench.planner.recovered_ranks == 1
+    restart(bench, 1)
+    assert not bench.planner.recovering
+    assert bench.loaded(keys).count(Outcome.DONE) == 3
+
+
+def test_a_farewell_of_an_earlier_life_is_passed_over() -> None:
+    bench = Bench(segments=4)
+    keys = bench.keys(3)
+    bench.stored(keys)
+    bench.say(Farewell(0, 0))
+    assert bench.match(keys) == 3
+
+
+@pytest.mark.parametrize(("block_tokens", "record_pages"), [(2 * BLOCK, (2,)), (BLOCK, (3,)), (BLOCK, (2, 2))])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_blocks_are_of_another_size_is_refused(
+    rank: int, block_tokens: int, record_pages: tuple[int, ...]
+) -> None:
+    """It would write over what lies behind the extents that are reserved for it."""
+    bench = Bench(ranks=2, attach=False)
+    bench.planes[rank].hello()
+    hello = bench.planes[rank].outbox.pop()
+    with pytest.raises(ConfigError, match=f"rank {rank} has blocks of {block_tokens} tokens"):
+        bench.say(replace(hello, block_tokens=block_tokens, record_pages=record_pages))
+    assert bench.planner.recovering
 
 
 def test_late_words_of_an_old_life_are_passed_over() -> None:
