@@ -1,48 +1,29 @@
-"""The last step of every journey: what data planes report becomes published state, and follow-ups are planned."""
+"""The last step of every journey: what data planes answer becomes published state, and tickets go on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
-from typing import Final
 
 import numpy as np
 
-from kvtier.core.plan import (
-    PAGE_BYTES,
-    Completion,
-    DiskState,
-    Hello,
-    Lost,
-    PlanKind,
-    Priority,
-    Reason,
-    Tier,
-)
+from kvtier.core.plan import Completion, PlanKind, Reason, Tier
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
-from kvtier.planner.disk import Directory
-from kvtier.planner.hellos import check_hello
-from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
+from kvtier.planner.hops import Hop
 from kvtier.planner.recovery import Recovery
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Ticket
 
-_ENTRIES_LOOKED_AT: Final = 4096
-_EVICTED_A_TURN: Final = 256
-"""Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
-
 
 class Commits:
-    """Takes completions and reports in."""
+    """Takes completions in."""
 
-    def __init__(self, state: ControlState, stages: Stages) -> None:
-        """Tickets go on through ``stages``."""
+    def __init__(self, state: ControlState, stages: Stages, recovery: Recovery) -> None:
+        """Tickets go on through ``stages``; ``recovery`` hears what was written."""
         self._state = state
         self._stages = stages
-        self.recovery = Recovery(state)
-        self._draining = False
+        self._recovery = recovery
         self._settle = {
             PlanKind.STORE: self._settle_store,
             PlanKind.LOAD: self._settle_load,
@@ -82,6 +63,14 @@ class Commits:
         of_others = [*(share.ticket for share in hop.shares), *(join.ticket for join in hop.joins)]
         for ticket in of_others if hop.ticket is None else (hop.ticket, *of_others):
             self._stages.give_up(ticket, Reason.REFUSED)
+
+    def void(self, rank: int) -> None:
+        """Nothing that ``rank`` answered is there any more, nor will it answer what it was asked."""
+        for hop in [hop for hop in self._state.hops.values() if hop.ranks >> rank & 1]:
+            # Also where it has said its last word, but others have not.
+            if not hop.settled or hop.finals_left >> rank & 1:
+                hop.void(rank)
+                self._go_on(hop)
 
     def _go_on(self, hop: Hop) -> None:
         """Settle once every rank has answered; let go once every rank has said its last word."""
@@ -130,7 +119,7 @@ class Commits:
         for rank in hop.answers:
             a = hop.answers[rank][rows]
             complete = state.index.add_disk(rank, written, a["segment"], a["page"], a["pages"], a["generation"])
-            self.recovery.written(rank, written)
+            self._recovery.written(rank, written)
         state.tell("stored", complete, Tier.DISK)
         state.counts["spilled_bytes"] += hop.moved_bytes
         for row, entry in enumerate(hop.entries.tolist()):
@@ -220,159 +209,3 @@ class Commits:
     def _advance(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
             self._stages.advance(ticket)
-
-    # --- reports ----------------------------------------------------------------------------------------------------
-
-    def attach(self, hello: Hello) -> None:
-        """A data plane is there; if its rank was there before, all that the old life held is void.
-
-        Raises:
-            ConfigError: there is no such rank, or it has another layout.
-        """
-        state = self._state
-        check_hello(hello, state.layout, state.index.ranks)
-        if hello.rank in state.incarnations:
-            self._void(hello.rank)
-        state.incarnations[hello.rank] = hello.incarnation
-        state.host.attach(hello.rank, hello.host_pages)
-        state.disk.attach(hello)
-        if hello.disk_bytes:
-            self.recovery.begin(hello.rank)
-
-    def detach(self, rank: int) -> None:
-        """The data plane of ``rank`` is gone: nothing is asked of it before another says hello."""
-        del self._state.incarnations[rank]  # first: what its plans end may ask for more
-        self._void(rank)
-        self._state.host.attach(rank, 0)
-        self._state.disk.detach(rank)
-        self.recovery.give_up(rank)
-
-    def _void(self, rank: int) -> None:
-        state, index = self._state, self._state.index
-        state.plans = [plan for plan in state.plans if plan.rank != rank]
-        # Also those of which the rank has said its last word: what it landed is not there any more.
-        for hop in [hop for hop in state.hops.values() if hop.ranks >> rank & 1]:
-            if not hop.settled or hop.finals_left >> rank & 1:
-                hop.void(rank)
-                self._go_on(hop)
-        bit = np.uint32(1 << rank)
-        touched = slice(0, index.table.touched)
-        on_host = np.flatnonzero(index.host_ranks[touched] & bit).astype(np.int32)
-        on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
-        for entry in on_host.tolist():
-            state.host.drop(entry)
-        index.drop_disk(rank, on_disk)
-        state.tell("removed", on_host, Tier.HOST)
-        state.tell("removed", on_disk, Tier.DISK)
-        state.forget_unreadable(np.union1d(on_host, on_disk))
-
-    def lost(self, report: Lost) -> None:
-        """Copies that turned out damaged or gone; newer copies at other places stay."""
-        state, index, rank = self._state, self._state.index, report.rank
-        for row in report.rows:
-            entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
-            if entry < 0 or not self._is_at(entry, rank, row):
-                continue
-            lost = np.array([entry], np.int32)
-            if row["tier"] == Tier.HOST:
-                state.host.drop(entry)
-            else:
-                index.drop_disk(rank, lost)
-            state.left(lost, Tier(int(row["tier"])))
-
-    def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
-        """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
-        index = self._state.index
-        if row["tier"] == Tier.HOST:
-            return bool(index.host_ranks[entry] >> rank & 1 and index.host_page[rank, entry] == row["page"])
-        place = (index.disk_segment[rank, entry], index.disk_page[rank, entry])
-        generation = index.generations(rank, np.array([entry], np.int32))[0]
-        return bool(
-            index.disk_ranks[entry] >> rank & 1
-            and place == (row["segment"], row["page"])
-            and generation == row["generation"]
-        )
-
-    def disk_state(self, report: DiskState) -> None:
-        """How a directory is; one that cannot be used any more loses all its copies."""
-        if self._state.disk.update(report):
-            entries = self._state.index.in_directory(report.rank, report.directory)
-            self._state.index.drop_disk(report.rank, entries)
-            self._state.left(entries, Tier.DISK)
-
-    # --- follow-ups -------------------------------------------------------------------------------------------------
-
-    def pump(self) -> None:
-        """Plan what nobody asked for: spills over the watermark, queued writes, reclaims."""
-        host, limits = self._state.host, self._state.config.host
-        self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
-        if self._draining:
-            self._spill_to_low_watermark()
-        if self._state.disk.backlog:
-            self._write()
-        for rank, disk in self._state.disk.ranks.items():
-            for directory in disk.directories.values():
-                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
-                    pass
-
-    def _spill_to_low_watermark(self) -> None:
-        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it."""
-        state, low = self._state, self._state.config.host.low_watermark
-        free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
-        gone = state.host.make_room(free_pages, _EVICTED_A_TURN)
-        if gone == _EVICTED_A_TURN or not state.disk.usable:
-            return
-        surplus = free_pages - state.host.free_pages
-        for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
-            if surplus <= 0:
-                break
-            if not state.disk.awaits_write(entry):
-                if state.index.pins[entry] or state.may_go(entry):
-                    continue
-                state.disk.enqueue(entry)
-            surplus -= int(state.index.host_pages[0, entry])
-
-    def _write(self) -> None:
-        state = self._state
-        nbytes = max(state.layout.record_pages) * PAGE_BYTES
-        while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
-            wanted = wide(np.array(entries, np.int32))
-            wanted = (
-                wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
-            )
-            going = set(wanted.tolist())
-            for entry in entries:
-                if entry not in going:
-                    done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
-                    state.disk.take_back(entry)
-                    self._advance(state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE))
-            for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
-                self._send_write(wanted[rows], nbytes)
-
-    def _send_write(self, entries: EntryRows, nbytes: int) -> None:
-        state = self._state
-        ranks = int(state.index.all_ranks)
-        blocks = state.index.depth[entries]
-        hop = Hop(state.next_number(), PlanKind.SPILL, entries, blocks, ranks, state.version)
-        hop.nbytes = nbytes * len(entries)
-        state.send(hop, priority=Priority.SPILL, chain=state.config.disk.codec)
-
-    def _reclaim(self, rank: int, directory: Directory) -> bool:
-        """Unpublish the oldest sealed segment that nobody reads, and ask for it to be made clean."""
-        state, index = self._state, self._state.index
-        pinned = index.pinned_segments(rank) if directory.sealed else set()
-        segment = next((segment for segment in directory.sealed if segment not in pinned), None)
-        if segment is None:
-            return False
-        generation = directory.sealed.pop(segment)
-        directory.reclaiming.add(segment)
-        state.disk.ranks[rank].reclaimed[segment] = generation
-        entries = index.in_segment(rank, segment)
-        index.drop_disk(rank, entries)
-        index.segment_generation[rank].pop(segment, None)
-        state.left(entries, Tier.DISK)
-        nothing = np.empty(0, np.int32)
-        hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
-        hop.segment, hop.generation = segment, generation
-        state.send(hop, priority=Priority.SPILL)
-        return True

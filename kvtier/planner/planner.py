@@ -39,11 +39,14 @@ from kvtier.planner.events import ControlEvents
 from kvtier.planner.joint import JointPlans
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
+from kvtier.planner.recovery import Recovery
+from kvtier.planner.reports import Reports
 from kvtier.planner.sessions import Sessions
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability, Ticket
+from kvtier.planner.upkeep import Upkeep
 from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
 
 _MAX_ENTRIES: Final = 1 << 24
@@ -71,7 +74,10 @@ class Planner:
         self._journeys = Journeys(self._state, stages)
         self._stores = Stores(self._state, stages)
         self._joint = JointPlans(self._state, self._stores)
-        self._commits = Commits(self._state, stages)
+        self._recovery = Recovery(self._state)
+        self._commits = Commits(self._state, stages, self._recovery)
+        self._reports = Reports(self._state, self._commits, self._recovery)
+        self._upkeep = Upkeep(self._state, stages)
         self.sessions = Sessions()
 
     # --- looking up -------------------------------------------------------------------------------------------------
@@ -135,7 +141,7 @@ class Planner:
                 alone = self._joint.plan(portion) if len(portion) > 1 else portion
                 for wish in alone:
                     self._plan_one(wish)
-        self._commits.pump()
+        self._upkeep.plan()
 
     def give_up(self, wishes: Iterable[Wish]) -> None:
         """End those of ``wishes`` that nothing is under way for: planning them failed, and somebody waits."""
@@ -227,7 +233,7 @@ class Planner:
 
     def follow_up(self) -> None:
         """Plan what nobody asked for and what follows from what was taken in."""
-        self._commits.pump()
+        self._upkeep.plan()
 
     def pass_over(self, message: Message) -> None:
         """Taking ``message`` in failed, nobody knows how far it came: whoever waits for it is refused."""
@@ -244,17 +250,17 @@ class Planner:
         if isinstance(message, Completion) and message.incarnation == self._state.incarnations.get(message.rank):
             self._commits.complete(message)
         elif isinstance(message, Hello):
-            self._commits.attach(message)
+            self._reports.attach(message)
         elif message.incarnation != self._state.incarnations.get(message.rank):
             self._state.counts["late_messages"] += 1
         elif isinstance(message, Farewell):
-            self._commits.detach(message.rank)
+            self._reports.detach(message.rank)
         elif isinstance(message, Recovered):
-            self._commits.recovery.take(message)
+            self._recovery.take(message)
         elif isinstance(message, Lost):
-            self._commits.lost(message)
+            self._reports.lost(message)
         elif isinstance(message, DiskState):
-            self._commits.disk_state(message)
+            self._reports.disk_state(message)
 
     def set_weights_version(self, version: str) -> None:
         """From now on only KV of ``version`` hits; loads and stores of others that are under way end as misses."""
@@ -342,7 +348,7 @@ class Planner:
             for entry in entries[~state.index.on_disk(entries)].tolist():
                 if not state.disk.was_refused(entry):
                     state.disk.enqueue(entry)
-        self._commits.pump()
+        self._upkeep.plan()
 
     def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         tiers = np.full(blocks, Tier.HOST, np.uint8)

@@ -158,7 +158,7 @@ def test_an_entry_takes_at_most_200_bytes_and_16_more_a_tier_for_every_further_r
     planner, state = bench.planner, bench.planner._state
     owners = [state.index, state.index.table, state.host._policy, state.disk]
     arrays = [value for owner in owners for value in vars(owner).values()]
-    arrays += list(planner._commits.recovery._sequences.values())
+    arrays += list(planner._recovery._sequences.values())
     nbytes = sum(a.nbytes for a in arrays if isinstance(a, np.ndarray) and a.base is None)
     assert nbytes / state.index.table.capacity <= 200 + (ranks - 1) * 2 * 16
 

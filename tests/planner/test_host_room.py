@@ -267,7 +267,7 @@ def test_whoever_waits_for_a_block_that_was_lost_before_it_was_written_hears_of_
 
 def test_room_is_made_ahead_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever stores never waits until a tenth of a large tier is freed; the rest goes with what is heard next."""
-    monkeypatch.setattr("kvtier.planner.commits._EVICTED_A_TURN", 2)
+    monkeypatch.setattr("kvtier.planner.upkeep._EVICTED_A_TURN", 2)
     bench = Bench(segments=0, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.3})
     bench.stored(bench.keys(18))
     gone = [bench.planner.stats()["evicted_entries"]]

@@ -298,7 +298,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def short_hops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores and writes of more than five blocks are several hops."""
-    for name in ("stores.STORE_HOP_BYTES", "stores.WRITE_HOP_BYTES", "commits.WRITE_HOP_BYTES"):
+    for name in ("stores.STORE_HOP_BYTES", "stores.WRITE_HOP_BYTES", "upkeep.WRITE_HOP_BYTES"):
         monkeypatch.setattr(f"kvtier.planner.{name}", 5 * 2 * 4096)
 
 

@@ -294,7 +294,7 @@ def test_the_pages_of_the_engine_are_free_before_the_store_is_done() -> None:
 
 @pytest.fixture
 def two_blocks_a_hop(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("stores.STORE_HOP_BYTES", "stores.WRITE_HOP_BYTES", "commits.WRITE_HOP_BYTES"):
+    for name in ("stores.STORE_HOP_BYTES", "stores.WRITE_HOP_BYTES", "upkeep.WRITE_HOP_BYTES"):
         monkeypatch.setattr(f"kvtier.planner.{name}", 2 * 2 * 4096)
 
 

@@ -1,0 +1,94 @@
+"""What data planes report of themselves: that they are there or gone, which copies they lost, how their disks are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtier.core.plan import DiskState, Hello, Lost, Tier
+from kvtier.planner.commits import Commits
+from kvtier.planner.hellos import check_hello
+from kvtier.planner.recovery import Recovery
+from kvtier.planner.state import ControlState
+
+
+class Reports:
+    """Takes reports in."""
+
+    def __init__(self, state: ControlState, commits: Commits, recovery: Recovery) -> None:
+        """What ends because of a report goes on through ``commits``; ``recovery`` takes what was found on disk."""
+        self._state = state
+        self._commits = commits
+        self._recovery = recovery
+
+    def attach(self, hello: Hello) -> None:
+        """A data plane is there; if its rank was there before, all that the old life held is void.
+
+        Raises:
+            ConfigError: there is no such rank, or it has another layout.
+        """
+        state = self._state
+        check_hello(hello, state.layout, state.index.ranks)
+        if hello.rank in state.incarnations:
+            self._void(hello.rank)
+        state.incarnations[hello.rank] = hello.incarnation
+        state.host.attach(hello.rank, hello.host_pages)
+        state.disk.attach(hello)
+        if hello.disk_bytes:
+            self._recovery.begin(hello.rank)
+
+    def detach(self, rank: int) -> None:
+        """The data plane of ``rank`` is gone: nothing is asked of it before another says hello."""
+        del self._state.incarnations[rank]  # first: what its plans end may ask for more
+        self._void(rank)
+        self._state.host.attach(rank, 0)
+        self._state.disk.detach(rank)
+        self._recovery.give_up(rank)
+
+    def _void(self, rank: int) -> None:
+        state, index = self._state, self._state.index
+        state.plans = [plan for plan in state.plans if plan.rank != rank]
+        self._commits.void(rank)
+        bit = np.uint32(1 << rank)
+        touched = slice(0, index.table.touched)
+        on_host = np.flatnonzero(index.host_ranks[touched] & bit).astype(np.int32)
+        on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
+        for entry in on_host.tolist():
+            state.host.drop(entry)
+        index.drop_disk(rank, on_disk)
+        state.tell("removed", on_host, Tier.HOST)
+        state.tell("removed", on_disk, Tier.DISK)
+        state.forget_unreadable(np.union1d(on_host, on_disk))
+
+    def lost(self, report: Lost) -> None:
+        """Copies that turned out damaged or gone; newer copies at other places stay."""
+        state, index, rank = self._state, self._state.index, report.rank
+        for row in report.rows:
+            entry = index.table.find_one(row["key"].tobytes(), int(row["group"]))
+            if entry < 0 or not self._is_at(entry, rank, row):
+                continue
+            lost = np.array([entry], np.int32)
+            if row["tier"] == Tier.HOST:
+                state.host.drop(entry)
+            else:
+                index.drop_disk(rank, lost)
+            state.left(lost, Tier(int(row["tier"])))
+
+    def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
+        """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
+        index = self._state.index
+        if row["tier"] == Tier.HOST:
+            return bool(index.host_ranks[entry] >> rank & 1 and index.host_page[rank, entry] == row["page"])
+        place = (index.disk_segment[rank, entry], index.disk_page[rank, entry])
+        generation = index.generations(rank, np.array([entry], np.int32))[0]
+        return bool(
+            index.disk_ranks[entry] >> rank & 1
+            and place == (row["segment"], row["page"])
+            and generation == row["generation"]
+        )
+
+    def disk_state(self, report: DiskState) -> None:
+        """How a directory is; one that cannot be used any more loses all its copies."""
+        if self._state.disk.update(report):
+            entries = self._state.index.in_directory(report.rank, report.directory)
+            self._state.index.drop_disk(report.rank, entries)
+            self._state.left(entries, Tier.DISK)

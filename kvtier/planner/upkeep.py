@@ -1,0 +1,106 @@
+"""What nobody asked for: spills over the watermark, queued writes, reclaims."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason, Tier
+from kvtier.index.cells import wide
+from kvtier.index.entries import EntryRows
+from kvtier.planner.disk import Directory
+from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
+from kvtier.planner.stages import Stages
+from kvtier.planner.state import ControlState
+
+_ENTRIES_LOOKED_AT: Final = 4096
+_EVICTED_A_TURN: Final = 256
+"""Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
+
+
+class Upkeep:
+    """Plans what keeps the tiers in order."""
+
+    def __init__(self, state: ControlState, stages: Stages) -> None:
+        """Tickets that wait for a write go on through ``stages``."""
+        self._state = state
+        self._stages = stages
+        self._draining = False
+
+    def plan(self) -> None:
+        """Plan what follows from how full the tiers are."""
+        host, limits = self._state.host, self._state.config.host
+        self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
+        if self._draining:
+            self._spill_to_low_watermark()
+        if self._state.disk.backlog:
+            self._write()
+        for rank, disk in self._state.disk.ranks.items():
+            for directory in disk.directories.values():
+                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
+                    pass
+
+    def _spill_to_low_watermark(self) -> None:
+        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it."""
+        state, low = self._state, self._state.config.host.low_watermark
+        free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
+        gone = state.host.make_room(free_pages, _EVICTED_A_TURN)
+        if gone == _EVICTED_A_TURN or not state.disk.usable:
+            return
+        surplus = free_pages - state.host.free_pages
+        for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
+            if surplus <= 0:
+                break
+            if not state.disk.awaits_write(entry):
+                if state.index.pins[entry] or state.may_go(entry):
+                    continue
+                state.disk.enqueue(entry)
+            surplus -= int(state.index.host_pages[0, entry])
+
+    def _write(self) -> None:
+        state = self._state
+        nbytes = max(state.layout.record_pages) * PAGE_BYTES
+        while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
+            wanted = wide(np.array(entries, np.int32))
+            wanted = (
+                wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
+            )
+            going = set(wanted.tolist())
+            for entry in entries:
+                if entry not in going:
+                    done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
+                    state.disk.take_back(entry)
+                    for ticket in state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE):
+                        self._stages.advance(ticket)
+            for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
+                self._send_write(wanted[rows], nbytes)
+
+    def _send_write(self, entries: EntryRows, nbytes: int) -> None:
+        state = self._state
+        ranks = int(state.index.all_ranks)
+        blocks = state.index.depth[entries]
+        hop = Hop(state.next_number(), PlanKind.SPILL, entries, blocks, ranks, state.version)
+        hop.nbytes = nbytes * len(entries)
+        state.send(hop, priority=Priority.SPILL, chain=state.config.disk.codec)
+
+    def _reclaim(self, rank: int, directory: Directory) -> bool:
+        """Unpublish the oldest sealed segment that nobody reads, and ask for it to be made clean."""
+        state, index = self._state, self._state.index
+        pinned = index.pinned_segments(rank) if directory.sealed else set()
+        segment = next((segment for segment in directory.sealed if segment not in pinned), None)
+        if segment is None:
+            return False
+        generation = directory.sealed.pop(segment)
+        directory.reclaiming.add(segment)
+        state.disk.ranks[rank].reclaimed[segment] = generation
+        entries = index.in_segment(rank, segment)
+        index.drop_disk(rank, entries)
+        index.segment_generation[rank].pop(segment, None)
+        state.left(entries, Tier.DISK)
+        nothing = np.empty(0, np.int32)
+        hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
+        hop.segment, hop.generation = segment, generation
+        state.send(hop, priority=Priority.SPILL)
+        return True
