@@ -35,6 +35,9 @@ _MOST_WISHES: Final = 8192
 _BYTES_A_TURN: Final = 64 << 20
 """Of what they move: the bytes of large wishes are on their way before the next ones are planned."""
 
+_NOTHING_UNDER_WAY_S: Final = 5.0
+"""For closing what was only just opened."""
+
 
 class Dispatch:
     """Safe to call from any thread. ``planner`` and ``memories`` are to be used under ``lock`` only."""
@@ -64,7 +67,12 @@ class Dispatch:
         self._turn = Turn(runtime.lock())  # ours until all is made: planes have news before they can be asked
         self.channels = tuple(make_channels(self.pump))
         self.memories = Memories(self.channels)
-        self._take_turn()
+        try:
+            self._take_turn()
+        except BaseException:
+            for channel in self.channels:
+                channel.close(_NOTHING_UNDER_WAY_S)
+            raise
 
     # --- wishes and decisions ---------------------------------------------------------------------------------------
 

@@ -173,7 +173,11 @@ class DataPlane:
         elif not self._tables_are_checked and not table_fits(self._equipment, plan):
             run.end(Reason.REFUSED)
         else:
-            run.begin()
+            try:
+                run.begin()
+            except Exception as error:  # a mistake of ours: the plans behind it are others'
+                self._equipment.faults.tell(f"a plan to {plan.kind.name.lower()} could not be begun", error)
+                run.end(Reason.REFUSED)
 
     def cancel(self, plan_id: int, reason: Reason = Reason.ABANDONED) -> None:
         """Nobody waits for ``plan_id`` any more; its rows end as soon as nothing touches engine memory for them."""
@@ -312,7 +316,10 @@ class DataPlane:
             result = RuntimeError(f"a piece of work failed: {error!r}")
             self._equipment.faults.tell("a piece of work failed", error)
         with self._lock:
-            piece.finish(result)
+            try:
+                piece.finish(result)
+            except Exception as error:  # a mistake of ours: the thread goes on for all the others
+                self._equipment.faults.tell("the end of a piece of work failed", error)
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)

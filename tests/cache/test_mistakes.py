@@ -13,6 +13,7 @@ from kvtier.planner.host import HostBook
 from kvtier.planner.planner import Planner
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.transfer.gathering import StoreRun
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -88,11 +89,30 @@ def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     assert all(job.source_free for job in jobs)
 
 
+def test_a_plan_that_cannot_be_begun_is_refused_and_the_next_ones_go_on(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(3)]
+    once(monkeypatch, StoreRun, "begin")
+    assert sorted(job.result(60).stored for job in jobs) == [0, 2 * SIZE, 2 * SIZE]
+    assert cache.close()
+
+
+def test_a_piece_of_work_whose_end_fails_leaves_its_thread_to_the_others(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(cache, 1)
+    once(monkeypatch, StoreRun, "settle")
+    assert store(cache, 2, PseudoEngine(LAYOUT, 2)).result(60).stored == 2 * SIZE
+    assert cache.stats()["failed_pieces{error=Mistake}"] == 1
+
+
 class Silent:
     """Leads to a rank that says hello, if at all, and then nothing ever again."""
 
     def __init__(self, *hellos: Hello) -> None:
         self.hellos = list(hellos)
+        self.closed = False
 
     def poll(self) -> list[Hello]:
         said, self.hellos = self.hellos, []
@@ -111,7 +131,16 @@ class Silent:
         pass
 
     def close(self, timeout_s: float) -> bool:
+        self.closed = True
         return True
+
+
+def test_an_opening_that_fails_at_the_first_news_closes_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    channels: Any = [Silent(), Silent()]
+    once(monkeypatch, Silent, "poll")
+    with pytest.raises(Mistake):
+        TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=channels)
+    assert all(channel.closed for channel in channels)
 
 
 def test_jobs_of_a_rank_that_went_without_a_word_end_when_the_cache_is_closed() -> None:
