@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _OF_A_LIFE: Final = 40
 """Generations and sequences begin at (life of the store) << 40: they are never used twice, whatever was lost."""
+_HOLDING: Final = frozenset((Stage.RECLAIMING, Stage.SEALED, Stage.POISONED, Stage.FULL))
+"""Segments that hold blocks, and are not written any more."""
 
 
 class SegmentBook:
@@ -47,6 +49,9 @@ class SegmentBook:
         self._wake = wake
         self._traffic = Traffic(clock)
         self._placing = False
+        self._used_pages = 0
+        self._odd = 0
+        """Segments of another size: an earlier life was configured differently."""
         self._next_generation = 0
         self._next_sequence = 0
         self._open: Segment | None = None
@@ -73,6 +78,8 @@ class SegmentBook:
         """A segment that was found, or made."""
         with self._lock:
             self.segments[segment.number] = segment
+            self._used_pages += segment.pages
+            self._odd += segment.pages != self.segment_pages
             if segment.stage is Stage.CLEAN:
                 self._clean.append(segment)
             elif segment.stage is Stage.OPEN:
@@ -248,11 +255,12 @@ class SegmentBook:
             return self._next_generation
 
     def next_to_reclaim(self) -> Segment | None:
-        """A segment to make clean; the caller ends with ``cleaned`` or ``dropped``."""
+        """A segment to make clean, or a clean one too many; the caller ends with ``cleaned`` or ``dropped``."""
         with self._lock:
-            segment = _first_idle(self._reclaiming)
+            surplus = self._surplus_clean()
+            queue, segment = (self._clean, surplus[0]) if surplus else (self._reclaiming, _first_idle(self._reclaiming))
             if segment is not None:
-                self._reclaiming.remove(segment)
+                queue.remove(segment)
             return segment
 
     def next_to_seal(self) -> Segment | None:
@@ -300,6 +308,8 @@ class SegmentBook:
         with self._lock:
             self._news.reclaim_ended(segment.number)
             del self.segments[segment.number]
+            self._used_pages -= segment.pages
+            self._odd -= segment.pages != self.segment_pages
 
     def wants_segment(self) -> bool:
         """Whether a segment more should be made now."""
@@ -321,7 +331,7 @@ class SegmentBook:
     def exceeds_capacity(self) -> bool:
         """Whether there are more segments than the capacity allows."""
         with self._lock:
-            return self._excess() > 0
+            return self._excess_pages > 0
 
     def free_number(self) -> int:
         """A number that no segment has."""
@@ -385,14 +395,25 @@ class SegmentBook:
         segment = self.segments.get(target.segment)
         return segment if segment is not None and segment.generation == target.generation else None
 
-    def _used_pages(self) -> int:
-        return sum(segment.pages for segment in self.segments.values())
+    @property
+    def _excess_pages(self) -> int:
+        """What the segments take beyond the capacity; below 0 there is room."""
+        return self._used_pages - self.capacity_pages
 
-    def _excess(self) -> int:
-        return -(-(self._used_pages() - self.capacity_pages) // self.segment_pages)
+    def _surplus_clean(self) -> list[Segment]:
+        """Clean segments that have to go because a capacity became smaller: rather they than any that holds blocks."""
+        excess_pages, left = self._excess_pages, len(self._clean)
+        surplus = []
+        for segment in self._clean:
+            if excess_pages <= 0:
+                break
+            if segment.pages != self.segment_pages or left > self._clean_wanted():
+                surplus.append(segment)
+                excess_pages, left = excess_pages - segment.pages, left - 1
+        return surplus
 
     def _may_grow(self) -> bool:
-        room = self._used_pages() + self.segment_pages <= self.capacity_pages
+        room = self._used_pages + self.segment_pages <= self.capacity_pages
         return room and self._placing and self.health.may_grow
 
     def _is_short(self) -> bool:
@@ -402,12 +423,31 @@ class SegmentBook:
         """Segments to keep clean; of fewer than the capacity allows, where the file system is full, the same share."""
         if self.health.may_grow:
             return self.pool.target
-        return max(1, self.pool.target * self._used_pages() // self.capacity_pages)
+        return max(1, self.pool.target * self._used_pages // self.capacity_pages)
 
     def _reclaims_wanted(self) -> int:
+        """How many segments control should give up in all, the oldest first, so that all fits and some are clean."""
         if not self._placing or self._may_grow():
             return 0
-        return max(0, self._clean_wanted() - len(self._clean)) + max(0, self._excess())
+        surplus = self._surplus_clean()
+        clean = len(self._clean) - len(surplus)
+        wanted_pages = max(0, self._clean_wanted() - clean) * self.segment_pages
+        over_pages = self._excess_pages - sum(segment.pages for segment in surplus)
+        if over_pages > 0 or self.health.may_grow:
+            wanted_pages += over_pages
+        return self._oldest_with(wanted_pages)
+
+    def _oldest_with(self, pages: int) -> int:
+        """How many of the oldest segments that hold blocks take ``pages`` together."""
+        if not self._odd:
+            return max(0, -(-pages // self.segment_pages))
+        holding = [segment for segment in self.segments.values() if segment.stage in _HOLDING]
+        holding.sort(key=lambda segment: (segment.stage is not Stage.RECLAIMING, segment.generation))
+        count = 0
+        while pages > 0 and count < len(holding):
+            pages -= holding[count].pages
+            count += 1
+        return count
 
 
 def _first_idle(queue: deque[Segment]) -> Segment | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import deque
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -399,6 +401,46 @@ def test_a_smaller_capacity_is_reached_by_reclaiming(workbench: Make) -> None:
         smaller.keep_house()
     assert len(list(Path(smaller.tier.path).glob("seg-*"))) == 4
     assert smaller.tier.place(RECORD_PAGES) is not None
+
+
+def reclaim_as_wanted(bench: Workbench) -> list[tuple[int, int]]:
+    """What control does: give up the oldest sealed segments while more are wanted; returns which."""
+    sealed: deque[tuple[int, int]] = deque()
+    under_way: set[int] = set()
+    gone = []
+    while (events := bench.tier.take_events()) is not None:
+        sealed.extend(sorted(events.sealed, key=itemgetter(1)))
+        under_way -= set(events.reclaimed)
+        while sealed and events.reclaims_wanted > len(under_way):
+            gone.append(sealed.popleft())
+            under_way.add(gone[-1][0])
+            bench.tier.reclaim(*gone[-1])
+        bench.keep_house()
+    return gone
+
+
+@pytest.mark.parametrize("new_scale", [1, 2, 4])
+@pytest.mark.parametrize("old_scale", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.75, 0.9])
+def test_no_more_is_given_up_for_a_smaller_capacity_than_has_to_be(
+    workbench: Make, old_scale: int, new_scale: int, share: float
+) -> None:
+    """Clean segments go first; of those that hold blocks no more than it takes, whatever sizes they have."""
+    old_bytes, new_bytes = old_scale * SEGMENT_BYTES, new_scale * SEGMENT_BYTES
+    bench = workbench(segments=48 // old_scale, segment_bytes=old_bytes).open()
+    bench.fill(range(46 * RECORDS))
+    bench.tier.close()
+    smaller = workbench(segments=int(48 * share) // new_scale, segment_bytes=new_bytes).open()
+    gone = reclaim_as_wanted(smaller)
+    used_bytes = sum(entry.stat().st_size for entry in Path(smaller.tier.path).glob("seg-*"))
+    assert used_bytes <= smaller.tier.capacity_bytes
+    clean_bytes = smaller.tier.stages()["clean"] * new_bytes
+    assert clean_bytes == new_bytes
+    assert used_bytes - clean_bytes + old_bytes > smaller.tier.capacity_bytes - new_bytes, "one too many went"
+    kept = set(smaller.recovered()) - {
+        number for number, row in smaller.recovered().items() if (row["segment"], row["generation"]) in gone
+    }
+    assert kept == set(range(46 * RECORDS - len(kept), 46 * RECORDS)), "the oldest go first"
 
 
 def test_segments_of_another_size_are_read_and_replaced_when_reclaimed(workbench: Make) -> None:
