@@ -139,12 +139,17 @@ def check_owner(owner: Hashable) -> None:
         raise ConfigError(f"owner = {owner!r}: must be hashable, such as a request's id") from None
 
 
-def check_root(keys: Keys, tenant: str, adapter: str) -> None:
-    """Refuse words that ``keys`` contradict: whose they are was settled when they were made.
+def check_root(keys: Keys, model_id: str, tenant: str, adapter: str) -> None:
+    """Refuse keys of another model, and words that ``keys`` contradict: whose they are was settled when they were made.
 
     Raises:
-        ConfigError: they are of another tenant or adapter.
+        ConfigError: they are of another model, tenant or adapter.
     """
+    if keys.root.model_id != model_id:
+        raise ConfigError(
+            f"these keys were made for model {keys.root.model_id!r}, the cache is of {model_id!r}: make keys with this"
+            " cache's keys()"
+        )
     for name, value, own in (("tenant", tenant, keys.root.tenant), ("adapter", adapter, keys.root.adapter)):
         if value not in ("", own):
             raise ConfigError(

@@ -481,7 +481,7 @@ class TieredCache:
     def _keys(self, tokens: Prompt, tenant: str, adapter: str) -> Keys:
         if isinstance(tokens, Keys):
             self._planner.check_keys(tokens)
-            check_root(tokens, tenant, adapter)
+            check_root(tokens, self.model_id, tenant, adapter)
             return tokens
         return self.keys(tokens, tenant=tenant, adapter=adapter)
 

@@ -212,7 +212,7 @@ class Planner:
         return wish.ticket
 
     def check_keys(self, keys: Keys) -> None:
-        """Refuse keys of another cache. Changes nothing, so any thread may call it at any time.
+        """Refuse keys of blocks of another size. Changes nothing, so any thread may call it at any time.
 
         Raises:
             ConfigError: they are of blocks of another size.

@@ -409,6 +409,23 @@ def test_keys_of_one_tenant_or_adapter_are_not_taken_for_those_of_another(word: 
             cache.lookup(cache.keys(tokens), **{word: "other"})
 
 
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_keys_of_another_model_are_refused_by_every_verb(memory_cache: TieredCache, kind: str) -> None:
+    """What is stored under them would be an answer for that model, if both use one directory."""
+    with TieredCache(settings(), LAYOUT, "another") as other:
+        keys = other.keys(TOKENS) if kind == "own" else other.foreign_keys([b"a", b"b"], engine="e")
+    engine = PseudoEngine(LAYOUT, 8)
+    for verb in (
+        memory_cache.match,
+        memory_cache.lookup,
+        memory_cache.submit_prefetch,
+        lambda keys: memory_cache.submit_store(keys, engine.pages),
+    ):
+        with pytest.raises(ConfigError, match="made for model 'another', the cache is of 'm'"):
+            verb(keys)
+    assert memory_cache.stats()["entries"] == memory_cache.stats()["memories"] == 0
+
+
 @pytest.mark.parametrize(("section", "codec"), [("host", "half"), ("disk", "half+lz4"), ("host", "raw+lz4")])
 def test_a_codec_that_nobody_would_apply_is_refused(monkeypatch: pytest.MonkeyPatch, section: str, codec: str) -> None:
     """One that was added to the registry and to the choices: records would say that they hold what they do not."""
