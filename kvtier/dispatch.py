@@ -101,8 +101,10 @@ class Dispatch:
                 finally:
                     plans, jobs = self.planner.take_plans(), self._jobs_with_news()
         finally:
-            self._send(plans)
-            tell(jobs)
+            try:
+                self._send(plans)
+            finally:
+                tell(jobs)
             if plans:
                 self.pump()
 
@@ -187,10 +189,12 @@ class Dispatch:
                 self._plan_wishes(list(self._wishes_of_a_turn()))
             plans, jobs = self.planner.take_plans(), self._jobs_with_news()
             waiting, self._on_attach = self._on_attach, []
-        self._send(plans)
-        for event in waiting:
-            event.set()
-        tell(jobs)
+        try:
+            self._send(plans)
+        finally:
+            for event in waiting:
+                event.set()
+            tell(jobs)
         if self._wishes:  # a copy thread plans them as soon as one is free: first the bytes that it has in hand
             return not self.channels[0].call_back()
         return bool(plans)
@@ -232,14 +236,19 @@ class Dispatch:
             log.exception("planning what follows from messages failed")
 
     def _send(self, plans: list[Plan]) -> None:
-        if len(self.channels) == 1:
-            if plans:
-                self.channels[0].send(plans)
-            return
+        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers."""
         for rank, channel in enumerate(self.channels):
-            mine = [plan for plan in plans if plan.rank == rank]
-            if mine:
+            mine = plans if len(self.channels) == 1 else [plan for plan in plans if plan.rank == rank]
+            if not mine:
+                continue
+            try:
                 channel.send(mine)
+            except Exception:
+                log.exception("rank %d did not take %d plans; who waits for them is refused", rank, len(mine))
+                with self.lock:
+                    self.planner.disown(mine)
+                    jobs = self._jobs_with_news()
+                tell(jobs)
 
     def _jobs_with_news(self) -> list[AnyJob]:
         jobs = []

@@ -52,16 +52,26 @@ class Commits:
 
     def give_up(self, plan_id: int) -> None:
         """Refuse whoever waits for that plan. Its room and its pins stay as they are: something may still use them."""
+        hop = self._state.hops.pop(plan_id, None)
+        if hop is not None:
+            if not hop.settled:
+                self._state.in_flight_bytes[hop.kind] -= hop.nbytes
+            self._refuse(hop)
+
+    def disown(self, plan_id: int) -> None:
+        """Refuse whoever waits for that plan, and publish nothing of it. It ends if all ranks answer, or are gone."""
+        hop = self._state.hops.get(plan_id)
+        if hop is not None:
+            hop.fail_all(Reason.REFUSED)
+            self._refuse(hop)
+
+    def _refuse(self, hop: Hop) -> None:
         state = self._state
-        hop = state.hops.pop(plan_id, None)
-        if hop is None:
-            return
-        if not hop.settled:
-            state.in_flight_bytes[hop.kind] -= hop.nbytes
-        for entry in hop.entries.tolist():
-            state.storing.pop(entry, None)
-        of_others = [*(share.ticket for share in hop.shares), *(join.ticket for join in hop.joins)]
-        for ticket in of_others if hop.ticket is None else (hop.ticket, *of_others):
+        self._stores_no_more(hop)
+        for entry in hop.entries.tolist() if hop.kind == PlanKind.SPILL else ():
+            state.disk.write_ended(entry, written=False)
+            self._advance(state.row_ended(entry, Reason.REFUSED))
+        for ticket in hop.let_go():
             self._stages.give_up(ticket, Reason.REFUSED)
 
     def void(self, rank: int) -> None:
@@ -95,13 +105,18 @@ class Commits:
         state = self._state
         if hop.version != state.version:
             hop.fail_all(Reason.RETIRED)
-        for entry in hop.entries.tolist():
-            state.storing.pop(entry, None)
+        self._stores_no_more(hop)
         complete = self._land(hop)
         if state.writes_through and state.disk.usable:
             for entry in complete.tolist():
                 state.disk.enqueue(entry)
         self._pass_on(hop)
+
+    def _stores_no_more(self, hop: Hop) -> None:
+        storing = self._state.storing
+        for entry in hop.entries.tolist():
+            if storing.get(entry) is hop:  # one that was refused may have been stored anew
+                del storing[entry]
 
     def _settle_load(self, hop: Hop) -> None:
         if hop.version != self._state.version:

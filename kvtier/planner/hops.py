@@ -160,6 +160,13 @@ class Hop:
         answers["status"][unsaid] = _QUARANTINED
         return self._free_quarantined(rank, np.arange(len(answers)))
 
+    def let_go(self) -> list[Ticket]:
+        """Nobody waits for it any more; returns who did."""
+        own = [self.ticket] if self.ticket is not None else []
+        tickets = [*own, *(share.ticket for share in self.shares), *(join.ticket for join in self.joins)]
+        self.ticket, self.shares, self.joins = None, [], []
+        return tickets
+
     def void(self, rank: int) -> None:
         """The memory and the answers of ``rank`` are worth nothing: it began a new life."""
         self.fail_all(Reason.GONE)

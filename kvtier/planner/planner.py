@@ -241,6 +241,11 @@ class Planner:
         if isinstance(message, Completion):
             self._commits.give_up(message.plan_id)
 
+    def disown(self, plans: Iterable[Plan]) -> None:
+        """A rank did not take ``plans``: whoever waits for them is refused, and nothing of them is published."""
+        for plan in plans:
+            self._commits.disown(plan.plan_id)
+
     def take_in(self, message: Message) -> None:
         """Commit a completion, or take a report in; words of an earlier life of a rank are passed over.
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from kvtier import TieredCache
-from kvtier.core.plan import Hello
+from kvtier import TieredCache, load_config
+from kvtier.channel import LocalChannel
+from kvtier.core.plan import Hello, Plan, PlanKind
 from kvtier.planner.commits import Commits
 from kvtier.planner.host import HostBook
 from kvtier.planner.planner import Planner
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.transfer import DataPlane
 from kvtier.transfer.gathering import StoreRun
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
 ENGINE = PseudoEngine(LAYOUT, 2)
+WITH_DISK = {
+    "host": {"capacity": "1MiB", "staging": "1MiB"},
+    "disk": {"directories": ["/disk"], "capacity": "8MiB", "segment": "1MiB"},
+    "policy": {"write": "write_back"},
+}
 
 
 @pytest.fixture
@@ -80,6 +88,18 @@ def test_a_completion_that_cannot_be_taken_in_refuses_those_who_wait_for_it(
     assert cache.close()
 
 
+@pytest.mark.parametrize("step", ["complete", "_fail_overtaken"])
+def test_a_write_whose_completion_cannot_be_taken_in_refuses_those_who_wait_for_the_disk(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=Simulation(1).machine())
+    assert cache.submit_store([1] * SIZE, ENGINE.pages).result(60).stored == SIZE
+    once(monkeypatch, Commits, step)
+    job = cache.submit_flush("process")
+    assert not job.result(60).ok
+    assert cache.submit_store([2] * SIZE, ENGINE.pages, durability="process").result(60).stored == SIZE
+
+
 def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     cache: TieredCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +107,40 @@ def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     once(monkeypatch, Commits, "complete")
     assert [job.result(60).failed for job in jobs] == [{"refused": 2 * SIZE}] * 3
     assert all(job.source_free for job in jobs)
+
+
+class Broken(LocalChannel):
+    """A channel that does not take the next plans of some kind."""
+
+    breaks_on: PlanKind | None = None
+
+    def send(self, plans: Sequence[Plan]) -> None:
+        if self.breaks_on is not None and any(plan.kind == self.breaks_on for plan in plans):
+            self.breaks_on = None
+            raise BrokenPipeError("nobody reads")
+        super().send(plans)
+
+
+@pytest.mark.parametrize(("kind", "durability"), [(PlanKind.STORE, "memory"), (PlanKind.SPILL, "process")])
+def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kind: PlanKind, durability: str) -> None:
+    config, machine = load_config(WITH_DISK), Simulation(1).machine()
+    news: list[TieredCache] = []
+    channel = Broken(
+        lambda on_news: DataPlane(config, LAYOUT, machine, on_news=on_news), lambda: [one.pump() for one in news]
+    )
+    cache = TieredCache(config, LAYOUT, "m", machine=machine, channels=[channel])
+    news.append(cache)
+    cache.register(ENGINE.memory)
+    cache.wait_attached(60)
+    assert store(cache, 1).result(60).stored == 2 * SIZE
+    channel.breaks_on = kind
+    jobs = [cache.submit_store([number] * SIZE, ENGINE.pages, durability=durability) for number in (2, 3)]
+    assert {"refused": SIZE} in [job.result(60).failed for job in jobs]
+    assert cache.match([3] * (SIZE + 1)) + cache.match([2] * (SIZE + 1)) <= 2 * SIZE
+    again = [cache.submit_store([number] * SIZE, ENGINE.pages) for number in (2, 3, 4)]
+    assert [job.result(60).refused for job in again] == [0, 0, 0]
+    assert all(job.done for job in jobs)
+    assert cache.close(60)
 
 
 def test_a_plan_that_cannot_be_begun_is_refused_and_the_next_ones_go_on(
