@@ -129,6 +129,8 @@ class Hop:
 
     def _take_apart(self, rank: int, rows: Table) -> list[Extent]:
         freed: list[Extent] = []
+        if rows["row"].min() < 0:  # numpy would count it from the end
+            raise ValueError(f"row {rows['row'].min()}: places are reserved for rows from 0 on")
         if np.count_nonzero(rows["status"]):
             freed, rows = self._take_trouble(rank, rows)
         if len(self.entries) and len(rows):
@@ -231,8 +233,12 @@ class Hop:
     def _surplus(self, rank: int, rows: Table) -> list[Extent]:
         """Trim what landed to its length; free the reservation of what did not land."""
         targets, at = self.targets.get(rank), rows["row"]
-        if targets is None or _fills(rows, targets):
+        if targets is None:
+            _check_nothing_landed(rows)
             return []
+        if _fills(rows, targets):
+            return []
+        _check_places(rows, targets)
         used = np.where((rows["status"] == _OK) & (rows["tier"] == _HOST), rows["pages"], 0)
         first, reserved = targets.page[at], targets.pages[at]
         loose = (first >= 0) & (used < reserved) & (rows["status"] != _QUARANTINED)
@@ -268,10 +274,26 @@ def _fills(rows: Table, targets: Targets) -> bool:
     """Whether ``rows`` answer all rows, and each of them takes all of its reserved extent."""
     return (
         rows["pages"].tobytes() == targets.pages.tobytes()
+        and rows["page"].tobytes() == targets.page.tobytes()
         and rows["tier"].tobytes() == _HOST_BYTE * len(rows)
         and not np.count_nonzero(rows["status"])
         and len(rows) == len(targets.page)
     )
+
+
+def _check_nothing_landed(rows: Table) -> None:
+    if _HOST in rows["tier"].tolist():
+        raise ValueError("a copy in host memory where no room was reserved for one")
+
+
+def _check_places(rows: Table, targets: Targets) -> None:
+    """What landed lies where room was reserved for it, and takes no more: nobody's word can publish another place."""
+    there = (rows["status"] == _OK) & (rows["tier"] == _HOST)
+    at, page, pages = rows["row"][there], rows["page"][there], rows["pages"][there]
+    fits = (at >= 0) & (page == targets.page[at]) & (page >= 0) & (pages > 0) & (pages <= targets.pages[at])
+    if not fits.all():
+        worst = int(np.flatnonzero(~fits)[0])
+        raise ValueError(f"row {at[worst]}: {pages[worst]} pages at {page[worst]} are not what was reserved for it")
 
 
 def stretches(rows: int, nbytes: int, hop_bytes: int, *, first_bytes: int | None = None) -> list[slice]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from kvtier.core.keys import Keys, Root
-from kvtier.core.plan import NOWHERE, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import NOWHERE, Completion, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.wire import decode, encode
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability, Outcome
 from tests.planner.bench import BLOCK, PAGES, ROOT, Bench
@@ -484,3 +487,47 @@ def test_the_first_hop_to_an_idle_disk_is_short_and_the_next_ones_are_not(monkey
     assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)] == [1, 2, 3, 1, 3, 3, 1]
     bench.store(bench.keys(4, 2))
     assert [len(plan.rows) for plan in bench.plans(PlanKind.STORE)][7:] == [4]
+
+
+# --- places that nobody reserved -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lie", [{"page": -5}, {"page": 0}, {"pages": 0}, {"pages": 2**31 - 1}, {"row": -1}, {"tier": Tier.HOST, "page": 8}],
+    ids=str,
+)  # fmt: skip
+def test_a_completion_that_speaks_of_a_place_it_was_not_given_is_refused_whole(lie: dict[str, int]) -> None:
+    """It crossed from another process: what it says would be read, and freed, as if it were so."""
+    bench = Bench(host_blocks=8)
+    kept, keys = bench.keys(2), bench.keys(3, seed=1)
+    bench.stored(kept)
+    ticket = bench.store(keys)
+    plane = bench.planes[0]
+    plane.finish(bench.in_flight(PlanKind.STORE))
+    completion = decode(encode(plane.outbox.pop()))
+    assert isinstance(completion, Completion)
+    rows = completion.rows.copy()
+    for name, value in lie.items():
+        rows[name][1] = value
+    forged = replace(completion, rows=rows)
+    with pytest.raises(ValueError, match="reserved"):
+        bench.planner.take_in(forged)
+    bench.planner.pass_over(forged)
+    assert ticket.finished
+    assert bench.match(keys) == 0
+    assert bench.match(kept) == 2
+
+
+def test_a_load_that_was_given_no_room_cannot_claim_a_copy() -> None:
+    bench = Bench(host_blocks=8)
+    keys = bench.keys(2)
+    bench.stored(keys)
+    ticket = bench.load(bench.lookup(keys))
+    plane = bench.planes[0]
+    plane.finish(bench.in_flight(PlanKind.LOAD))
+    completion = plane.outbox.pop()
+    assert isinstance(completion, Completion)
+    completion.rows["tier"] = int(Tier.HOST)
+    with pytest.raises(ValueError, match="no room was reserved"):
+        bench.planner.take_in(completion)
+    assert not ticket.finished
