@@ -107,6 +107,7 @@ class Reason(IntEnum):
     REFUSED = 7  # over a budget
     CLOSED = 8  # the cache was closed
     ENGINE_ERROR = 9  # the engine's own memory raised when it was to be read or written
+    NO_DISK = 10  # no directory can be written to: none is configured, or none works
 
 
 ROW = np.dtype(

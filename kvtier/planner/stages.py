@@ -56,14 +56,14 @@ class Stages:
                     state.row_waiters.setdefault(entry, []).append((ticket, block))
                     ticket.waits += 1
                 else:
-                    ticket.fail(block, Reason.NO_SPACE)
+                    ticket.fail(block, Reason.NO_DISK)
 
     def _sync(self, ticket: Ticket) -> None:
         if self._state.attached and self._state.disk.usable:  # one that is not there would never answer
             self._state.sync_hop(ticket)
             return
         for at in range(len(ticket.outcome)):
-            ticket.fail(ticket.first_block + at, Reason.NO_SPACE)
+            ticket.fail(ticket.first_block + at, Reason.NO_DISK)
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.succeed()

@@ -68,11 +68,12 @@ class Upkeep:
                 wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
             )
             going = set(wanted.tolist())
+            hindrance = Reason.GONE if state.disk.usable else Reason.NO_DISK
             for entry in entries:
                 if entry not in going:
                     done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
                     state.disk.take_back(entry)
-                    for ticket in state.row_ended(entry, Reason.NONE if done else Reason.NO_SPACE):
+                    for ticket in state.row_ended(entry, Reason.NONE if done else hindrance):
                         self._stages.advance(ticket)
             for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
                 self._send_write(wanted[rows], nbytes)

@@ -51,7 +51,7 @@ class SpillRun(Run):
             self.failed(row, Reason.GONE)
         if not self.equipment.paths:
             for row in rows:
-                self.failed(row, Reason.NO_SPACE)
+                self.failed(row, Reason.NO_DISK)
         elif self._encoding:
             self._to_encode.extend(rows)
             self.encode_more()
@@ -159,7 +159,8 @@ class WriteMove:
         """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move."""
         run, tier = self._run, self._path.tier
         if run.abandoned or not tier.writable or self._late():
-            self._give_up(Reason.CLOSED if run.abandoned else Reason.NO_SPACE)
+            reason = Reason.NO_SPACE if tier.writable else Reason.NO_DISK
+            self._give_up(Reason.CLOSED if run.abandoned else reason)
             return None
         while len(self._places) < len(self._records):
             if len(self._headers) == len(self._places) and not self._take_header():

@@ -74,7 +74,7 @@ def test_what_must_be_written_to_it_is_refused_at_once_and_reads_go_on(durabilit
     if is_told:
         world.world.run_for(1)
         world.started_s = world.world.clock.monotonic()
-    assert world.store(9, durability) == {"no_space": SIZE * BLOCKS}
+    assert world.store(9, durability) == {"no_disk": SIZE * BLOCKS}
     assert world.took_s < AT_ONCE_S
     assert world.loads(9), "host memory has it"
     assert all(world.loads(number) for number in range(1, 5))

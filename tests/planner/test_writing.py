@@ -79,7 +79,7 @@ def test_a_disk_that_is_only_read_is_sent_no_writes_and_keeps_its_copies(durabil
         bench.lose(old, block, Tier.HOST)
     bench.say(DiskState(0, 1, True, 0, 0, reason="made by a newer version", writable=False))
     ticket = bench.stored(new, durability=durability)
-    assert [Reason(reason) for reason in ticket.reason] == 3 * [Reason.NO_SPACE]
+    assert [Reason(reason) for reason in ticket.reason] == 3 * [Reason.NO_DISK]
     assert set(bench.written()) == set(old.digests)
     assert bench.match(old) == bench.loaded(old).count(Outcome.DONE) == 3
     bench.check_at_rest()
@@ -211,7 +211,7 @@ def test_without_a_disk_nothing_more_than_memory_is_acknowledged(level: Durabili
     ticket = bench.store(keys, durability=level)
     bench.run()
     assert ticket.count(Outcome.FAILED) == 3
-    assert set(ticket.reason) == {Reason.NO_SPACE}
+    assert set(ticket.reason) == {Reason.NO_DISK}
     assert bench.match(keys) == 3
     bench.check_at_rest()
 
@@ -306,5 +306,5 @@ def test_without_a_disk_a_flush_of_blocks_fails() -> None:
     for level in LEVELS:
         ticket = bench.flush(level)
         assert not finished_well(ticket)
-        assert set(ticket.reason) == {Reason.NO_SPACE}
+        assert set(ticket.reason) == {Reason.NO_DISK}
     assert finished_well(bench.flush(Durability.MEMORY))
