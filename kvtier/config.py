@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fractions import Fraction
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias, get_args, get_origin
 
@@ -243,7 +244,7 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
             its full path, its value and the remedy.
     """
     if isinstance(source, Mapping):
-        return _validated(dict(source), where="")
+        return _validated(_plain(source), where="")
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(f"load_config takes a path or a dict, not {type(source).__name__}")
     path = Path(source)
@@ -253,6 +254,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not a configuration: its lists or tables lie in each other too deeply") from None
     return _validated(table, where=f"{path}: ")
 
 
@@ -272,7 +275,23 @@ def key_paths() -> list[str]:
     return paths
 
 
-def _validated(table: dict[str, Any], *, where: str) -> Config:
+def _plain(value: Any) -> Any:
+    """``value`` as TOML would have it: paths as text, whole numbers of any kind as int."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return index(value)
+    except TypeError:  # an array has the method, too
+        return value
+
+
+def _validated(table: Any, *, where: str) -> Config:
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
@@ -295,6 +314,8 @@ def _problem(detail: ErrorDetails) -> str:
     path = _path(detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{path}: no such key; {_nearest_key(detail['loc'])}"
+    if detail["type"] == "invalid_key":
+        return f"{path}: a key must be a string, like every name in TOML"
     if detail["type"] == "missing":
         return f"{path}: must be set"
     if detail["type"] in ("model_type", "model_attributes_type"):

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import tomli_w
 from hypothesis import given
@@ -103,8 +104,26 @@ class TestWhatIsAccepted:
         config = load_config({"disk": {"directories": ["here", "~/there"]}})
         assert config.disk.directories == (str(tmp_path / "here"), "/home/someone/there")
 
+    def test_paths_and_whole_numbers_of_numpy_are_as_good_as_text_and_int(self, tmp_path: Path) -> None:
+        config = load_config(
+            {"block_tokens": np.int32(32), "disk": {"directories": (tmp_path,), "capacity": np.int64(2**30)}}
+        )
+        assert config == load_config({"block_tokens": 32, "disk": {"directories": [str(tmp_path)], "capacity": "1GiB"}})
+
 
 class TestWhatIsRefused:
+    def test_a_key_that_is_no_string_is_named(self) -> None:
+        assert refusal({"host": {5: 1}}) == "host[5]: a key must be a string, like every name in TOML"
+
+    def test_an_array_is_no_number(self) -> None:
+        assert refusal({"host": {"capacity": np.zeros(2, np.int64)}}).startswith(
+            "host.capacity = array([0, 0]): not a size"
+        )
+
+    def test_a_file_that_nests_without_end_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+        assert "too deeply" in refusal(tmp_path / "deep.toml")
+
     @pytest.mark.parametrize(
         ("table", "message"),
         [

@@ -189,7 +189,7 @@ def _layout_of(text: str) -> KVLayout | None:
             for group in values["groups"]
         )
         return KVLayout(values["block_tokens"], values["page_tokens"], groups, *values["ranks"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

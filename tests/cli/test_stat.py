@@ -148,11 +148,12 @@ class TestDamage:
         assert 0 < report["records"] < BLOCKS
 
     @pytest.mark.parametrize("names", [SUPERBLOCKS, ("layout.json",)])
+    @pytest.mark.parametrize("content", [b"{}", b"[" * 100_000], ids=["empty", "nested without end"])
     def test_without_its_identity_only_files_are_counted(
-        self, names: tuple[str, ...], directory: Path, capsys: pytest.CaptureFixture[str]
+        self, names: tuple[str, ...], content: bytes, directory: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for name in names:
-            (placement_of(directory) / name).write_bytes(b"{}")
+            (placement_of(directory) / name).write_bytes(content)
         report = stat(capsys, directory)
         assert names[0].partition(".")[0] in report["problem"]
         assert report["segments"] >= 3
