@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Hashable
 from typing import Any, Final, TypeVar
 
@@ -62,20 +61,6 @@ def checked_deadline_s(deadline_s: float | None, default_s: float) -> float:
             f"deadline_s = {deadline_s!r}: must be a number of seconds above 0 and up to {MOST_SECONDS:g}, or None"
         )
     return float(deadline_s)
-
-
-def checked_layout(layout: KVLayout) -> KVLayout:
-    """``layout``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if not isinstance(layout, KVLayout):
-        raise ConfigError(
-            f"layout = {reprlib.repr(layout)}: want a KVLayout; KVLayout.from_hf_config(model.config) makes one, or"
-            " describe the model's cache by KVGroup and Part"
-        )
-    return layout
 
 
 def check_block_tokens(config: Config, layout: KVLayout) -> None:

@@ -16,7 +16,6 @@ from kvtier.arguments import (
     check_owner,
     check_root,
     checked_deadline_s,
-    checked_layout,
     checked_model_id,
     checked_name,
     checked_start,
@@ -36,7 +35,7 @@ from kvtier.hits import Hit, Session
 from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult
 from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
-from kvtier.models.layout import KVLayout
+from kvtier.models.layout import KVLayout, checked_layout
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process

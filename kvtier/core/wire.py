@@ -61,7 +61,7 @@ def encode(message: Plan | Message) -> bytes:
     return b"".join((_HEAD.pack(_MAGIC, len(head)), head, *tables))
 
 
-def decode(data: bytes) -> Plan | Message:
+def decode(data: bytes | bytearray | memoryview) -> Plan | Message:
     """The message in ``data``.
 
     Raises:
@@ -73,12 +73,12 @@ def decode(data: bytes) -> Plan | Message:
         raise CorruptBlockError(f"not a kvtier message ({len(data)} bytes): {error}") from error
 
 
-def _decode(data: bytes) -> Plan | Message:
+def _decode(data: bytes | bytearray | memoryview) -> Plan | Message:
     magic, head_bytes = _HEAD.unpack_from(data) if len(data) >= _HEAD.size else (b"", 0)
     at = _HEAD.size + head_bytes
     if magic != _MAGIC or at > len(data):
         raise ValueError("no head")
-    head = json.loads(data[_HEAD.size : at])
+    head = json.loads(bytes(data[_HEAD.size : at]))
     kind, scalars, sizes = _KINDS[head["kind"]], head["scalars"], head["tables"]
     if not isinstance(scalars, dict) or not isinstance(sizes, list):
         raise ValueError("no head")

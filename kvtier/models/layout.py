@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -155,6 +156,20 @@ class KVLayout:
         if nbytes:
             spans.append(SliceSpan(range(first, len(group.parts)), nbytes))
         return tuple(spans)
+
+
+def checked_layout(layout: Any) -> KVLayout:
+    """``layout``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(layout, KVLayout):
+        raise ConfigError(
+            f"layout = {reprlib.repr(layout)}: want a KVLayout; KVLayout.from_hf_config(model.config) makes one, or"
+            " describe the model's cache by KVGroup and Part"
+        )
+    return layout
 
 
 def _checked_sizes(block_tokens: Any, page_tokens: Any) -> tuple[int, int]:

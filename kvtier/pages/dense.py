@@ -12,6 +12,7 @@ from kvtier.core.checks import whole
 from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, frozen_ids
 from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
@@ -33,7 +34,7 @@ class DenseKV:
         Raises:
             ConfigError: naming the part, what was given and what it wants.
         """
-        self.layout = layout
+        self.layout = checked_layout(layout)
         layers = {layer: row for row, layer in enumerate(sorted({p.layer for g in layout.groups for p in g.parts}))}
         sides = {"k": listed("keys", keys), "v": listed("values", values)}
         for name, given in zip(("keys", "values"), sides.values(), strict=True):

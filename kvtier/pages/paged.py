@@ -16,6 +16,7 @@ from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable,
 from kvtier.errors import ConfigError
 from kvtier.kernels import Rows, RowSpace
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, cut, frozen_ids
 from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
@@ -39,7 +40,7 @@ class PagedTensors:
         Raises:
             ConfigError: naming the part, what was given and what it wants.
         """
-        self.layout = layout
+        self.layout = checked_layout(layout)
         given = iter(_in_order(layout, tensors))
         self._groups = tuple(
             _GroupRows.of(layout, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))

@@ -166,6 +166,12 @@ def test_numbers_that_json_has_no_word_for_come_back_too() -> None:
         assert_same(decode(encode(LaneRate(0, 1, "disk", rate, 0))), LaneRate(0, 1, "disk", rate, 0))
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_what_arrived_may_lie_in_a_buffer_of_its_own(kind: type[bytearray]) -> None:
+    for message in EXAMPLES:
+        assert_same(decode(kind(encode(message))), message)
+
+
 def test_scalars_of_numpy_are_sent_as_plain_numbers() -> None:
     """Engines compute positions in numpy; what works in one process must work across two."""
     plan = replace(EXAMPLE, start=np.int64(16), stop=np.int32(80), deadline_s=np.float64(1.5))

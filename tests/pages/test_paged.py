@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.errors import ConfigError
 from kvtier.models import KVGroup, KVLayout, Part
-from kvtier.pages import PagedTensors
+from kvtier.pages import DenseKV, PagedTensors
 
 PAGES = 24
 
@@ -314,3 +314,9 @@ def test_a_table_is_refused_exactly_if_a_page_is_there_twice_or_not_at_all(ids, 
     else:
         with pytest.raises(ConfigError, match=r"twice|the memory has pages 0 to 119"):
             LARGE_MEMORY.check(table, 0, 4 * count)
+
+
+@pytest.mark.parametrize("make", [lambda: PagedTensors(None, []), lambda: DenseKV(None, [], [])])
+def test_memory_without_a_layout_is_refused_with_a_way_to_get_one(make):
+    with pytest.raises(ConfigError, match=r"layout = None: want a KVLayout; KVLayout\.from_hf_config"):
+        make()
