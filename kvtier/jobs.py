@@ -159,7 +159,10 @@ class Job(Generic[R]):
         return cast(LoadResult, self.result(timeout_s)).ok_tokens
 
     def cancel(self) -> None:
-        """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it."""
+        """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it.
+
+        A small one that shares a plan with others ends when they do, as if nothing had been said.
+        """
         self._control.cancel(self)
 
     def part_ready(self, part: int) -> bool:

@@ -185,11 +185,12 @@ class CacheManager:
     ) -> Hit:
         """Pin the longest stored prefix beyond ``start``, which the engine holds itself; a plain call that never waits.
 
-        ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit.
+        ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit;
+        whoever gives it back first, gives it back for both.
 
         Raises:
-            ConfigError: tokens as ``keys``, or keys of another block size, tenant or adapter; ``start`` is beyond the
-                sequence, ``owner`` cannot be hashed, or a word or flag is none.
+            ConfigError: tokens as ``keys``, or keys of another block size, model, tenant or adapter; ``start`` is
+                beyond the sequence, ``owner`` cannot be hashed, or a word or flag is none.
             ClosedError: the cache is closed, or not open yet.
         """
         return self.core.lookup(
