@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,9 @@ def demo(
     """
     _check_installed()
     if second_process:
-        typer.echo(json.dumps(_go_on(str(directory), json.load(sys.stdin))))
+        if directory is None:
+            raise ConfigError("--second-process: also give --directory, the one that the first process wrote to")
+        typer.echo(json.dumps(_go_on(str(directory), _request(sys.stdin.read()))))
         return
     with nullcontext(str(directory)) if directory else tempfile.TemporaryDirectory(prefix="kvtier-demo-") as where:
         turns, restart = _run(where)
@@ -91,6 +94,22 @@ def _restart(talk: Talk, directory: str, prompt: Any) -> Turn:
     kept = talk.from_memory(prompt, sum(answer["hit_tokens"].values()))
     identical = answer["same_tokens"] and answer["logits"] == kept.digest
     return Turn(prompt.shape[1], answer["hit_tokens"], answer["without_s"], answer["with_s"], identical)
+
+
+def _request(text: str) -> dict[str, Any]:
+    """What ``_restart`` wrote: {"tenant": a name, "prompt": [[token ids]]}."""
+    try:
+        request = json.loads(text)
+        tenant, (prompt,) = request["tenant"], request["prompt"]
+        good = isinstance(tenant, str) and all(isinstance(token, int) for token in prompt)
+    except (ValueError, TypeError, KeyError):
+        good = False
+    if not good:
+        raise ConfigError(
+            f"--second-process: standard input = {reprlib.repr(text)}: want what `kvtier demo` writes there, a JSON"
+            ' object {"tenant": "...", "prompt": [[...]]}; start `kvtier demo` without this option'
+        )
+    return {"tenant": tenant, "prompt": [prompt]}
 
 
 def _go_on(directory: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``kvtier demo``: what it compares, when it fails, what it prints."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from kvtier.cli import conversation, demo
+from kvtier.cli import conversation, demo, main
 from kvtier.cli.conversation import Talk, Turn, messages
 
 GOOD = Turn(100, {"device": 0, "host": 64, "disk": 32}, 1.0, 0.1, True)
+DIRECTORY = "--directory, the one that the first process wrote to"
 NOTHING = {"device": 0, "host": 0, "disk": 0}
 
 
@@ -125,6 +127,30 @@ def test_a_directory_that_is_named_is_kept(monkeypatch, tmp_path):
     assert where[0] == str(tmp_path)
     assert os.path.isdir(where[0])
     assert not os.path.exists(where[1])
+
+
+def run(capsys, *args):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", *args])
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "said", ["", "{", "5", "{}", '{"tenant": 5, "prompt": [[1]]}', '{"tenant": "t", "prompt": [1]}']
+)
+def test_a_second_process_that_is_not_told_what_to_go_on_with_is_wrong_usage(monkeypatch, capsys, tmp_path, said):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    status, out, err = run(capsys, "--second-process", "--directory", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --second-process: standard input = ")
+    assert err.count("\n") == 1
+
+
+def test_a_second_process_without_a_directory_is_wrong_usage(monkeypatch, capsys):
+    """It has nothing to find blocks in, and none is made under the name of "None"."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"tenant": "t", "prompt": [[1]]}'))
+    monkeypatch.setattr(demo, "_go_on", lambda directory, request: {"directory": directory})
+    assert run(capsys, "--second-process") == (2, "", f"error: --second-process: also give {DIRECTORY}\n")
 
 
 @pytest.mark.stress
