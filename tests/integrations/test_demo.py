@@ -21,8 +21,8 @@ NOTHING = {"device": 0, "host": 0, "disk": 0}
 
 
 @pytest.fixture
-def talk(tmp_path, monkeypatch):
-    """The conversation with a model that takes no time."""
+def small_model(monkeypatch):
+    """A model that takes no time."""
 
     def tiny_model():
         torch.manual_seed(0)
@@ -33,6 +33,11 @@ def talk(tmp_path, monkeypatch):
         return LlamaForCausalLM(config).eval()
 
     monkeypatch.setattr(conversation, "_random_model", tiny_model)
+
+
+@pytest.fixture
+def talk(tmp_path, small_model):
+    """The conversation with it."""
     opened = Talk(str(tmp_path), "test")
     yield opened
     opened.close()
@@ -151,6 +156,17 @@ def test_a_second_process_without_a_directory_is_wrong_usage(monkeypatch, capsys
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"tenant": "t", "prompt": [[1]]}'))
     monkeypatch.setattr(demo, "_go_on", lambda directory, request: {"directory": directory})
     assert run(capsys, "--second-process") == (2, "", f"error: --second-process: also give {DIRECTORY}\n")
+
+
+@pytest.mark.usefixtures("small_model")
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_an_error_is_one_line_for_people_and_nothing_where_json_belongs(capsys, tmp_path, options):
+    """Progress is shown to people, and leaves nothing behind for programs."""
+    (tmp_path / "file").write_text("no directory")
+    status, out, err = run(capsys, *options, "--directory", str(tmp_path / "file"))
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: disk directory {tmp_path}/file")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.stress
