@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kvtier.cli.keys import as_markdown, as_toml, settings, toml_text, value_at
 from kvtier.config import Config, load_config
+from kvtier.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Check a configuration file, or list every key.")
 
@@ -37,6 +38,10 @@ def keys(
     as_json: Json = False,
 ) -> None:
     """List every key with its type, default and meaning."""
+    formats = {"--toml": toml, "--markdown": markdown, "--json": as_json}
+    asked = [option for option, is_asked in formats.items() if is_asked]
+    if len(asked) > 1:
+        raise ConfigError(f"{' '.join(asked)}: the keys are listed in one format at a time; give one of these options")
     if as_json:
         listed = [
             {"key": item.path, "type": item.type, "default": item.default_text, "meaning": item.description}

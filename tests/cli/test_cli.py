@@ -78,6 +78,14 @@ class TestConfigCheck:
 
 
 class TestConfigKeys:
+    @pytest.mark.parametrize("asked", [("--toml", "--markdown"), ("--toml", "--json"), ("--markdown", "--json")])
+    def test_two_formats_at_once_are_wrong_usage(
+        self, asked: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, out, err = run(capsys, "config", "keys", *asked)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"error: {' '.join(asked)}: ")
+
     def test_the_table_names_every_section(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "config", "keys")
         assert status == 0
