@@ -117,8 +117,10 @@ class Keys:
             ConfigError: a raw key is no bytes, or comes twice; ``engine`` is no name, ``chained`` neither True nor
                 False, or ``num_tokens`` not the length of a sequence of so many full blocks.
         """
-        if not isinstance(engine, str) or not engine.isprintable():
-            raise ConfigError(f"engine = {engine!r}: must be a string of printable characters")
+        if not isinstance(engine, str) or not engine or not engine.isprintable():
+            raise ConfigError(
+                f"engine = {engine!r}: must be a string of printable characters that names the engine, such as 'vllm'"
+            )
         keys = cls(root, block_tokens)
         keys.foreign_engine = engine
         tag = engine.encode()

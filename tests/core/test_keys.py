@@ -355,7 +355,7 @@ def test_foreign_keys_depend_on_root_engine_and_raw_key() -> None:
 def test_foreign_keys_are_never_equal_to_own_ones() -> None:
     own = Keys.from_tokens(ROOT, range(4), 4)
     raw = np.arange(4, dtype="<i4").tobytes()
-    assert Keys.foreign(ROOT, [raw], 4, engine="", chained=True).digests != own.digests
+    assert Keys.foreign(ROOT, [raw], 4, engine="e", chained=True).digests != own.digests
 
 
 def test_a_chained_foreign_key_has_the_one_before_it_as_parent() -> None:
@@ -412,7 +412,12 @@ def test_the_length_of_a_sequence_of_foreign_keys_is_that_of_so_many_full_blocks
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [({"engine": None}, "engine"), ({"engine": "\ud800"}, "engine"), ({"chained": "no"}, "chained")],
+    [
+        ({"engine": None}, "engine"),
+        ({"engine": ""}, "engine"),
+        ({"engine": "\ud800"}, "engine"),
+        ({"chained": "no"}, "chained"),
+    ],
 )
 def test_foreign_keys_of_no_engine_or_with_odd_flags_are_refused(arguments, name):
     with pytest.raises(ConfigError, match=rf"^{name} = "):
