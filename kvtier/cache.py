@@ -24,15 +24,15 @@ from kvtier.arguments import (
     priority_of,
 )
 from kvtier.channel import Channel, LocalChannel
-from kvtier.config import Config, load_config
-from kvtier.core.checks import flag, whole
+from kvtier.config import MOST_SECONDS, Config, load_config
+from kvtier.core.checks import flag, timeout, whole
 from kvtier.core.keys import Extra, Keys, Root, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.core.plan import Lineage
 from kvtier.dispatch import Dispatch
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.hits import Hit, Session
-from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult
+from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, StoreResult, checked_timeout_s
 from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout, checked_layout
@@ -110,9 +110,10 @@ class TieredCache:
 
         Raises:
             TimeoutError: a rank is missing.
+            ConfigError: ``timeout_s`` is no number.
         """
         self._check_here()
-        self._dispatch.wait_attached(timeout_s)
+        self._dispatch.wait_attached(timeout(timeout_s, MOST_SECONDS))
 
     # --- names ------------------------------------------------------------------------------------------------------
 
@@ -340,8 +341,10 @@ class TieredCache:
 
         Raises:
             TimeoutError: it takes longer than ``timeout_s`` seconds; it goes on.
-            ConfigError, ClosedError: as ``submit_flush``.
+            ConfigError: as ``submit_flush``, or ``timeout_s`` is neither a number nor None.
+            ClosedError: as ``submit_flush``.
         """
+        timeout_s = checked_timeout_s(timeout_s)
         return self.submit_flush(durability).result(timeout_s)
 
     # --- the engine's memory ----------------------------------------------------------------------------------------
@@ -438,7 +441,11 @@ class TieredCache:
         ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
         when it is called again, with more of it.
         In a child of the process that opened it nothing happens: all of it is the parent's.
+
+        Raises:
+            ConfigError: ``timeout_s`` is no number; nothing is closed.
         """
+        timeout_s = timeout(timeout_s, MOST_SECONDS)
         if not self._process.is_here:
             return True
         deadline = Deadline(self._clock, timeout_s)

@@ -10,7 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, cast
 
-from kvtier.core.checks import whole
+from kvtier.config import MOST_SECONDS
+from kvtier.core.checks import timeout, whole
 from kvtier.core.plan import Reason, Tier
 from kvtier.errors import ClosedError, ConfigError
 from kvtier.planner.tickets import Outcome, Ticket, TicketKind
@@ -128,12 +129,14 @@ class Job(Generic[R]):
         return self._source_free
 
     def result(self, timeout_s: float | None = None) -> R:
-        """Wait for the end.
+        """Wait for the end: ``timeout_s`` seconds (0: look, and do not wait), or with None for as long as it takes.
 
         Raises:
             TimeoutError: it has not ended in time; the job goes on.
+            ConfigError: ``timeout_s`` is no number.
             ClosedError: this is another process than that of the cache.
         """
+        timeout_s = checked_timeout_s(timeout_s)
         if not self._done:
             self._wait(lambda: self._done, timeout_s)
         if self._result is None:  # made by who asks for it, not by who brings the news: the ticket stays as it ended
@@ -141,8 +144,8 @@ class Job(Generic[R]):
         return self._result
 
     def wait_source_free(self, timeout_s: float | None = None) -> None:
-        """Wait until the engine may use the pages of a store again; TimeoutError as ``result``."""
-        self._wait(lambda: self._source_free, timeout_s)
+        """Wait until the engine may use the pages of a store again; ``timeout_s`` and errors as ``result``."""
+        self._wait(lambda: self._source_free, checked_timeout_s(timeout_s))
 
     def wait_part(self, part: int, timeout_s: float | None = None) -> int:
         """Wait until ``part`` of a load is in engine memory; returns ok_tokens.
@@ -151,7 +154,7 @@ class Job(Generic[R]):
         the last one: ok_tokens is that of ``result``, and no part has fewer than one that was consumed before it.
 
         Raises:
-            ConfigError: the layout has no such part, or this is no load.
+            ConfigError: the layout has no such part, this is no load, or ``timeout_s`` is no number.
             TimeoutError: it has not come in time; the job goes on.
             ClosedError: as ``result``.
         """
@@ -315,6 +318,17 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def checked_timeout_s(timeout_s: float | None) -> float | None:
+    """Seconds to wait for a job; None for as long as it takes.
+
+    Raises:
+        ConfigError: it is neither a number nor None.
+    """
+    if timeout_s is None:
+        return None
+    return timeout(timeout_s, MOST_SECONDS, or_else=", or None to wait for as long as it takes")
 
 
 def _wake(event: Event, _: AnyJob) -> None:

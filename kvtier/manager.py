@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Generic
 
 from kvtier.cache import TieredCache
-from kvtier.config import Config
+from kvtier.config import MOST_SECONDS, Config
+from kvtier.core.checks import timeout
 from kvtier.core.keys import Extra, Keys, TokenIds
 from kvtier.core.memory import KVMemory, KVPages, PageTable
 from kvtier.errors import ClosedError
@@ -125,7 +126,12 @@ class CacheManager:
         await self.close()
 
     async def close(self, timeout_s: float = 30.0) -> bool:
-        """Close the cache; True when nothing was left behind. An opening that is under way is waited for first."""
+        """Close the cache; True when nothing was left behind. An opening that is under way is waited for first.
+
+        Raises:
+            ConfigError: ``timeout_s`` is no number; nothing is closed.
+        """
+        timeout_s = timeout(timeout_s, MOST_SECONDS)  # also where it was never opened
         return await asyncio.shield(asyncio.to_thread(self._close, timeout_s))
 
     def keys(self, tokens: TokenIds, *, tenant: str = "", adapter: str = "", extra: Iterable[Extra] = ()) -> Keys:

@@ -40,6 +40,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def timeout(value: Any, most_s: float, *, or_else: str = "") -> float:
+    """``value`` seconds to wait: no longer than ``most_s``, and not at all where it is below 0.
+
+    Raises:
+        ConfigError: it is no number; ``or_else`` says what is allowed besides.
+    """
+    if not is_number(value) or value != value:
+        raise ConfigError(f"timeout_s = {value!r}: must be a number of seconds, 0 to look and not wait{or_else}")
+    return float(min(max(value, 0), most_s))
+
+
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a ``value``, called ``name``, that is not among ``choices``.
 

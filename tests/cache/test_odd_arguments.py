@@ -19,6 +19,7 @@ SETTINGS = {"host": {"capacity": "1MiB", "staging": "1MiB"}}
 NOT_A_POSITION = [1.0, np.float32(0), float("nan"), True, np.True_, "0", [0], {}]
 NOT_A_WORD = [None, 1, True, [], {}, "MEMORY"]
 NOT_A_TIME = [0, -1, float("nan"), float("inf"), 10**400, 1e308, True, "1", []]
+NO_PATIENCE = [float("nan"), True, np.True_, "1", b"1", [1], {}, object()]
 NO_TOKENS = [[[1, 2], [3]], [1.0], ["a"], "abc", b"abc", {1, 2}, {1: 2}, 5, None, [None], [True] * SIZE, object()]
 
 
@@ -139,6 +140,35 @@ def test_a_deadline_may_be_any_number(opened: Opened, value: Any) -> None:
     assert opened.is_whole()
 
 
+@pytest.mark.parametrize("value", NO_PATIENCE, ids=lambda value: repr(value)[:8])
+def test_a_timeout_is_a_number_of_seconds(opened: Opened, value: Any) -> None:
+    """Whether or not there is anything left to wait for: a mistake must not show only now and then."""
+    loaded = opened.load()
+    loaded.result(30)
+    refused(opened, "timeout_s = .*None", lambda: loaded.result(value))
+    refused(opened, "timeout_s = .*None", lambda: loaded.wait_source_free(value))
+    refused(opened, "timeout_s = .*None", lambda: loaded.wait_part(0, value))
+    refused(opened, "timeout_s = .*None", lambda: opened.cache.flush("memory", value))
+    refused(opened, "timeout_s = ", lambda: opened.cache.wait_attached(value))
+    refused(opened, "timeout_s = ", lambda: opened.cache.close(value))
+
+
+def test_only_what_ends_by_itself_may_be_waited_for_without_a_limit(opened: Opened) -> None:
+    assert opened.load().result(None).ok_tokens == 4 * SIZE
+    refused(opened, "timeout_s = None", lambda: opened.cache.wait_attached(None))  # type: ignore[arg-type]
+    refused(opened, "timeout_s = None: must be a number of seconds", lambda: opened.cache.close(None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(30), np.int64(30), float("inf"), 10**400], ids=lambda value: repr(value)[:8]
+)
+def test_a_timeout_may_be_any_number(value: Any) -> None:
+    cache, engine = TieredCache(SETTINGS, LAYOUT, "m"), PseudoEngine(LAYOUT, 1)
+    assert cache.submit_store([1] * SIZE, engine.pages).result(value).stored == SIZE
+    cache.wait_attached(value)
+    assert cache.close(value)
+
+
 @pytest.mark.parametrize("value", NO_TOKENS, ids=lambda value: repr(value)[:12])
 def test_tokens_are_one_dimension_of_integers(opened: Opened, value: Any) -> None:
     refused(opened, "token", lambda: opened.cache.lookup(value))
@@ -254,6 +284,8 @@ async def test_a_manager_refuses_what_its_cache_refuses() -> None:
         ):
             with pytest.raises(ConfigError):
                 call()
+        with pytest.raises(ConfigError, match="timeout_s = None"):
+            await cache.close(None)  # type: ignore[arg-type]
         assert (await cache.store([1] * SIZE, engine.pages)).stored == SIZE
 
 

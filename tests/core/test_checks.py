@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from kvtier.core.checks import at_least, flag, is_number, one_of, several, whole
+from kvtier.core.checks import at_least, flag, is_number, one_of, several, timeout, whole
 from kvtier.errors import ConfigError
 
 
@@ -66,3 +66,17 @@ def test_flags_stay_what_they_are(value):
 def test_what_only_counts_as_true_or_false_is_refused_by_name(value):
     with pytest.raises(ConfigError, match=r"^exact = .*True or False"):
         flag("exact", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(0, 0.0), (-1, 0.0), (np.float32(2), 2.0), (10**400, 9.0), (1e300, 9.0)]
+)
+def test_a_timeout_is_neither_below_zero_nor_beyond_the_most(value, seconds):
+    assert timeout(value, 9.0) == seconds
+    assert type(timeout(value, 9.0)) is float
+
+
+@pytest.mark.parametrize("value", [None, "1", True, float("nan"), np.float32("nan"), []])
+def test_what_is_no_time_is_refused_with_what_may_be_given(value):
+    with pytest.raises(ConfigError, match=r"^timeout_s = .*: must be a number of seconds, .* or never"):
+        timeout(value, 9.0, or_else=" or never")
