@@ -17,6 +17,7 @@ from kvtier.errors import ClosedError
 from kvtier.runtime.blocking import cancelled, perform
 from kvtier.runtime.seam import Event, IODone, IORequest
 from kvtier.runtime.system import SystemEvent
+from kvtier.runtime.threads import FEWER_IO_THREADS, start_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,11 @@ class AiofilesIOEngine:
     ready: Event
 
     def __init__(self, name: str, threads: int) -> None:
+        """Start the threads.
+
+        Raises:
+            TierError: there are not so many; none is left.
+        """
         self.ready = SystemEvent()
         self._done: deque[IODone] = deque()
         self._queue: deque[IORequest] = deque()
@@ -47,7 +53,11 @@ class AiofilesIOEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending = False
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
-        self._thread.start()
+        try:
+            start_all([*self._executor.threads, self._thread], self._executor.shutdown, FEWER_IO_THREADS)
+        except BaseException:
+            self._loop.close()
+            raise
 
     def submit(self, request: IORequest) -> None:
         """Queue one request, from any thread; never blocks. Raises ClosedError after ``close``."""
@@ -119,10 +129,11 @@ class DaemonExecutor(Executor):
     """A fixed number of daemon threads; unlike ThreadPoolExecutor's they are never joined at the interpreter's exit."""
 
     def __init__(self, name: str, threads: int) -> None:
+        """Its owner starts ``threads``."""
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._threads = threads
-        for slot in range(threads):
-            threading.Thread(target=self._loop, name=f"{name}-{slot}", daemon=True).start()
+        self.threads = [
+            threading.Thread(target=self._loop, name=f"{name}-{slot}", daemon=True) for slot in range(threads)
+        ]
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue one call."""
@@ -132,7 +143,7 @@ class DaemonExecutor(Executor):
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
         """Let the threads end after what is queued; never waits, whatever is asked."""
-        for _ in range(self._threads):
+        for _ in self.threads:
             self._queue.put(None)
 
     def _loop(self) -> None:

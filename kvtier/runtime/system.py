@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from kvtier.runtime.seam import Event, Lock, Worker
+from kvtier.runtime.threads import start_all
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class SystemWorker:
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
+        start_all([self._thread], lambda: None, "raise the limit of threads (ulimit -u)")
 
     def stop(self, timeout_s: float) -> bool:
         """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only."""
@@ -110,5 +111,5 @@ class SystemRuntime:
         return threading.Lock()
 
     def spawn(self, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None = None) -> Worker:
-        """Run ``step`` over and over in a daemon thread of its own; see ``seam.Runtime.spawn``."""
+        """Run ``step`` in a daemon thread of its own; see ``seam.Runtime.spawn``. TierError: there is no thread."""
         return SystemWorker(name, step, wake, idle_s)

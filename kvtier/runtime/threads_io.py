@@ -11,6 +11,7 @@ from kvtier.errors import ClosedError
 from kvtier.runtime.blocking import cancelled, perform
 from kvtier.runtime.seam import Event, IODone, IORequest
 from kvtier.runtime.system import SystemEvent
+from kvtier.runtime.threads import FEWER_IO_THREADS, start_all
 
 
 class ThreadsIOEngine:
@@ -22,6 +23,11 @@ class ThreadsIOEngine:
     ready: Event
 
     def __init__(self, name: str, threads: int) -> None:
+        """Start the threads.
+
+        Raises:
+            TierError: there are not so many; none is left.
+        """
         self.ready = SystemEvent()
         self._queue: SimpleQueue[IORequest | None] = SimpleQueue()
         self._done: deque[IODone] = deque()
@@ -32,8 +38,7 @@ class ThreadsIOEngine:
             threading.Thread(target=self._loop, args=(slot,), name=f"{name}-{slot}", daemon=True)
             for slot in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        start_all(self._threads, self._stop_threads, FEWER_IO_THREADS)
 
     def submit(self, request: IORequest) -> None:
         """Queue one request, from any thread; never blocks. Raises ClosedError after ``close``."""
@@ -53,12 +58,15 @@ class ThreadsIOEngine:
             if not self._closed:
                 self._closed = True
                 self._cancel_queued()
-                for _ in self._threads:
-                    self._queue.put(None)
+                self._stop_threads()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
         return sum(request is not None for request in self._running)
+
+    def _stop_threads(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
 
     def _cancel_queued(self) -> None:
         while True:

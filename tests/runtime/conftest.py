@@ -1,7 +1,8 @@
 """Fixtures of the seam's tests."""
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,3 +14,22 @@ def fast_switching() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def fewer_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """From the call on, so many threads more can be started."""
+    start = threading.Thread.start
+
+    def limit(count: int) -> None:
+        left = [None] * count
+
+        def start_one(thread: threading.Thread) -> None:
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_one)
+
+    return limit

@@ -2,13 +2,13 @@
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, TierError
 from kvtier.runtime import blocking, system_machine
 from kvtier.runtime.machine import IO_ENGINES
 from kvtier.runtime.seam import IORequest, Machine, Op
@@ -113,6 +113,25 @@ def test_no_thread_is_left_after_close(machine: Machine) -> None:
         if thread.name.startswith("io-"):
             thread.join(PATIENCE_S)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("can_start", range(4))
+def test_an_engine_that_does_not_get_all_its_threads_leaves_none_behind(
+    machine: Machine, fewer_threads: Callable[[int], None], can_start: int
+) -> None:
+    before = set(threading.enumerate())
+    fewer_threads(can_start)
+    with pytest.raises(TierError, match=r"'io-\w+', .*: can't start new thread; .*disk\.io_threads"):
+        machine.io_engine("io", 4)
+    assert set(threading.enumerate()) == before
+
+
+def test_an_engine_that_gets_no_thread_for_its_event_loop_ends_the_others(fewer_threads: Callable[[int], None]) -> None:
+    before = set(threading.enumerate())
+    fewer_threads(4)
+    with pytest.raises(TierError, match="'io-loop', 5 of 5: can't start new thread"):
+        system_machine("aiofiles").io_engine("io", 4)
+    assert set(threading.enumerate()) == before
 
 
 @pytest.mark.usefixtures("fast_switching")

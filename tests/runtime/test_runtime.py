@@ -2,9 +2,11 @@
 
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 
+from kvtier.errors import TierError
 from kvtier.runtime import SystemEvent, SystemRuntime
 from kvtier.runtime.seam import Runtime
 from kvtier.testing.simulation import Simulation
@@ -72,6 +74,13 @@ def test_stop_gives_up_on_a_step_that_blocks_and_sees_its_end_later() -> None:
     assert not worker.stop(0.0)
     released.set()
     assert worker.stop(PATIENCE_S)
+
+
+def test_a_loop_that_gets_no_thread_is_an_error_of_the_project(fewer_threads: Callable[[int], None]) -> None:
+    runtime = SystemRuntime()
+    fewer_threads(0)
+    with pytest.raises(TierError, match=r"'copy-0', .*: can't start new thread; "):
+        runtime.spawn("copy-0", lambda: False, runtime.event())
 
 
 def test_the_defect_that_ended_a_loop_is_logged_when_it_happens(caplog: pytest.LogCaptureFixture) -> None:
