@@ -68,14 +68,20 @@ class SystemWorker:
         self._step = step
         self._wake = wake
         self._idle_s = idle_s
-        self._stopping = False
+        self._stopping = self._is_over = False
+        self._stepping = True  # as if: the first step may begin at any moment
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         start_all([self._thread], lambda: None, "raise the limit of threads (ulimit -u)")
 
     def stop(self, timeout_s: float) -> bool:
-        """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only."""
+        """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only.
+
+        One that rests has ended, also before its thread gets a core to wake up on: no step begins any more.
+        """
         self._stopping = True
+        # The loop says that it steps, then looks whether to stop. Here it is the other way round: one sees the other.
+        self._is_over = self._is_over or not self._stepping
         self._wake.set()
         if self._thread is threading.current_thread():
             return False
@@ -83,14 +89,17 @@ class SystemWorker:
         error, self._error = self._error, None
         if error is not None:
             raise error
-        return not self._thread.is_alive()
+        return self._is_over or not self._thread.is_alive()
 
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                if not self._step():
-                    self._wake.wait(self._idle_s)
-                    self._wake.clear()
+                if self._step():
+                    continue
+                self._stepping = False
+                self._wake.wait(self._idle_s)
+                self._wake.clear()
+                self._stepping = True
         except BaseException as error:
             log.exception("the loop of worker %r ended: its step raised", self._thread.name)
             self._error = error

@@ -61,6 +61,30 @@ def test_a_set_event_wakes_every_waiter() -> None:
     assert event.wait(0.0)
 
 
+class Unwakeable(SystemEvent):
+    """The event of a loop whose thread gets no core to wake up on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting, self.on_core = threading.Event(), threading.Event()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        self.waiting.set()
+        return self.on_core.wait(PATIENCE_S)
+
+
+def test_a_loop_that_only_has_to_wake_up_to_end_has_ended() -> None:
+    """It runs no step any more: whoever has no time to wait need not wait for it to be given a core."""
+    turns: list[None] = []
+    wake = Unwakeable()
+    worker = SystemRuntime().spawn("resting", lambda: bool(turns.append(None)), wake)
+    assert wake.waiting.wait(PATIENCE_S)
+    assert worker.stop(0.0)
+    wake.on_core.set()
+    assert worker.stop(PATIENCE_S)
+    assert len(turns) == 1
+
+
 def test_stop_gives_up_on_a_step_that_blocks_and_sees_its_end_later() -> None:
     runtime, entered, released = SystemRuntime(), threading.Event(), threading.Event()
 
