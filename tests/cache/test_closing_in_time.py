@@ -86,6 +86,32 @@ def test_a_disk_that_is_only_too_slow_for_all_of_it_is_left_in_order(caplog: pyt
     assert "did not take everything" in caplog.text
 
 
+def rested(world: Simulation, blocks: int) -> TieredCache:
+    """A cache with ``blocks`` blocks, all of them durable, in which nothing is under way."""
+    cache, engine = TieredCache(SETTINGS, LAYOUT, "sim", machine=world.machine()), PseudoEngine(LAYOUT, BLOCKS)
+    if blocks:
+        stored = cache.submit_store([1] * (SIZE * blocks), engine.pages, durability="durable").result(600)
+        assert stored.stored == SIZE * blocks
+    world.run_for(1)
+    return cache
+
+
+@pytest.mark.parametrize("blocks", [0, BLOCKS])
+def test_where_there_is_nothing_to_do_no_time_is_enough(blocks: int, caplog: pytest.LogCaptureFixture) -> None:
+    cache = rested(Simulation(1), blocks)
+    with caplog.at_level(logging.WARNING):
+        assert cache.close(0)
+    assert caplog.text == ""
+
+
+def test_with_no_time_what_is_not_on_disk_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    cache = rested(Simulation(1), 0)
+    cache.submit_store([1] * (SIZE * BLOCKS), PseudoEngine(LAYOUT, BLOCKS).pages)
+    with caplog.at_level(logging.WARNING):
+        cache.close(0)
+    assert "did not take everything" in caplog.text
+
+
 class Slow:
     """A rank that takes all the time that it is given to close, and then has not."""
 
