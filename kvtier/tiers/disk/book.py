@@ -6,6 +6,7 @@ what to do next and reports how it went. Every change of a segment's stage is in
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import Counter, deque
 from collections.abc import Callable
@@ -133,8 +134,14 @@ class SegmentBook:
             segment.writes += 1
             self._ended(segment)
 
-    def failed(self, place: Place) -> None:
-        """The write to ``place`` failed: nothing more is written to its segment in this generation."""
+    def failed(self, place: Place, error: OSError | None) -> None:
+        """The write to ``place`` failed: nothing more is written to its segment in this generation.
+
+        Unless it was cancelled: then nobody knows of a fault, and it counts as abandoned.
+        """
+        if _is_cancelled(error):
+            self.abandoned(place)
+            return
         with self._lock:
             segment = self.segments[place.segment]
             poisoned = self._poison(segment)
@@ -186,14 +193,17 @@ class SegmentBook:
             return Reason.IO_ERROR if segment.sync_failed else None
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
-        """A sync of ``target`` ended. One that failed is never tried again: the kernel may have dropped the data."""
+        """A sync of ``target`` ended. One that failed is never tried again: the kernel may have dropped the data.
+
+        One that was cancelled never began: what it was to make durable still can be.
+        """
         with self._lock:
             segment = self._in_life(target)
             if segment is None:
                 return
             segment.syncing = False
             self._traffic.ended()
-            poisoned = error is not None and self._sync_failed(segment)
+            poisoned = error is not None and not _is_cancelled(error) and self._sync_failed(segment)
             if error is None:
                 segment.synced_writes = max(segment.synced_writes, target.writes)
                 self.health.went_well()
@@ -448,6 +458,11 @@ class SegmentBook:
             pages -= holding[count].pages
             count += 1
         return count
+
+
+def _is_cancelled(error: OSError | None) -> bool:
+    """Whether the request never began, because its I/O engine was closed."""
+    return error is not None and error.errno == errno.ECANCELED
 
 
 def _first_idle(queue: deque[Segment]) -> Segment | None:

@@ -167,9 +167,12 @@ class DiskTier:
         """The write to ``place`` returned; ``header`` is the header page that it wrote, uint8 ``[4096]``."""
         self._book.written(place, header)
 
-    def failed(self, place: Place) -> None:
-        """The write to ``place`` failed: its segment takes no more, keeps what it has, and is reclaimed in time."""
-        self._book.failed(place)
+    def failed(self, place: Place, error: OSError | None = None) -> None:
+        """The write to ``place`` failed: its segment takes no more, keeps what it has, and is reclaimed in time.
+
+        With ECANCELED it was cut short by an engine that closes, and the segment is as good as before.
+        """
+        self._book.failed(place, error)
 
     def abandoned(self, place: Place) -> None:
         """No write to ``place`` was begun, and none will be: a hole, and no fault of the segment."""
@@ -192,7 +195,10 @@ class DiskTier:
         return self._book.sync_over(target)
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
-        """The sync ended. After an error the segment takes no more, and is never synced again."""
+        """The sync ended. After an error the segment takes no more, and is never synced again.
+
+        ECANCELED is none: the sync never began, and the next one tells the truth.
+        """
         self._book.synced(target, error)
 
     def reclaim(self, segment: int, generation: int) -> None:

@@ -214,6 +214,30 @@ def test_a_segment_that_cannot_be_sealed_is_poisoned_and_stays_readable(
     assert set(workbench(segments=8).open().recovered()) == set(range(RECORDS + 1))
 
 
+def test_a_sync_that_was_cancelled_leaves_its_segment_as_good_as_before(workbench: Make) -> None:
+    """The engine was closed before it began: nothing is known to be lost, and closing makes it durable after all."""
+    bench = workbench(segments=8).open()
+    place = bench.put(1)
+    (target,) = bench.tier.unsynced()
+    assert bench.tier.begin_sync(target)
+    bench.tier.synced(target, OSError(errno.ECANCELED, "closed"))
+    assert bench.tier.unsynced() == [target]
+    assert bench.put(2).segment == place.segment
+    assert bench.sync()
+    assert bench.tier.stages()["poisoned"] == 0
+
+
+def test_a_write_that_was_cancelled_leaves_its_segment_as_good_as_before(workbench: Make) -> None:
+    bench = workbench(segments=8).open()
+    place = bench.tier.place(RECORD_PAGES)
+    assert place is not None
+    bench.tier.failed(place, OSError(errno.ECANCELED, "closed"))
+    assert bench.put(2).segment == place.segment
+    assert bench.tier.stages()["poisoned"] == 0
+    bench.tier.close()
+    assert set(workbench(segments=8).open().recovered()) == {2}
+
+
 def test_a_failed_sync_at_closing_is_no_error(workbench: Make, faulty: FaultyFiles) -> None:
     bench = workbench(files=faulty).open()
     bench.put(1)
