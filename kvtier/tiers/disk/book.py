@@ -97,6 +97,16 @@ class SegmentBook:
         with self._lock:
             self._placing = False
 
+    @property
+    def owes(self) -> int:
+        """Segments that closing has to write to: full ones without a footer, and those that a sync would still help."""
+        with self._lock:
+            return sum(
+                (segment.stage is Stage.FULL and not segment.in_flight)
+                or (segment.unsynced and not segment.sync_failed)
+                for segment in self.segments.values()
+            )
+
     def turn_off(self, reason: str) -> None:
         """The directory cannot be used any more, for reading or writing."""
         with self._lock:

@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from kvtier.core.memory import Bytes1D
 from kvtier.core.plan import PAGE_BYTES, Reason, Table
 from kvtier.errors import TierError
 from kvtier.models import KVLayout
-from kvtier.runtime.seam import Event, Files, Runtime
+from kvtier.runtime.deadline import Deadline
+from kvtier.runtime.seam import Event, Files, Runtime, Worker
 from kvtier.tiers.disk.book import SegmentBook
 from kvtier.tiers.disk.directory import PlacementDirectory, explained
 from kvtier.tiers.disk.geometry import clean_pool_for, segment_pages_for
@@ -29,6 +31,9 @@ from kvtier.tiers.disk.recovery import Found, SegmentReader
 from kvtier.tiers.disk.segment import Segment, Stage
 
 log = logging.getLogger(__name__)
+
+_IDLE_THREAD_S: Final = 5.0
+"""For a thread that has nothing left to do: it only has to be given a core to end on."""
 
 
 @dataclass(slots=True)
@@ -44,10 +49,19 @@ class Recovery:
     unreadable_segments: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """A thread that writes what closing owes, and what says that it has nothing left to write."""
+
+    worker: Worker
+    done: Event
+
+
 class DiskTier:
     """One directory. ``place`` to ``take_events`` are safe to call from any thread, and none of them waits for a disk.
 
-    ``housekeep`` belongs to one loop, which sleeps on ``wake``; ``open`` and ``close`` come before and after it.
+    ``housekeep`` belongs to one loop, which sleeps on ``wake``; ``open`` and ``close`` come before and after it. Any
+    number of threads may close.
     """
 
     wake: Event
@@ -82,6 +96,10 @@ class DiskTier:
         self.wake = runtime.event()
         self._files = files
         self._clock = runtime.clock
+        self._runtime = runtime
+        self._closing_lock = runtime.lock()
+        self._closing: _Closing | None = None
+        self._is_open = False
         self._layout = layout
         self._directory = PlacementDirectory(files, directory, layout, owner=owner, random_bytes=random_bytes)
         self._book = SegmentBook(
@@ -110,26 +128,29 @@ class DiskTier:
         except BaseException:
             self._directory.close()
             raise
+        self._is_open = True
         return self._recover(numbers)
 
-    def close(self) -> None:
-        """Seal what is full, make the rest durable, and give everything back; idempotent.
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Seal what is full, make the rest durable, and give everything back; idempotent. True when all of it is done.
 
+        It takes ``timeout_s`` seconds at most, with None as long as the device does. False: the device did not answer
+        in time. What was not synced may not survive a power cut, and everything stays open; calling again goes on.
         Partly filled segments stay open and are filled on in the next life. Files that something is still under way
         to are left to the process, so that no descriptor is used twice.
         """
         self._book.stop_placing()
-        if self._book.health.usable and not self._directory.read_only:
-            while self._housekeeper.seal():
-                pass
-            self._sync_all()
-        self._housekeeper.close()
-        for segment in list(self._book.segments.values()):
-            if segment.idle and segment.fd >= 0:
-                self._files.close(segment.fd)
-            segment.fd = -1
-        self._book.segments.clear()
-        self._directory.close()
+        if not self._write_rest(timeout_s):
+            log.warning(
+                "disk directory %s: %d segments were not sealed or synced within %g s: what is in them may not survive"
+                " a power cut", self.path, self._owed, timeout_s,
+            )  # fmt: skip
+            return False
+        with self._closing_lock:
+            was_open, self._is_open = self._is_open, False
+        if was_open:
+            self._give_back()
+        return True
 
     # --- the lanes --------------------------------------------------------------------------------------------------
 
@@ -266,7 +287,58 @@ class DiskTier:
         self.recovery.damaged_records += found.damaged
         self.recovery.damaged_segments += found.header is None
 
-    def _sync_all(self) -> None:
+    @property
+    def _owed(self) -> int:
+        """Segments that closing has to write to, in a directory that can be written."""
+        return self._book.owes if self.writable else 0
+
+    def _write_rest(self, timeout_s: float | None) -> bool:
+        if timeout_s is None:
+            if self._closing is not None:
+                self._closing.done.wait(None)
+                self._closing.worker.stop(_IDLE_THREAD_S)
+            while self._write_one():
+                pass
+            return True
+        deadline = Deadline(self._clock, timeout_s)
+        with self._closing_lock:
+            if self._owed and timeout_s > 0 and (self._closing is None or self._closing.done.wait(0)):
+                self._closing = self._begin_closing()
+            closing = self._closing
+        if closing is not None and closing.done.wait(deadline.left_s()):
+            closing.worker.stop(deadline.left_s())
+        return not self._owed
+
+    def _begin_closing(self) -> _Closing | None:
+        """Write what is owed, on a thread that a device which does not answer keeps in place of who closes."""
+        done = self._runtime.event()
+
+        def step() -> bool:
+            more = self._write_one()
+            if not more:
+                done.set()
+            return more
+
+        try:
+            return _Closing(self._runtime.spawn("closing", step, self._runtime.event()), done)
+        except TierError as error:
+            log.warning("disk directory %s: nothing is sealed or synced now: %s", self.path, error)
+            return None
+
+    def _give_back(self) -> None:
+        self._housekeeper.close()
+        for segment in list(self._book.segments.values()):
+            if segment.idle and segment.fd >= 0:
+                self._files.close(segment.fd)
+            segment.fd = -1
+        self._book.segments.clear()
+        self._directory.close()
+
+    def _write_one(self) -> bool:
+        """One step of sealing, or one sync; False when neither is left."""
+        return self.writable and (self._housekeeper.seal() or self._sync_one())
+
+    def _sync_one(self) -> bool:
         for target in self._book.unsynced():
             if target.fd < 0 or not self._book.begin_sync(target):
                 continue
@@ -276,6 +348,8 @@ class DiskTier:
             except OSError as failure:
                 error = failure
             self._book.synced(target, error)
+            return True
+        return False
 
 
 def _segment_of(found: Found, number: int, fd: int, file_pages: int) -> Segment:

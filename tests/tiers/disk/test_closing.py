@@ -1,0 +1,149 @@
+"""Closing a disk tier in the time that it is given, over a device that answers late."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvtier.errors import TierError
+from kvtier.testing.simulation import Simulation
+from tests.tiers.disk.workbench import RECORDS, FaultyFiles, Workbench
+
+Make = Callable[..., Workbench]
+PATIENCE_S = 60.0
+A_MOMENT_S = 0.02
+
+
+class HangingFiles:
+    """Files whose syncs, once ``hang`` is set, do not return before ``released`` is."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+        self.hang, self.released, self.syncs = False, threading.Event(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def sync(self, fd: int) -> None:
+        self.syncs += 1
+        if self.hang:
+            assert self.released.wait(PATIENCE_S)
+        self._files.sync(fd)
+
+
+@pytest.fixture
+def hanging(files: object) -> HangingFiles:
+    return HangingFiles(files)
+
+
+@pytest.mark.parametrize("blocks", [3, 2 * RECORDS + 1])
+def test_a_device_that_hangs_in_a_sync_keeps_closing_no_longer_than_its_time(
+    workbench: Make, hanging: HangingFiles, caplog: pytest.LogCaptureFixture, blocks: int
+) -> None:
+    """Blocks that only need a sync, and full segments that wait for their footers, too."""
+    bench = workbench(files=hanging, segments=32, clean_segments=4).open()
+    for number in range(blocks):
+        bench.put(number)
+    hanging.hang = True
+    with caplog.at_level(logging.WARNING):
+        assert not bench.tier.close(A_MOMENT_S)
+    owed = -(-blocks // RECORDS)
+    assert f"{owed} segments were not sealed or synced within 0.02 s" in caplog.text
+    with pytest.raises(TierError, match="in use by another cache"):
+        workbench(segments=32).open()
+    hanging.released.set()
+    assert bench.tier.close(PATIENCE_S)
+    assert bench.tier.close(0)
+    again = workbench(segments=32).open()
+    assert all(again.read(number, row) for number, row in again.recovered().items())
+    assert set(again.recovered()) == set(range(blocks))
+
+
+def test_closing_again_without_a_limit_waits_for_the_sync_that_hangs(workbench: Make, hanging: HangingFiles) -> None:
+    bench = workbench(files=hanging).open()
+    bench.put(1)
+    hanging.hang = True
+    assert not bench.tier.close(A_MOMENT_S)
+    hanging.released.set()
+    assert bench.tier.close()
+    assert set(workbench().open().recovered()) == {1}
+
+
+def test_no_time_is_enough_where_everything_is_durable(workbench: Make) -> None:
+    bench = workbench().open()
+    bench.put(1)
+    assert bench.sync()
+    assert bench.tier.close(0)
+    assert set(workbench().open().recovered()) == {1}
+
+
+def test_several_threads_may_close_one_with_less_time_than_the_other(workbench: Make, hanging: HangingFiles) -> None:
+    """Who has no time left does not end what the other one waits for, and everything is given back once."""
+    bench = workbench(files=hanging).open()
+    bench.put(1)
+    hanging.hang = True
+    closed: list[bool] = []
+    patient = [threading.Thread(target=lambda: closed.append(bench.tier.close(PATIENCE_S))) for _ in range(4)]
+    for thread in patient:
+        thread.start()
+    assert not bench.tier.close(A_MOMENT_S)
+    hanging.released.set()
+    for thread in patient:
+        thread.join(PATIENCE_S)
+    assert closed == [True] * 4
+    assert set(workbench().open().recovered()) == {1}
+
+
+def test_no_thread_is_left_after_closing(workbench: Make) -> None:
+    before = set(threading.enumerate())
+    bench = workbench().open()
+    bench.put(1)
+    assert bench.tier.close(PATIENCE_S)
+    assert set(threading.enumerate()) == before
+
+
+def test_where_no_thread_can_be_had_closing_says_so_and_can_be_tried_again(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = workbench().open()
+    bench.put(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.runtime, "spawn", lambda *_: (_ for _ in ()).throw(TierError("no thread")))
+        assert not bench.tier.close(PATIENCE_S)
+    assert bench.tier.close(PATIENCE_S)
+
+
+def test_with_no_time_nothing_is_begun(workbench: Make, hanging: HangingFiles) -> None:
+    bench = workbench(files=hanging).open()
+    bench.put(1)
+    before = hanging.syncs
+    assert not bench.tier.close(0)
+    assert hanging.syncs == before
+    assert bench.tier.close(PATIENCE_S)
+
+
+def test_a_sync_that_fails_at_closing_was_answered(workbench: Make, files: object) -> None:
+    """There is nothing that more time would help."""
+    faulty = FaultyFiles(files)  # type: ignore[arg-type]
+    bench = workbench(files=faulty).open()
+    bench.put(1)
+    faulty.fail("sync", errno.EIO, sticky=True)
+    assert bench.tier.close(PATIENCE_S)
+
+
+def test_in_a_simulation_closing_has_a_time_as_well() -> None:
+    world = Simulation(1)
+    bench = Workbench(world.disk, world, "/kv")
+    list(bench.tier.open())
+    while bench.tier.housekeep():
+        pass
+    bench.put(1)
+    assert not bench.tier.close(0)
+    assert bench.tier.close(1)
+    world.power_cut()
+    assert set(Workbench(world.disk, world, "/kv").open().recovered()) == {1}
