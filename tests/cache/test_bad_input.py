@@ -31,6 +31,7 @@ from kvtier.core.plan import ROW, Completion, Plan, PlanKind, Priority, Reason
 from kvtier.runtime import system_machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from kvtier.transfer import DataPlane
+from tests.cache.raising_memory import RaisingMemory
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -347,40 +348,12 @@ def test_engine_memory_that_throws_anything_fails_its_blocks_and_costs_no_thread
     keys = memory_cache.keys(TOKENS)
     engine.write(keys, range(4))
     for number in range(4):
-        memory = Throwing(engine.memory, error)
+        memory = RaisingMemory(engine.memory, "gather", error(), times=1)
         result = memory_cache.submit_store([number] * SIZE, KVPages(memory, engine.pages.table)).result(30)
         assert (result.stored, result.refused) == (0, SIZE)
     assert memory_cache.submit_store(keys, engine.pages).result(30).refused == 0
     assert still_there(memory_cache)
     assert memory_cache.stats()[f"failed_pieces{{error={error.__name__}}}"] == 4
-
-
-class Throwing:
-    """Engine memory whose first copy fails."""
-
-    def __init__(self, memory: PagedTensors, error: type[BaseException]) -> None:
-        self._memory = memory
-        self._error = error
-        self._left = 1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
-
-    def gather(self, *arguments: Any) -> None:
-        self._left -= 1
-        if self._left >= 0:
-            raise self._error
-        self._memory.gather(*arguments)
-
-    def scatter(self, *arguments: Any) -> None:
-        self._memory.scatter(*arguments)
-
-    def check(self, *arguments: Any) -> None:
-        self._memory.check(*arguments)
-
-    @property
-    def placement(self) -> str:
-        return self._memory.placement
 
 
 def test_a_callback_that_raises_costs_no_thread(memory_cache: TieredCache) -> None:

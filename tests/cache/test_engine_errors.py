@@ -11,38 +11,12 @@ import pytest
 from kvtier import ConfigError, TieredCache
 from kvtier.core.memory import KVPages
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from tests.cache.raising_memory import RaisingMemory
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
 BLOCKS = 8
 ERRORS = [RuntimeError("CUDA error: an illegal memory access"), ConfigError("page 9: there are 8"), SystemExit(1)]
-
-
-class Raising:
-    """The engine's memory, whose ``verb`` raises an error like ``error``."""
-
-    def __init__(self, engine: PseudoEngine, verb: str, error: BaseException) -> None:
-        self._memory, self._verb, self._error = engine.memory, verb, error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._memory, name)
-
-    def gather(self, *arguments: Any) -> None:
-        if self._verb == "gather":
-            raise type(self._error)(*self._error.args)
-        self._memory.gather(*arguments)
-
-    def scatter(self, *arguments: Any) -> None:
-        if self._verb == "scatter":
-            raise type(self._error)(*self._error.args)
-        self._memory.scatter(*arguments)
-
-    def check(self, *arguments: Any) -> None:
-        self._memory.check(*arguments)
-
-    @property
-    def placement(self) -> str:
-        return self._memory.placement
 
 
 @pytest.fixture
@@ -95,7 +69,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_store_from_memory_that_raises_is_refused_as_an_error_of_the_engine(
     cache: TieredCache, engine: PseudoEngine, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pages = KVPages(Raising(engine, "gather", error), engine.pages.table)
+    pages = KVPages(RaisingMemory(engine.memory, "gather", error), engine.pages.table)
     used_bytes = cache.stats()["host_used_bytes"]
     for durability in ("memory", "durable") if cache.config.disk.directories else ("memory",):
         result = cache.submit_store([7] * (SIZE * BLOCKS), pages, durability=durability).result(30)
@@ -112,7 +86,7 @@ def test_a_load_to_memory_that_raises_is_an_error_of_the_engine_and_says_nothing
     cache: TieredCache, engine: PseudoEngine, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not one of the disk, and no damage: the copies stay, and the next load finds all of them."""
-    pages = KVPages(Raising(engine, "scatter", error), engine.pages.table)
+    pages = KVPages(RaisingMemory(engine.memory, "scatter", error), engine.pages.table)
     with cache.lookup([1] * (SIZE * BLOCKS + 1)) as hit:
         result = cache.submit_load(hit, pages).result(30)
     assert (result.ok_tokens, result.failed) == (0, {"engine_error": SIZE * BLOCKS})
@@ -130,7 +104,7 @@ def test_what_raises_with_every_block_is_told_once_and_counted_every_time(
     with TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m") as cache:
         store(cache, engine)
         for verb, error in (("gather", ValueError()), ("gather", KeyError()), ("scatter", ValueError())):
-            pages = KVPages(Raising(engine, verb, error), engine.pages.table)
+            pages = KVPages(RaisingMemory(engine.memory, verb, error), engine.pages.table)
             for number in range(10, 15):
                 if verb == "gather":
                     cache.submit_store([number] * SIZE, pages).result(30)
