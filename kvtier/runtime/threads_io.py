@@ -31,12 +31,11 @@ class ThreadsIOEngine:
         self.ready = SystemEvent()
         self._queue: SimpleQueue[IORequest | None] = SimpleQueue()
         self._done: deque[IODone] = deque()
-        self._running: list[IORequest | None] = [None] * threads
+        self._open: set[IORequest] = set()
         self._intake = threading.Lock()
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._loop, args=(slot,), name=f"{name}-{slot}", daemon=True)
-            for slot in range(threads)
+            threading.Thread(target=self._loop, name=f"{name}-{slot}", daemon=True) for slot in range(threads)
         ]
         start_all(self._threads, self._stop_threads, FEWER_IO_THREADS)
 
@@ -45,6 +44,7 @@ class ThreadsIOEngine:
         with self._intake:
             if self._closed:
                 raise ClosedError("the I/O engine is closed")
+            self._open.add(request)
             self._queue.put(request)
 
     def reap(self) -> list[IODone]:
@@ -62,7 +62,7 @@ class ThreadsIOEngine:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        return sum(request is not None for request in self._running)
+        return len(self._open)
 
     def _stop_threads(self) -> None:
         for _ in self._threads:
@@ -77,13 +77,12 @@ class ThreadsIOEngine:
             if request is not None:
                 self._end(cancelled(request))
 
-    def _loop(self, slot: int) -> None:
+    def _loop(self) -> None:
         while (request := self._queue.get()) is not None:
-            self._running[slot] = request
             self._end(perform(request))
-            self._running[slot] = None
             del request  # an idle thread must not keep the buffers of its last request alive
 
     def _end(self, done: IODone) -> None:
         self._done.append(done)
+        self._open.discard(done.request)
         self.ready.set()

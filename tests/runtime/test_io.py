@@ -4,12 +4,14 @@ import errno
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvtier.errors import ConfigError, TierError
-from kvtier.runtime import blocking, system_machine
+from kvtier.runtime import blocking, system_machine, threads_io
 from kvtier.runtime.machine import IO_ENGINES
 from kvtier.runtime.seam import IORequest, Machine, Op
 from kvtier.testing.simulation import Simulation
@@ -89,6 +91,35 @@ def test_a_request_that_hangs_is_counted_by_close_and_still_ends_later(
     assert engine.close(PATIENCE_S) == 0
     (last,) = engine.reap()
     assert (last.request.tag, last.error) == (0, None)
+
+
+class HoldingQueue(SimpleQueue[Any]):
+    """Whoever took a request off it gets no core for a while."""
+
+    taken: threading.Event
+    on_core: threading.Event
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        request = super().get(block, timeout)
+        self.taken.set()
+        assert self.on_core.wait(PATIENCE_S)
+        return request
+
+
+def test_a_request_that_a_thread_has_taken_and_not_begun_is_counted_by_close(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffers are about to be used: nobody may free them yet."""
+    HoldingQueue.taken, HoldingQueue.on_core = threading.Event(), threading.Event()
+    monkeypatch.setattr(threads_io, "SimpleQueue", HoldingQueue)
+    engine = threads_io.ThreadsIOEngine("io", 1)
+    engine.submit(IORequest(Op.WRITE, fd, 0, [aligned(PAGE)], 0))
+    assert HoldingQueue.taken.wait(PATIENCE_S)
+    running = engine.close(0.0)
+    HoldingQueue.on_core.set()
+    assert running == 1
+    assert engine.close(PATIENCE_S) == 0
+    assert [done.error for done in engine.reap()] == [None]
 
 
 def test_an_error_that_is_no_os_error_still_ends_the_request(machine: Machine, fd: int) -> None:
