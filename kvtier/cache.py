@@ -284,10 +284,10 @@ class TieredCache:
             lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
         stop = len(keys)  # they may grow from here on
-        own = self._pages(pages, first, max(first, stop * keys.block_tokens))
         if session is not None:
             with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
+        own = self._pages(pages, first, max(first, stop * keys.block_tokens))
         wish = StoreWish.of(
             keys, stop, own.table, start=start, lineage=lineage, durability=level, is_paged=own.is_paged
         )

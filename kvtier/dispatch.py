@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from kvtier.channel import Channel
 from kvtier.core.memory import KVMemory
@@ -31,12 +31,21 @@ log = logging.getLogger(__name__)
 _WISHES_A_TURN: Final = 128
 """Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
 _MOST_WISHES: Final = 8192
-"""That wait for a copy thread; over it whoever submits plans some."""
+"""That wait for a copy thread; over it whoever submits plans some, unless another thread is at it."""
 _BYTES_A_TURN: Final = 64 << 20
 """Of what they move: the bytes of large wishes are on their way before the next ones are planned."""
 
 _NOTHING_UNDER_WAY_S: Final = 5.0
 """For closing what was only just opened."""
+
+
+class _News(NamedTuple):
+    """What is left to be done once the lock is released."""
+
+    plans: Sequence[Plan] = ()
+    jobs: Sequence[AnyJob] = ()
+    arrived: Sequence[Event] = ()
+    mistakes: Sequence[tuple[str, BaseException]] = ()
 
 
 class Dispatch:
@@ -63,6 +72,8 @@ class Dispatch:
         self._control = JobControl(runtime, self._cancel, check_here, parts)
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
+        self._heard: deque[Message] = deque()
+        self._ended = False
         self._on_attach: list[Event] = []
         self._turn = Turn(runtime.lock())  # ours until all is made: planes have news before they can be asked
         self.channels = tuple(make_channels(self.pump))
@@ -82,7 +93,9 @@ class Dispatch:
         job.memory = memory
         self._jobs[wish.ticket] = job
         self._wishes.append(wish)
-        if self.closed or len(self._wishes) > _MOST_WISHES or not self.channels[0].call_back():
+        if self._ended:
+            self._end_jobs()
+        elif self.closed or len(self._wishes) > _MOST_WISHES or not self.channels[0].call_back():
             self.pump()
         return job
 
@@ -91,21 +104,17 @@ class Dispatch:
 
         Also where ``verb`` raises: what was planned before it is of others, who wait for it.
         """
-        plans: list[Plan] = []
-        jobs: list[AnyJob] = []
+        news = _News()
         try:
             with self.lock:
                 try:
                     self._plan_wishes(list(self._all_wishes()))
                     return verb()
                 finally:
-                    plans, jobs = self.planner.take_plans(), self._jobs_with_news()
+                    news = self._collect()
         finally:
-            try:
-                self._send(plans)
-            finally:
-                tell(jobs)
-            if plans:
+            self._deliver(news)
+            if news.plans:
                 self.pump()
 
     def pump(self) -> None:
@@ -147,10 +156,8 @@ class Dispatch:
         self.pump()
         if not all(closed):
             return False
-        with self.lock:  # of a rank that went without a word nobody will ever hear
-            self.planner.end([job.ticket for job in self._jobs.values()])
-            jobs = self._jobs_with_news()
-        tell(jobs)
+        self._ended = True
+        self._end_jobs()
         return True
 
     def levels(self) -> dict[str, float]:
@@ -174,30 +181,45 @@ class Dispatch:
                 while self._take_in():
                     pass
         except BaseException:
-            self._turn.give_up()
+            if self._turn.give_up() or self._wishes:
+                self.channels[0].call_back()  # whoever asked meanwhile relies on us
             raise
 
     def _take_in(self) -> bool:
         """What data planes have to say and callers wish for now; True when there may be more of it at once."""
-        messages = [message for channel in self.channels for message in channel.poll()]
-        if not messages and not self._wishes:
-            return False
-        with self.lock:
-            if messages:  # what follows from them is sent before anything new is planned
-                self._hear(messages)
-            else:
-                self._plan_wishes(list(self._wishes_of_a_turn()))
-            plans, jobs = self.planner.take_plans(), self._jobs_with_news()
-            waiting, self._on_attach = self._on_attach, []
+        news = _News()
         try:
-            self._send(plans)
+            with self.lock:  # it is polled under the lock, too: then nobody has a message in hand that others wait for
+                self._poll()
+                if not self._heard and not self._wishes:
+                    return False
+                try:
+                    if self._heard:  # what follows from it is sent before anything new is planned
+                        self._hear()
+                    else:
+                        self._plan_wishes(list(self._wishes_of_a_turn()))
+                finally:
+                    news = self._collect()
         finally:
-            for event in waiting:
-                event.set()
-            tell(jobs)
+            self._deliver(news)
         if self._wishes:  # a copy thread plans them as soon as one is free: first the bytes that it has in hand
             return not self.channels[0].call_back()
-        return bool(plans)
+        return bool(news.plans)
+
+    def _end_jobs(self) -> None:
+        """Every rank is closed: what has come is taken in, and of all else nobody will ever hear."""
+        news = _News()
+        try:
+            with self.lock:
+                self._poll()
+                try:
+                    self._hear()
+                    self._wishes.clear()
+                    self.planner.end([job.ticket for job in list(self._jobs.values())])
+                finally:
+                    news = self._collect()
+        finally:
+            self._deliver(news)
 
     def _all_wishes(self) -> Iterator[Wish]:
         for _ in range(len(self._wishes)):  # not those that come meanwhile
@@ -211,44 +233,38 @@ class Dispatch:
             if blocks >= self._blocks_a_turn:
                 return
 
+    # --- under the lock ---------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        for channel in self.channels:
+            self._heard.extend(channel.poll())
+
     def _plan_wishes(self, wishes: list[Wish]) -> None:
-        if not wishes:
-            return
         try:
-            self.planner.plan(wishes)
-        except BaseException as error:  # a mistake of ours, or Ctrl-C: nobody may wait for ever because of it
-            log.exception("planning %d wishes failed; those that were not planned are refused", len(wishes))
-            self.planner.give_up(wishes)
+            if wishes:
+                self.planner.plan(wishes)
+        except BaseException as error:  # Ctrl-C, or a mistake of ours: nobody may wait for ever because of it
+            self.planner.give_up(wishes, error)
             if not isinstance(error, Exception):
                 raise
 
-    def _hear(self, messages: Sequence[Message]) -> None:
-        """Take all of ``messages`` in, whatever comes of one of them: the thread that brings them has to go on."""
-        for message in messages:
+    def _hear(self) -> None:
+        """Take all of what was polled in, whatever comes of one message: the thread that brings it has to go on."""
+        interrupt = None
+        while self._heard:
+            message = self._heard.popleft()
             try:
                 self.planner.take_in(message)
-            except Exception:
-                log.exception("a message of rank %d could not be taken in; who waits for it is refused", message.rank)
-                self.planner.pass_over(message)
-        try:
-            self.planner.follow_up()
-        except Exception:
-            log.exception("planning what follows from messages failed")
+            except BaseException as error:
+                self.planner.pass_over(message, error)
+                interrupt = interrupt if isinstance(error, Exception) else error
+        self.planner.follow_up()
+        if interrupt is not None:
+            raise interrupt
 
-    def _send(self, plans: list[Plan]) -> None:
-        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers."""
-        for rank, channel in enumerate(self.channels):
-            mine = plans if len(self.channels) == 1 else [plan for plan in plans if plan.rank == rank]
-            if not mine:
-                continue
-            try:
-                channel.send(mine)
-            except Exception:
-                log.exception("rank %d did not take %d plans; who waits for them is refused", rank, len(mine))
-                with self.lock:
-                    self.planner.disown(mine)
-                    jobs = self._jobs_with_news()
-                tell(jobs)
+    def _collect(self) -> _News:
+        arrived, self._on_attach = self._on_attach, []
+        return _News(self.planner.take_plans(), self._jobs_with_news(), arrived, self.planner.take_mistakes())
 
     def _jobs_with_news(self) -> list[AnyJob]:
         jobs = []
@@ -263,6 +279,33 @@ class Dispatch:
                     self.memories.let_go(job.memory)
                     job.memory = None
         return jobs
+
+    # --- with no lock held ------------------------------------------------------------------------------------------
+
+    def _deliver(self, news: _News) -> None:
+        for what, error in news.mistakes:
+            log.error("%s failed; whoever waits for it is refused", what, exc_info=error)
+        try:
+            self._send(news.plans)
+        finally:
+            for event in news.arrived:
+                event.set()
+            tell(news.jobs)
+
+    def _send(self, plans: Sequence[Plan]) -> None:
+        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers."""
+        for rank, channel in enumerate(self.channels):
+            mine = plans if len(self.channels) == 1 else [plan for plan in plans if plan.rank == rank]
+            if not mine:
+                continue
+            try:
+                channel.send(mine)
+            except Exception:
+                log.exception("rank %d did not take %d plans; whoever waits for them is refused", rank, len(mine))
+                with self.lock:
+                    self.planner.disown(mine)
+                    news = self._collect()
+                self._deliver(news)
 
     def _cancel(self, job: AnyJob) -> None:
         self._check_here()

@@ -28,7 +28,8 @@ class Turn:
             self._taken, self._asked = self._asked, False
             return self._taken
 
-    def give_up(self) -> None:
-        """The turn is over, whoever asked: the next to ask looks."""
+    def give_up(self) -> bool:
+        """The turn is over before its time; True when somebody asked since the last look, and relies on it."""
         with self._lock:
-            self._taken = False
+            asked, self._taken, self._asked = self._asked, False, False
+            return asked

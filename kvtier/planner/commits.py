@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvtier.core.plan import Completion, PlanKind, Reason, Tier
+from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, PlanKind, Reason, Status, Tier
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop
@@ -50,29 +50,42 @@ class Commits:
             hop.sources_left &= ~(1 << rank)
         self._go_on(hop)
 
-    def give_up(self, plan_id: int) -> None:
-        """Refuse whoever waits for that plan. Its room and its pins stay as they are: something may still use them."""
-        hop = self._state.hops.pop(plan_id, None)
-        if hop is not None:
-            if not hop.settled:
-                self._state.in_flight_bytes[hop.kind] -= hop.nbytes
-            self._refuse(hop)
+    def give_up(self, completion: Completion) -> None:
+        """Taking ``completion`` in failed: nothing of its plan is published, and whoever waits for it is refused.
 
-    def disown(self, plan_id: int) -> None:
-        """Refuse whoever waits for that plan, and publish nothing of it. It ends if all ranks answer, or are gone."""
-        hop = self._state.hops.get(plan_id)
-        if hop is not None:
-            hop.fail_all(Reason.REFUSED)
+        They are told no sooner than any plan of theirs has ended: until then engine memory is in use.
+        """
+        hop = self._state.hops.get(completion.plan_id)
+        if hop is None:
+            return
+        hop.distrust(completion.rank, final=completion.final)
+        if hop.settled:
             self._refuse(hop)
+        try:
+            self._go_on(hop)
+        except Exception:
+            self._refuse(hop)
+            if not hop.finals_left:
+                self._state.hops.pop(hop.plan_id, None)  # and its pins stay
+            raise
+
+    def disown(self, plan: Plan) -> None:
+        """The rank of ``plan`` did not take it: as if it had answered that it will not."""
+        rows = np.zeros(max(1, len(plan.rows)), COMPLETED)
+        rows["row"], rows["status"], rows["reason"] = np.arange(len(rows)), int(Status.FAILED), int(Reason.REFUSED)
+        rows["segment"] = rows["page"] = NOWHERE
+        self.complete(Completion(plan.plan_id, plan.rank, 0, rows, source_free=True, final=True))
 
     def _refuse(self, hop: Hop) -> None:
+        """Nobody waits for ``hop`` any more: nobody knows whom it has told already."""
         state = self._state
         self._stores_no_more(hop)
         for entry in hop.entries.tolist() if hop.kind == PlanKind.SPILL else ():
             state.disk.write_ended(entry, written=False)
             self._advance(state.row_ended(entry, Reason.REFUSED))
         for ticket in hop.let_go():
-            self._stages.give_up(ticket, Reason.REFUSED)
+            others = sum(ticket in other.tickets for other in state.hops.values() if not other.settled)
+            self._stages.give_up(ticket, Reason.REFUSED, waits=others)
 
     def void(self, rank: int) -> None:
         """Nothing that ``rank`` answered is there any more, nor will it answer what it was asked."""

@@ -162,12 +162,25 @@ class Hop:
         answers["status"][unsaid] = _QUARANTINED
         return self._free_quarantined(rank, np.arange(len(answers)))
 
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Whoever waits for it."""
+        own = [self.ticket] if self.ticket is not None else []
+        return [*own, *(share.ticket for share in self.shares), *(join.ticket for join in self.joins)]
+
     def let_go(self) -> list[Ticket]:
         """Nobody waits for it any more; returns who did."""
-        own = [self.ticket] if self.ticket is not None else []
-        tickets = [*own, *(share.ticket for share in self.shares), *(join.ticket for join in self.joins)]
+        tickets = self.tickets
         self.ticket, self.shares, self.joins = None, [], []
         return tickets
+
+    def distrust(self, rank: int, *, final: bool) -> None:
+        """Nobody knows how far an answer of ``rank`` was taken in: no row counts, and its room is nobody's any more."""
+        self.fail_all(Reason.REFUSED)
+        self._answers_of(rank)["status"] = _FAILED
+        self.targets.pop(rank, None)
+        if final:
+            self._rank_done(rank)
 
     def void(self, rank: int) -> None:
         """The memory and the answers of ``rank`` are worth nothing: it began a new life."""

@@ -64,7 +64,9 @@ class Journeys:
         ticket.cover(blocks, Outcome.EXISTING)
         for block in missing.blocks.tolist():
             ticket.outcome[block] = Outcome.WAITING if wish.waits else Outcome.PENDING
+        state.index.pin(found.entries)  # what is there of the prefix must not go to make room for the rest
         placed = self._target(missing)
+        state.unpinned(state.index.unpin(found.entries))
         for block in missing.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
         if placed.any():

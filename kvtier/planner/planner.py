@@ -6,9 +6,9 @@ time as ``now_s``, sends what ``take_plans`` returns to the data planes, and tel
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import groupby
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -49,7 +49,10 @@ from kvtier.planner.tickets import Durability, Ticket
 from kvtier.planner.upkeep import Upkeep
 from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
 
+X = TypeVar("X")
+Y = TypeVar("Y")
 _MAX_ENTRIES: Final = 1 << 24
+_NOTHING_LEFT: Final[Sequence[Wish]] = ()
 
 
 class Planner:
@@ -134,17 +137,38 @@ class Planner:
     def plan(self, wishes: Iterable[Wish]) -> None:
         """Plan ``wishes``, in order; small ones side by side share a plan. Their tickets say how it goes on.
 
-        Whoever made them has compared page tables with their memory, and keys with ``check_keys``.
+        Whoever made them has compared page tables with their memory, and keys with ``check_keys``. One that cannot be
+        planned, by a mistake of ours, is refused, and all others are planned: ``take_mistakes`` says why.
         """
         for _, alike in groupby(wishes, self._joint.likeness):
             for portion in self._joint.portions(alike):
-                alone = self._joint.plan(portion) if len(portion) > 1 else portion
+                alone = portion
+                if len(portion) > 1:
+                    alone = self._guarded(self._joint.plan, portion, portion, _NOTHING_LEFT)
                 for wish in alone:
-                    self._plan_one(wish)
-        self._upkeep.plan()
+                    self._guarded(self._plan_one, wish, (wish,), None)
+        self.follow_up()
 
-    def give_up(self, wishes: Iterable[Wish]) -> None:
-        """End those of ``wishes`` that nothing is under way for: planning them failed, and somebody waits."""
+    def _guarded(self, step: Callable[[X], Y], subject: X, wishes: Sequence[Wish], instead: Y) -> Y:
+        try:
+            return step(subject)
+        except BaseException as error:
+            self._refuse(wishes, error)
+            if not isinstance(error, Exception):
+                raise
+            return instead
+
+    def _refuse(self, wishes: Sequence[Wish], error: BaseException) -> None:
+        """Planning ``wishes`` failed half-way: what is under way for them ends them, or they end now."""
+        self._state.mistakes.append((f"planning {len(wishes)} wishes", error))
+        for wish in wishes:
+            ticket = wish.ticket
+            self._state.counts["failed_wishes"] += 1
+            self._stages.give_up(ticket, Reason.REFUSED, waits=ticket.waits)
+
+    def give_up(self, wishes: Iterable[Wish], error: BaseException) -> None:
+        """End those of ``wishes`` that nothing is under way for: nobody came to planning them."""
+        self._state.mistakes.append(("planning wishes", error))
         for wish in wishes:
             ticket = wish.ticket
             if not ticket.finished and not ticket.waits:
@@ -155,6 +179,11 @@ class Planner:
         """End those of ``tickets`` that have not: every rank is closed, and answers nothing any more."""
         for ticket in tickets:
             self._stages.give_up(ticket, Reason.CLOSED)
+
+    def take_mistakes(self) -> list[tuple[str, BaseException]]:
+        """What was being done, and what it raised, where nothing should be raised: for the log, once."""
+        mistakes, self._state.mistakes = self._state.mistakes, []
+        return mistakes
 
     def _plan_one(self, wish: Wish) -> None:
         if isinstance(wish, StoreWish):
@@ -233,18 +262,30 @@ class Planner:
 
     def follow_up(self) -> None:
         """Plan what nobody asked for and what follows from what was taken in."""
-        self._upkeep.plan()
+        try:
+            self._upkeep.plan()
+        except Exception as error:
+            self._state.counts["failed_follow_ups"] += 1
+            self._state.mistakes.append(("planning what follows", error))
 
-    def pass_over(self, message: Message) -> None:
+    def pass_over(self, message: Message, error: BaseException) -> None:
         """Taking ``message`` in failed, nobody knows how far it came: whoever waits for it is refused."""
-        self._state.counts["failed_messages"] += 1
-        if isinstance(message, Completion):
-            self._commits.give_up(message.plan_id)
+        state = self._state
+        state.counts["failed_messages"] += 1
+        what = f"taking in a {type(message).__name__} of rank {message.rank}"
+        state.mistakes.append((what, error))
+        try:
+            if isinstance(message, Completion):
+                self._commits.give_up(message)
+            elif isinstance(message, Recovered) and message.final:
+                self._recovery.give_up(message.rank)
+        except Exception as another:
+            state.mistakes.append((f"passing over what followed from {what}", another))
 
     def disown(self, plans: Iterable[Plan]) -> None:
         """A rank did not take ``plans``: whoever waits for them is refused, and nothing of them is published."""
         for plan in plans:
-            self._commits.disown(plan.plan_id)
+            self._commits.disown(plan)
 
     def take_in(self, message: Message) -> None:
         """Commit a completion, or take a report in; words of an earlier life of a rank are passed over.
@@ -353,7 +394,7 @@ class Planner:
             for entry in entries[~state.index.on_disk(entries)].tolist():
                 if not state.disk.was_refused(entry):
                     state.disk.enqueue(entry)
-        self._upkeep.plan()
+        self.follow_up()
 
     def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         tiers = np.full(blocks, Tier.HOST, np.uint8)

@@ -57,7 +57,10 @@ class Recovery:
     def give_up(self, rank: int) -> None:
         """``rank`` is gone and tells nothing more."""
         if rank in self._state.recovering:
-            self._end(rank)
+            try:
+                self._end(rank)
+            finally:
+                self._state.recovering.discard(rank)
 
     def _end(self, rank: int) -> None:
         orphans, self._orphans = self._orphans, []

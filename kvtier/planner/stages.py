@@ -18,7 +18,17 @@ class Stages:
         self._state = state
 
     def advance(self, ticket: Ticket) -> None:
-        """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it."""
+        """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it.
+
+        A mistake of ours refuses it: whoever brought the news that it waited for has more to bring to others.
+        """
+        try:
+            self._go_on(ticket)
+        except Exception as error:
+            self._state.mistakes.append(("taking a job to its next stage", error))
+            self.give_up(ticket, Reason.REFUSED)
+
+    def _go_on(self, ticket: Ticket) -> None:
         while not ticket.waits and not ticket.finished:
             if ticket.stage == ticket.durability:
                 self._finish(ticket)
@@ -29,12 +39,12 @@ class Stages:
                 ticket.stage = Durability.DURABLE
                 self._sync(ticket)
 
-    def give_up(self, ticket: Ticket, reason: Reason) -> None:
-        """End ``ticket`` now, whatever it waits for; harmless for one that has ended."""
+    def give_up(self, ticket: Ticket, reason: Reason, *, waits: int = 0) -> None:
+        """End ``ticket``, whatever it waits for, once ``waits`` hops have ended; harmless for one that has ended."""
         if ticket.finished:
             return
         ticket.fail_from(ticket.first_block, reason)
-        ticket.waits = 0
+        ticket.waits = waits
         ticket.stage = ticket.durability
         self.advance(ticket)
 

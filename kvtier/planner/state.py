@@ -50,6 +50,7 @@ class ControlState:
         self.plans: list[Plan] = []
         self.news: list[Ticket] = []
         self.counts: Counter[str] = Counter()
+        self.mistakes: list[tuple[str, BaseException]] = []
         self.in_flight_bytes: Counter[PlanKind] = Counter()
         self.is_plain = index.ranks == 1 and len(layout.groups) == 1
         self.writes_through = config.policy.write == "write_through" and bool(config.disk.directories)
@@ -110,6 +111,15 @@ class ControlState:
 
         ``parents`` are the keys that the rows of a store extend, one after another.
         """
+        chains = ("raw",) if chain == "raw" else (chain, "raw")
+        plans = [
+            Plan(
+                plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
+                rows=plan_rows(self.index, hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
+                durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
+            )
+            for rank in hop.unanswered
+        ]  # fmt: skip
         self.index.pin(hop.entries)
         self.hops[hop.plan_id] = hop
         self.in_flight_bytes[hop.kind] += hop.nbytes
@@ -118,15 +128,7 @@ class ControlState:
             hop.ticket.waits += 1
         for share in hop.shares:
             share.ticket.waits += 1
-        chains = ("raw",) if chain == "raw" else (chain, "raw")
-        for rank in hop.unanswered:
-            self.plans.append(
-                Plan(
-                    plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
-                    rows=plan_rows(self.index, hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
-                    durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
-                )
-            )  # fmt: skip
+        self.plans += plans
 
     def sync_hop(self, ticket: Ticket) -> None:
         """What was written so far becomes durable on every rank; ``ticket`` waits for it."""

@@ -93,13 +93,13 @@ class Stores:
         """One STORE plan for each rank: tokens [start, stop) of ``pages``; ``parents`` are the keys the rows extend."""
         state, ticket = self._state, hop.ticket
         hop.nbytes = state.nbytes_of(hop.entries)
-        if ticket is not None:
-            ticket.sources += 1
-        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
         state.send(
             hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop, durable=ticket is not None and ticket.durability > Durability.MEMORY,
         )  # fmt: skip
+        if ticket is not None:
+            ticket.sources += 1
+        state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
 
     def _store_one(self, wish: StoreWish) -> bool:
         """The commonest store: one block that nobody knows, and there is room for it. False for any other."""

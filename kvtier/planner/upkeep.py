@@ -76,7 +76,17 @@ class Upkeep:
                     for ticket in state.row_ended(entry, Reason.NONE if done else hindrance):
                         self._stages.advance(ticket)
             for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
-                self._send_write(wanted[rows], nbytes)
+                try:
+                    self._send_write(wanted[rows], nbytes)
+                except Exception as error:  # a mistake of ours: whoever waits for the disk must not wait for ever
+                    state.mistakes.append(("planning a write", error))
+                    self._refuse(wanted[rows])
+
+    def _refuse(self, entries: EntryRows) -> None:
+        for entry in entries.tolist():
+            self._state.disk.write_ended(entry, written=False)
+            for ticket in self._state.row_ended(entry, Reason.REFUSED):
+                self._stages.advance(ticket)
 
     def _send_write(self, entries: EntryRows, nbytes: int) -> None:
         state = self._state

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import pytest
 from kvtier import TieredCache, load_config
 from kvtier.channel import LocalChannel
 from kvtier.core.plan import Hello, Plan, PlanKind
+from kvtier.dispatch import Dispatch
+from kvtier.planner import state, stores
 from kvtier.planner.commits import Commits
 from kvtier.planner.host import HostBook
 from kvtier.planner.planner import Planner
-from kvtier.testing import Simulation
+from kvtier.planner.recovery import Recovery
+from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from kvtier.transfer import DataPlane
 from kvtier.transfer.gathering import StoreRun
@@ -42,11 +46,19 @@ class Mistake(Exception):
     pass
 
 
-def once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: type[BaseException] = Mistake) -> None:
-    """The next call of that method raises before it has done anything."""
+def once(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    error: type[BaseException] = Mistake,
+    when: Callable[..., bool] = lambda *_: True,
+) -> None:
+    """The next call of that method, for which ``when`` holds, raises before it has done anything."""
     original = getattr(owner, name)
 
     def failing(*arguments: Any, **more: Any) -> Any:
+        if not when(*arguments):
+            return original(*arguments, **more)
         monkeypatch.setattr(owner, name, original)
         raise error
 
@@ -109,6 +121,140 @@ def test_those_who_share_a_plan_or_joined_it_are_refused_together(
     assert all(job.source_free for job in jobs)
 
 
+def test_a_refused_store_frees_its_pages_no_sooner_than_its_last_plan_has_read_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of eight plans cannot be taken in; the engine writes other tokens as soon as it may."""
+    monkeypatch.setattr(stores, "FIRST_WRITE_HOP_BYTES", 1)
+    monkeypatch.setattr(stores, "WRITE_HOP_BYTES", 1)
+    world, engine, target = Simulation(1), PseudoEngine(LAYOUT, 8), PseudoEngine(LAYOUT, 8)
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine())
+    world.run_for(1)
+    keys, others = (cache.keys([token] * (8 * SIZE + 1)) for token in (7, 9))
+    engine.write(keys, range(8))
+    once(monkeypatch, Commits, "complete")
+    job = cache.submit_store(keys, engine.pages, durability="process")
+    job.wait_source_free(60)
+    engine.write(others, range(8))
+    assert job.result(60).failed == {"refused": SIZE}
+    with cache.lookup(keys, start=SIZE) as hit:
+        assert hit.num_tokens == 8 * SIZE
+        assert cache.submit_load(hit, target.pages).result(60).ok_tokens == 8 * SIZE
+    assert target.wrong_blocks(keys, range(1, 8)) == []
+
+
+@pytest.mark.parametrize("kind", [PlanKind.STORE, PlanKind.LOAD, PlanKind.SPILL, PlanKind.SYNC])
+def test_a_plan_that_cannot_be_made_refuses_its_job_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: PlanKind
+) -> None:
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=Simulation(1).machine())
+    assert store(cache, 1).result(60).stored == 2 * SIZE
+    once(monkeypatch, state, "plan_rows", when=lambda _, hop, *__: hop.kind == kind)
+    with cache.lookup([1] * (2 * SIZE + 1)) as hit:
+        job = (
+            cache.submit_load(hit, ENGINE.pages)
+            if kind == PlanKind.LOAD
+            else cache.submit_store([2] * (2 * SIZE), ENGINE.pages, durability="durable")
+        )
+        assert job.result(60).failed == {"refused": 2 * SIZE}
+    assert store(cache, 3).result(60).stored == 2 * SIZE
+    assert cache.submit_flush("durable").result(60).ok
+    stats = cache.stats()
+    assert (stats["hops"], stats["pinned_entries"], stats["write_backlog_entries"], stats["jobs"]) == (0, 0, 0, 0)
+
+
+def answered(cache: TieredCache, world: Simulation, jobs: int) -> list[Any]:
+    """Stores that have been planned and moved, and of which nobody has heard yet."""
+    plane = cache._dispatch.channels[0]._plane  # type: ignore[attr-defined]
+    plane._on_news, news = lambda: None, plane._on_news
+    waiting = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(jobs)]
+    cache._dispatch.decide(lambda: None)
+    world.run_for(1)
+    plane._on_news = news
+    assert not any(job.done for job in waiting)
+    return waiting
+
+
+def test_an_interrupt_while_one_answer_is_taken_in_loses_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Simulation(1)
+    cache = TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m", machine=world.machine())
+    jobs = answered(cache, world, 3)
+    once(monkeypatch, Planner, "take_in", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.pump()
+    assert sorted(job.result(60).stored for job in jobs) == [0, 2 * SIZE, 2 * SIZE]
+
+
+def test_an_interrupt_during_a_turn_hands_on_what_others_asked_for_meanwhile(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+
+    def submit_and_stop(dispatch: Dispatch) -> bool:
+        del dispatch
+        jobs.append(store(cache, 1))
+        cache.pump()  # what a copy thread does: it leaves word and goes to sleep
+        cache._dispatch.channels[0]._plane._called_back = False  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Dispatch, "_take_in", submit_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache.pump()
+    assert jobs[0].result(60).stored == 2 * SIZE
+
+
+def test_what_a_mistake_says_in_the_log_is_said_with_no_lock_held(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler may ask the cache how it is."""
+    asked = []
+
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            asked.append(cache.stats()["jobs"])
+
+    monkeypatch.setattr(logging.getLogger("kvtier"), "handlers", [Asking()])
+    for owner, name in ((HostBook, "reserve"), (Commits, "complete")):
+        once(monkeypatch, owner, name)
+        assert store(cache, len(asked)).result(60).failed == {"refused": 2 * SIZE}
+    assert len(asked) == 2
+
+
+def test_what_was_found_counts_also_where_the_end_of_it_cannot_be_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Simulation(1)
+    disk = SimDisk(world)
+    with TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine(disk)) as cache:
+        assert cache.submit_store([1] * (SIZE + 1), ENGINE.pages, durability="durable").result(60).stored == SIZE
+    once(monkeypatch, Recovery, "_end")
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine(disk))
+    cache.wait_attached(60)
+    assert cache.match([1] * (SIZE + 1)) == SIZE
+
+
+def test_closing_takes_in_what_has_come_before_it_ends_what_has_not() -> None:
+    world = Simulation(1)
+    cache = TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m", machine=world.machine())
+    jobs = answered(cache, world, 2)
+    assert cache._dispatch._turn.ask(), "another thread has the turn, and is slow"
+    assert cache.close(60)
+    assert [job.result(0).stored for job in jobs] == [2 * SIZE] * 2
+
+
+def test_a_job_that_is_submitted_while_the_cache_is_closed_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel: Any = Silent(Hello(0, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 64, 0, 0))
+    cache = TieredCache({"host": {"capacity": "1MiB"}}, LAYOUT, "m", channels=[channel])
+    cache.register(ENGINE.memory)
+
+    def close_first(*_: object) -> bool:
+        assert cache.close(1)
+        return False
+
+    once(monkeypatch, cache._dispatch, "submit", when=close_first)
+    job = cache.submit_store([1] * SIZE, ENGINE.pages)
+    assert job.result(0).failed == {"closed": SIZE}
+
+
 class Broken(LocalChannel):
     """A channel that does not take the next plans of some kind."""
 
@@ -126,7 +272,8 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     config, machine = load_config(WITH_DISK), Simulation(1).machine()
     news: list[TieredCache] = []
     channel = Broken(
-        lambda on_news: DataPlane(config, LAYOUT, machine, on_news=on_news), lambda: [one.pump() for one in news]
+        lambda on_news: DataPlane(config, LAYOUT, machine, on_news=on_news, tables_are_checked=True),
+        lambda: [one.pump() for one in news],
     )
     cache = TieredCache(config, LAYOUT, "m", machine=machine, channels=[channel])
     news.append(cache)
@@ -138,7 +285,7 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     assert {"refused": SIZE} in [job.result(60).failed for job in jobs]
     assert cache.match([3] * (SIZE + 1)) + cache.match([2] * (SIZE + 1)) <= 2 * SIZE
     again = [cache.submit_store([number] * SIZE, ENGINE.pages) for number in (2, 3, 4)]
-    assert [job.result(60).refused for job in again] == [0, 0, 0]
+    assert [job.result(60).failed for job in again] == [{}, {}, {}]
     assert all(job.done for job in jobs)
     assert cache.close(60)
 
@@ -231,7 +378,8 @@ def test_before_every_rank_is_there_nothing_is_stored_and_no_flush_says_so(durab
 def test_a_hello_of_a_rank_too_many_or_of_another_layout_is_logged_and_passed_over(
     cache: TieredCache, caplog: pytest.LogCaptureFixture, hello: Hello, why: str
 ) -> None:
-    cache._dispatch._hear([hello])
+    cache._dispatch._heard.append(hello)
+    cache.pump()
     assert why in caplog.text
     assert cache.stats()["failed_messages"] == 1
     assert store(cache, 1).result(60).stored == 2 * SIZE

@@ -8,7 +8,7 @@ import pytest
 
 from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Outcome
-from tests.planner.bench import Bench
+from tests.planner.bench import BLOCK, Bench
 
 
 def on_disk_only(bench: Bench, blocks: int) -> Any:
@@ -32,6 +32,24 @@ def test_a_load_from_disk_keeps_a_copy_in_host_memory_and_the_one_on_disk(groups
     assert list(ticket.tiers) == [Tier.DISK] * 3
     assert bench.lookup(keys).tiers.tolist() == [Tier.HOST] * 3
     assert bench.planner.stats()["disk_entries"] == 3 * groups
+
+
+def test_a_prefetch_does_not_make_room_by_what_is_there_of_its_own_prefix() -> None:
+    bench = Bench(segments=8, host_blocks=12)
+    keys, plane = bench.keys(12), bench.planes[0]
+    bench.stored(keys)
+    plane.host_pages //= 2
+    plane.restart()
+    plane.recover()
+    bench.hear()
+    lease = bench.lookup(keys)
+    bench.load(lease, stop=4 * BLOCK)
+    bench.planner.release(lease)
+    bench.run()
+    ticket = bench.prefetch(keys)
+    bench.run()
+    assert [ticket.count(one) for one in (Outcome.EXISTING, Outcome.DONE, Outcome.FAILED)] == [4, 2, 6]
+    assert bench.lookup(keys).tiers.tolist() == [Tier.HOST] * 6 + [Tier.DISK] * 6
 
 
 def test_promotion_can_be_switched_off() -> None:

@@ -103,6 +103,33 @@ def test_nothing_is_stored_before_every_rank_is_there() -> None:
     assert bench.stored(keys).count(Outcome.DONE) == 2
 
 
+@pytest.mark.parametrize("kind", ["store", "load"])
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_job_is_not_over_before_every_rank_has_let_go_of_the_engine_whatever_went_wrong(
+    kind: str, mistaken: int
+) -> None:
+    """An answer of one rank could not be taken in; the other one is still reading, or writing, the engine's pages."""
+    bench = Bench(ranks=2)
+    keys = bench.keys(3)
+    if kind == "load":
+        bench.stored(keys)
+        lease = bench.lookup(keys)
+        ticket = bench.load(lease)
+        bench.planner.release(lease)
+    else:
+        ticket = bench.store(keys)
+    plane = bench.planes[mistaken]
+    plane.finish(bench.in_flight(PlanKind[kind.upper()], mistaken))
+    bench.planner.pass_over(plane.outbox.pop(), ValueError("half-way"))
+    assert not ticket.finished
+    assert not ticket.source_free
+    bench.run()
+    assert list(ticket.reason) == [Reason.REFUSED] * 3
+    assert bench.match(keys) == (3 if kind == "load" else 0)
+    assert not bench.planner.stats()["hops"]
+    assert not bench.planner.stats()["pinned_entries"]
+
+
 # --- a rank begins a new life -----------------------------------------------------------------------------------------
 
 
