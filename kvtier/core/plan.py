@@ -62,7 +62,7 @@ class PlanKind(IntEnum):
     LOAD = 1  # any copy -> engine pages; rows with a target are kept there too (promotion)
     FETCH = 2  # any slower copy -> the reserved host extent
     SPILL = 3  # host extent -> disk, where the data plane chooses the place
-    SYNC = 4  # whatever was written to disk so far becomes durable; no rows
+    SYNC = 4  # what was written becomes durable: that of its rows, or without rows whatever was
     RECLAIM = 5  # one sealed segment becomes clean again; no rows
 
 

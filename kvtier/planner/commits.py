@@ -166,8 +166,8 @@ class Commits:
         ticket = hop.ticket
         if ticket is None:
             return
-        if hop.failed:
-            ticket.fail_from(ticket.first_block, hop.failed[0])
+        for row, reason in hop.failed.items():
+            ticket.fail(int(hop.blocks[row]) if len(hop.blocks) else ticket.first_block, reason)
         ticket.waits -= 1
         self._stages.advance(ticket)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from kvtier.core.plan import Reason
 from kvtier.index.cells import wide
+from kvtier.index.entries import EntryRows
+from kvtier.planner.hops import Ints
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
+
+_NO_ENTRIES: Final = np.empty(0, np.int32)
 
 
 class Stages:
@@ -51,29 +57,36 @@ class Stages:
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
-            entries = list(state.host.candidates())
-            held = [(wide(np.array(entries, np.int32)), np.zeros(len(entries), np.int32))]
+            entries = wide(np.array(list(state.host.candidates()), np.int32))
+            blocks = np.zeros(len(entries), np.int32)
         else:
-            held = ticket.held
-        for entries_of, blocks in held:
-            dirty = ~state.index.on_disk(entries_of)
-            if ticket.kind == TicketKind.STORE:
-                outcome = np.frombuffer(ticket.outcome, np.uint8)
-                dirty &= outcome[blocks - ticket.first_block] != int(Outcome.FAILED)
-            for entry, block in zip(entries_of[dirty].tolist(), blocks[dirty].tolist(), strict=True):
-                if state.disk.usable:
-                    state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
-                    state.row_waiters.setdefault(entry, []).append((ticket, block))
-                    ticket.waits += 1
-                else:
-                    ticket.fail(block, Reason.NO_DISK)
+            entries, blocks = self._kept(ticket)
+        dirty = ~state.index.on_disk(entries)
+        for entry, block in zip(entries[dirty].tolist(), blocks[dirty].tolist(), strict=True):
+            if state.disk.usable:
+                state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
+                state.row_waiters.setdefault(entry, []).append((ticket, block))
+                ticket.waits += 1
+            else:
+                ticket.fail(block, Reason.NO_DISK)
 
     def _sync(self, ticket: Ticket) -> None:
-        if self._state.attached and self._state.disk.usable:  # one that is not there would never answer
-            self._state.sync_hop(ticket)
+        if not self._state.attached or not self._state.disk.usable:  # one that is not there would never answer
+            for at in range(len(ticket.outcome)):
+                ticket.fail(ticket.first_block + at, Reason.NO_DISK)
             return
-        for at in range(len(ticket.outcome)):
-            ticket.fail(ticket.first_block + at, Reason.NO_DISK)
+        entries, blocks = self._kept(ticket)
+        if len(entries) or ticket.kind == TicketKind.FLUSH:
+            self._state.sync_hop(ticket, entries, blocks)
+
+    def _kept(self, ticket: Ticket) -> tuple[EntryRows, Ints]:
+        """Entries that ``ticket`` holds and that have not failed, and which of its blocks they are."""
+        if not ticket.held:
+            return _NO_ENTRIES, _NO_ENTRIES
+        entries = np.concatenate([own for own, _ in ticket.held])
+        blocks = np.concatenate([own for _, own in ticket.held])
+        kept = np.frombuffer(ticket.outcome, np.uint8)[blocks - ticket.first_block] != int(Outcome.FAILED)
+        return wide(entries[kept]), blocks[kept]
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.succeed()

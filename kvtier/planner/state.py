@@ -15,7 +15,7 @@ from kvtier.index.entries import EntryRows, Mask
 from kvtier.models.layout import KVLayout
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
-from kvtier.planner.hops import Hop
+from kvtier.planner.hops import Hop, Ints
 from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
 from kvtier.planner.rows import NO_PARENTS, plan_rows
@@ -130,11 +130,10 @@ class ControlState:
             share.ticket.waits += 1
         self.plans += plans
 
-    def sync_hop(self, ticket: Ticket) -> None:
-        """What was written so far becomes durable on every rank; ``ticket`` waits for it."""
-        nothing = np.empty(0, np.int32)
+    def sync_hop(self, ticket: Ticket, entries: EntryRows, blocks: Ints) -> None:
+        """``ticket`` waits until ``entries``, its ``blocks``, are durable on every rank; without any: all there is."""
         ranks = int(self.index.all_ranks)
-        hop = Hop(self.next_number(), PlanKind.SYNC, nothing, nothing, ranks, self.version, ticket)
+        hop = Hop(self.next_number(), PlanKind.SYNC, entries, blocks, ranks, self.version, ticket)
         self.send(hop, priority=Priority.SPILL)
 
     def unpinned(self, entries: EntryRows) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from typing import Any
 
@@ -119,6 +120,26 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     stats = world.cache.stats()
     assert (stats["hops"], stats["pinned_entries"], stats["runs"]) == (0, 0, 0)
     assert stats["staging_free"] == stats["staging_buffers"]
+
+
+def test_after_a_failed_sync_other_blocks_are_durable_again_and_those_of_its_segment_never(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel may have dropped what it could not sync: of that nothing is promised any more, of the rest all is."""
+    world = World(3)
+    disk = world.world.disk
+    old, new = ([number] * (SIZE * BLOCKS) for number in (1, 2))
+    assert world.cache.submit_store(old, world.engine.pages, durability="process").result(600).refused == 0
+    with monkeypatch.context() as failing:
+        failing.setattr(disk, "_sync", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "once")))
+        assert world.cache.submit_flush("durable").result(600).reason == "io_error"
+    world.world.run_for(1)
+    for _ in range(2):
+        assert world.cache.submit_store(new, world.engine.pages, durability="durable").result(600).failed == {}
+        world.world.run_for(600)
+    again = world.cache.submit_store(old, world.engine.pages, durability="durable").result(600)
+    assert again.failed == {"io_error": SIZE * BLOCKS}
+    assert world.cache.submit_store(old, world.engine.pages, durability="process").result(600).failed == {}
 
 
 def test_a_load_without_a_deadline_of_its_own_has_that_of_the_configuration() -> None:

@@ -219,7 +219,7 @@ class FakePlane:
     def finish(self, plan_id: int, outcome: Callable[[int], Outcome] = lambda row: Status.OK) -> None:
         """Answer all rows that are open with one last completion; quarantined ones are left for ``release``."""
         flight = self.flights[plan_id]
-        if flight.plan.kind in (PlanKind.SYNC, PlanKind.RECLAIM):
+        if not len(flight.plan.rows):
             self._finish_without_rows(flight, outcome(0))
         else:
             self.answer(plan_id, {row: outcome(row) for row in sorted(flight.open)})
@@ -341,6 +341,14 @@ class FakePlane:
         self._sequence += 1
         self.disk[place] = content, pages, self._sequence
         return (row, Status.OK, 0, Tier.DISK, 0, place.segment, place.page, pages, place.generation, pages * PAGE_BYTES)
+
+    def _run_sync(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
+        one = plan.rows[row]
+        place = Place(int(one["disk_segment"]), int(one["disk_generation"]), int(one["disk_page"]))
+        if place not in self.disk or not self._alive(place):
+            self.misplaced += 1
+            return Reason.GONE
+        return (row, Status.OK, 0, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0)
 
     def _place(self, pages: int) -> Place | None:
         usable = {at: one for at, one in self.segments.items() if at >> DIRECTORY_SHIFT not in self.off}

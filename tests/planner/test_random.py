@@ -147,7 +147,7 @@ class Storm:
             return
         flight = self.random.choice(list(plane.flights.values()))
         number = flight.plan.plan_id
-        if flight.plan.kind in (PlanKind.SYNC, PlanKind.RECLAIM):
+        if not len(flight.plan.rows):
             fails = flight.plan.kind == PlanKind.SYNC and self.random.random() < self.trouble
             plane.finish(number, lambda _: Reason.IO_ERROR if fails else Status.OK)
         elif flight.open:
