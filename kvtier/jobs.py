@@ -265,12 +265,18 @@ class JobControl:
 def tell(jobs: Iterable[AnyJob]) -> None:
     """``jobs`` have news: whoever waits for them hears it. Called without a lock."""
     ended: dict[Client, list[AnyJob]] = {}
-    for job in jobs:
-        client = job.hear()
-        if client is not None:
-            ended.setdefault(client, []).append(job)
-    for client, done in ended.items():
-        client.add(done)
+    untold = iter(jobs)
+    try:
+        for job in untold:
+            client = job.hear()
+            if client is not None:
+                ended.setdefault(client, []).append(job)
+    except BaseException:  # Ctrl-C: nobody else would tell the rest
+        tell(untold)
+        raise
+    finally:
+        for client, done in ended.items():
+            client.add(done)
 
 
 class Client:
