@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -126,10 +127,9 @@ class Commits:
         self._pass_on(hop)
 
     def _stores_no_more(self, hop: Hop) -> None:
-        storing = self._state.storing
-        for entry in hop.entries.tolist():
-            if storing.get(entry) is hop:  # one that was refused may have been stored anew
-                del storing[entry]
+        if hop.stores:
+            hop.stores = False  # from here on its entries may be stored anew
+            deque(map(self._state.storing.pop, hop.entries.tolist()), maxlen=0)
 
     def _settle_load(self, hop: Hop) -> None:
         if hop.version != self._state.version:
@@ -225,12 +225,12 @@ class Commits:
 
     def _share_out(self, hop: Hop) -> None:
         """Tell every ticket of a joint hop how its rows ended."""
-        moved = [sum(ranks) for ranks in zip(*(a["moved_bytes"].tolist() for a in hop.answers.values()), strict=True)]
+        moved = np.add.reduce([answers["moved_bytes"] for answers in hop.answers.values()]).tolist()
         for share in hop.shares:
             ticket, rows = share.ticket, share.rows
             for row in hop.failed.keys() & rows if hop.failed else ():
                 ticket.fail(ticket.first_block + row - rows.start, hop.failed[row])
-            ticket.moved_bytes += sum(moved[rows.start : rows.stop])
+            ticket.moved_bytes += sum(moved[rows.start : rows.stop]) if len(rows) > 1 else moved[rows.start]
             ticket.waits -= 1
             self._stages.advance(ticket)
 

@@ -102,6 +102,8 @@ class Hop:
     sources_left: int = field(init=False)
     finals_left: int = field(init=False)
     source_told: bool = False
+    stores: bool = False
+    """Whether its entries are those that are being stored."""
     settled: bool = False
     _quarantined: bool = False
 

@@ -100,6 +100,7 @@ class Stores:
         if ticket is not None:
             ticket.sources += 1
         state.storing.update(dict.fromkeys(hop.entries.tolist(), hop))
+        hop.stores = True
 
     def _store_one(self, wish: StoreWish) -> bool:
         """The commonest store: one block that nobody knows, and there is room for it. False for any other."""
