@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic
+from typing import Any, Final, Generic
 
 from kvtier.cache import TieredCache
 from kvtier.config import MOST_SECONDS, Config
@@ -26,6 +26,9 @@ from kvtier.models.layout import KVLayout
 from kvtier.planner.events import BlockEvent
 from kvtier.runtime import SystemRuntime
 from kvtier.runtime.seam import Machine
+
+CLOSE_S: Final = 30.0
+"""How long closing may take where nobody says otherwise."""
 
 
 class AsyncJob(Generic[R]):
@@ -81,7 +84,11 @@ class AsyncJob(Generic[R]):
 
 
 class CacheManager:
-    """The verbs of ``TieredCache`` for asyncio: ``async with``, ``await``. Lookups are plain calls, they never wait."""
+    """The verbs of ``TieredCache`` for asyncio: ``async with``, ``await``. Lookups are plain calls, they never wait.
+
+    Several tasks may be inside ``async with`` at once: the last one to leave closes it. Entered again after that, it
+    opens anew: what was on disk is found again, host memory begins empty.
+    """
 
     def __init__(
         self,
@@ -97,9 +104,12 @@ class CacheManager:
         Synchronous code opens them by the first use of ``core`` or of a verb.
         """
         self._open = partial(TieredCache, config, layout, model_id, weights_version=weights_version, machine=machine)
+        self._lock = SystemRuntime().lock()  # held while it is opened, once, whoever asks; never while it is closed
         self._core: TieredCache | None = None
-        self._lock = SystemRuntime().lock()  # held while it is opened, once, whoever asks
+        self._is_closed = False  # what is in _core
+        self._ending: TieredCache | None = None  # told to close, not known to have ended: nothing opens before that
         self._wanted_by: set[object] = set()  # whoever entered or is about to; what nobody wants is closed
+        self._inside: set[object] = set()  # of them, those for whom it was opened
 
     @property
     def core(self) -> TieredCache:
@@ -111,22 +121,32 @@ class CacheManager:
         return self._opened_here() if self._core is None else self._core
 
     async def __aenter__(self) -> CacheManager:
-        """Open the tiers in a thread. If that is cancelled, they are closed as soon as they have been opened.
+        """Open the tiers in a thread, if they are not open. Cancelled, it closes them again, unless others want them.
 
         Raises:
             ConfigError, CapacityError, TierError: as ``TieredCache``.
+            ClosedError: it was closed, and even after 30 s something of it is under way.
         """
-        if self._core is None:
-            await self._enter()
+        loop, who = asyncio.get_running_loop(), object()
+        self._wanted_by.add(who)
+        try:
+            await asyncio.to_thread(self._come_in, who)
+        except BaseException:  # the thread goes on after a cancelled await, or has not even begun
+            self._wanted_by.discard(who)
+            with suppress(RuntimeError):  # a loop that was closed: the thread that opens looks at its end too
+                loop.run_in_executor(None, self._give_up, who)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.close()
+        await asyncio.shield(asyncio.to_thread(self._leave))
 
-    async def close(self, timeout_s: float = 30.0) -> bool:
-        """Close the cache; True when nothing was left behind. An opening that is under way is waited for first.
+    async def close(self, timeout_s: float = CLOSE_S) -> bool:
+        """Close the cache, whoever is inside; True when nothing was left behind.
+
+        An opening that is under way is waited for first.
 
         Raises:
             ConfigError: ``timeout_s`` is no number; nothing is closed.
@@ -352,41 +372,86 @@ class CacheManager:
         """
         return self.core.stats()
 
-    async def _enter(self) -> None:
-        loop, who = asyncio.get_running_loop(), object()
-        self._wanted_by.add(who)
-        try:
-            await asyncio.to_thread(self._open_for, who)
-        except BaseException:  # the thread goes on after a cancelled await, or has not even begun
-            self._wanted_by.discard(who)
-            with suppress(RuntimeError):  # a loop that was closed: the thread that opens looks at its end too
-                loop.run_in_executor(None, self._close_unwanted)
-            raise
-
-    def _open_for(self, who: object) -> None:
-        with self._lock:
-            if self._core is None and who in self._wanted_by:
-                self._core = self._open()
-        self._close_unwanted()
-
     def _opened_here(self) -> TieredCache:
         if _loop_runs():
             raise ClosedError("the cache is not open: enter it by `async with` (opening it here would block the loop)")
-        with self._lock:
-            if self._core is None:
-                self._core = self._open()
-            self._wanted_by.add(self)  # until it is closed
-            return self._core
+        self._wanted_by.add(self)  # until it is closed
+        try:
+            self._come_in(self)
+        except BaseException:
+            self._wanted_by.discard(self)
+            raise
+        return self.core
 
-    def _close_unwanted(self) -> None:
+    def _come_in(self, who: object) -> None:
+        """Open it for ``who``, unless it gives up meanwhile."""
+        while (ending := self._try_to_open(who)) is not None:
+            if not self._end(ending, CLOSE_S):
+                raise ClosedError("the cache was closed and has not ended: call close() until it says True")
+        if who not in self._wanted_by:
+            self._give_up(who)
+
+    def _try_to_open(self, who: object) -> TieredCache | None:
+        """The cache that has to end before, if there is one."""
         with self._lock:
-            if self._core is not None and not self._wanted_by and self._core.close():
-                self._core = None  # may be opened again
+            if who not in self._wanted_by:
+                return None
+            if self._core is not None and not self._is_closed and not _is_open(self._core):
+                self._told_to_close()  # by somebody else: ``core`` has a close() of its own
+            if self._ending is None:
+                if self._core is None or self._is_closed:
+                    self._core, self._is_closed = self._open(), False
+                self._inside.add(who)
+            return self._ending
+
+    def _give_up(self, who: object) -> None:
+        with self._lock:
+            self._inside.discard(who)
+            if self._wanted_by or self._core is None or self._is_closed:
+                return
+            core = self._told_to_close()
+            self._core = None  # nobody has seen it: the next to come opens another
+        if core is not None:
+            self._end(core, CLOSE_S)
+
+    def _leave(self) -> None:
+        with self._lock:
+            if tasks := self._inside - {self}:
+                who = tasks.pop()
+                self._inside.discard(who)
+                self._wanted_by.discard(who)
+            if self._wanted_by - {self}:
+                return
+        self._close(CLOSE_S)
 
     def _close(self, timeout_s: float) -> bool:
         with self._lock:  # behind an opening
-            core = self._core
-        return core is None or core.close(timeout_s)
+            core = self._told_to_close()
+        return core is None or self._end(core, timeout_s)
+
+    def _told_to_close(self) -> TieredCache | None:
+        """What is to be closed now, outside of the lock; nobody is inside any more."""
+        if self._core is not None and not self._is_closed:
+            self._ending, self._is_closed = self._core, True
+            self._wanted_by.difference_update(self._inside)
+            self._inside.clear()
+        return self._ending
+
+    def _end(self, core: TieredCache, timeout_s: float) -> bool:
+        ended = core.close(timeout_s)
+        if ended:
+            with self._lock:
+                if self._ending is core:
+                    self._ending = None
+        return ended
+
+
+def _is_open(core: TieredCache) -> bool:
+    try:
+        core.match(())
+    except ClosedError:
+        return False
+    return True
 
 
 def _loop_for(verb: str) -> asyncio.AbstractEventLoop:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvtier import CacheManager, ClosedError, TieredCache
+from kvtier import CacheManager, ClosedError, TieredCache, TierError
 from kvtier.dispatch import Dispatch
+from kvtier.manager import CLOSE_S
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import Arena, Machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
@@ -33,6 +34,17 @@ def threads_of_caches() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.daemon}
 
 
+class OneThread:
+    """The executor of a loop, in which calls run one after the other."""
+
+    def __init__(self) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+
+    async def is_idle(self) -> None:
+        """All that was asked for before has been done."""
+        await asyncio.to_thread(bool)
+
+
 class Gate:
     """A machine on which opening comes to a stop, with a part of it done, until ``opens`` is set."""
 
@@ -40,6 +52,7 @@ class Gate:
         self.reached = threading.Event()
         self.opens = threading.Event()
         self.openings = 0
+        self.fails = False
         self._machine = system_machine("threads")
 
     @property
@@ -50,6 +63,8 @@ class Gate:
         self.openings += name == "host"
         self.reached.set()
         assert self.opens.wait(30)
+        if self.fails:
+            raise TierError("no memory")
         return self._machine.arena(name, nbytes)
 
     async def is_reached(self) -> None:
@@ -117,10 +132,9 @@ async def test_a_manager_whose_opening_was_cancelled_can_be_entered_again(gate: 
         assert manager.match(TOKENS) == 0
 
 
-async def test_an_opening_that_had_just_ended_when_it_was_cancelled_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loop has not heard of it yet: it is this very thread that waits for the end."""
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a cache has been opened; the thread of a loop that waits for it keeps the loop from hearing of it."""
     opened = threading.Event()
 
     class Telling(TieredCache):
@@ -129,14 +143,202 @@ async def test_an_opening_that_had_just_ended_when_it_was_cancelled_is_closed(
             opened.set()
 
     monkeypatch.setattr("kvtier.manager.TieredCache", Telling)
-    before = threads_of_caches()
+    return opened
+
+
+async def test_an_opening_that_had_just_ended_when_it_was_cancelled_is_closed(
+    tmp_path: Path, opened: threading.Event
+) -> None:
+    thread, before = OneThread(), threads_of_caches()
     manager = CacheManager(settings(tmp_path), LAYOUT, "m")
     entering = asyncio.create_task(manager.__aenter__())
     await asyncio.sleep(0)
     assert opened.wait(30)
     await give_up(entering)
-    assert await manager.close() is True
+    await thread.is_idle()
     assert not threads_of_caches() - before
+    core = await asyncio.to_thread(lambda: manager.core)
+    assert core.match(TOKENS) == 0, "it opens again"
+    assert await manager.close() is True
+
+
+async def test_one_that_gives_up_does_not_close_it_under_another_who_entered_meanwhile(
+    tmp_path: Path, opened: threading.Event
+) -> None:
+    thread, manager = OneThread(), CacheManager(settings(tmp_path), LAYOUT, "m")
+    entering = asyncio.create_task(manager.__aenter__())
+    await asyncio.sleep(0)
+    assert opened.wait(30)
+    entering.cancel()
+    async with manager:
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        await thread.is_idle()
+        assert manager.match(TOKENS) == 0
+    with pytest.raises(ClosedError):
+        manager.match(TOKENS)
+
+
+async def test_who_gives_up_while_another_opens_opens_nothing_afterwards(gate: Gate, manager: CacheManager) -> None:
+    """Its thread has begun and waits for the other one, whose opening fails."""
+    gate.fails, begun = True, threading.Semaphore(0)
+
+    class Telling(ThreadPoolExecutor):
+        def submit(self, call: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+            def begin() -> Any:
+                begun.release()
+                return call(*arguments, **options)
+
+            return super().submit(begin)
+
+    pool = Telling(4)
+    asyncio.get_running_loop().set_default_executor(pool)
+    both = [asyncio.create_task(manager.__aenter__()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert begun.acquire(timeout=30)
+    assert begun.acquire(timeout=30)
+    for entering in both:
+        await give_up(entering)
+    gate.opens.set()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert gate.openings == 1
+
+
+def test_an_opening_whose_loop_was_closed_is_closed_when_it_ends(gate: Gate, manager: CacheManager) -> None:
+    before, pool, loop = threads_of_caches(), ThreadPoolExecutor(1), asyncio.new_event_loop()
+    loop.set_default_executor(pool)
+    entering = manager.__aenter__()
+
+    async def begin() -> None:
+        entering.send(None)
+
+    loop.run_until_complete(begin())
+    assert gate.reached.wait(30)
+    loop.close()
+    entering.close()
+    gate.opens.set()
+    pool.shutdown()
+    assert gate.openings == 1
+    assert not threads_of_caches() - before
+
+
+async def test_an_opening_that_failed_in_synchronous_code_keeps_nothing_open_later(
+    tmp_path: Path, opened: threading.Event
+) -> None:
+    thread, before, directory = OneThread(), threads_of_caches(), tmp_path / "cache"
+    directory.touch()
+    manager = CacheManager(settings(directory), LAYOUT, "m")
+    with pytest.raises(TierError):
+        await asyncio.to_thread(lambda: manager.core)
+    directory.unlink()
+    entering = asyncio.create_task(manager.__aenter__())
+    await asyncio.sleep(0)
+    assert opened.wait(30)
+    await give_up(entering)
+    await thread.is_idle()
+    assert not threads_of_caches() - before
+
+
+async def test_what_synchronous_code_opened_stays_open_when_somebody_else_gives_up(tmp_path: Path) -> None:
+    thread, manager = OneThread(), CacheManager(settings(tmp_path), LAYOUT, "m")
+    await asyncio.to_thread(lambda: manager.core)
+    entering = asyncio.create_task(manager.__aenter__())
+    await asyncio.sleep(0)
+    await give_up(entering)
+    await thread.is_idle()
+    assert manager.match(TOKENS) == 0
+    assert await manager.close() is True
+
+
+async def test_the_last_of_several_tasks_to_leave_closes_it(tmp_path: Path) -> None:
+    manager = CacheManager(settings(tmp_path), LAYOUT, "m")
+    async with manager:
+        async with manager:
+            pass
+        assert manager.match(TOKENS) == 0
+    with pytest.raises(ClosedError):
+        manager.match(TOKENS)
+
+
+async def test_whoever_leaves_last_closes_also_what_synchronous_code_opened(tmp_path: Path) -> None:
+    manager = CacheManager(settings(tmp_path), LAYOUT, "m")
+    core = await asyncio.to_thread(lambda: manager.core)
+    async with manager:
+        assert manager.core is core
+    with pytest.raises(ClosedError):
+        core.match(TOKENS)
+
+
+async def test_close_is_for_all_who_are_inside(tmp_path: Path) -> None:
+    """And nobody is, afterwards: who entered without `async with` leaves by it."""
+    manager = CacheManager(settings(tmp_path), LAYOUT, "m")
+    await manager.__aenter__()
+    assert await manager.close() is True
+    async with manager:
+        assert manager.match(TOKENS) == 0
+    with pytest.raises(ClosedError):
+        manager.match(TOKENS)
+
+
+@pytest.mark.parametrize("closed_by", ["async with", "core"])
+async def test_a_manager_that_was_closed_opens_anew_when_it_is_entered_again(tmp_path: Path, closed_by: str) -> None:
+    manager, engine = CacheManager(settings(tmp_path), LAYOUT, "m"), PseudoEngine(LAYOUT, 4)
+    async with manager:
+        assert (await manager.store(TOKENS, engine.pages, durability="process")).stored == LAYOUT.block_tokens
+        if closed_by == "core":
+            assert await asyncio.to_thread(manager.core.close)
+            await manager.__aenter__()
+            assert manager.match(TOKENS) == LAYOUT.block_tokens
+    async with manager:
+        assert manager.match(TOKENS) == LAYOUT.block_tokens
+
+
+async def test_a_manager_that_was_closed_still_says_what_it_counted(tmp_path: Path) -> None:
+    manager = CacheManager(settings(tmp_path), LAYOUT, "m")
+    async with manager:
+        manager.lookup(TOKENS).release()
+    assert manager.stats()["lookup_tokens"] == len(TOKENS)
+
+
+async def test_a_manager_whose_closing_does_not_end_says_so_when_it_is_entered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CacheManager(settings(tmp_path), LAYOUT, "m")
+    with monkeypatch.context() as patch:
+        patch.setattr(TieredCache, "close", lambda *_: False)
+        async with manager:
+            pass
+        with pytest.raises(ClosedError, match=r"call close\(\) until it says True"):
+            await manager.__aenter__()
+    assert await manager.close() is True
+    async with manager:
+        assert manager.match(TOKENS) == 0
+
+
+async def test_close_waits_no_longer_than_it_is_told_for_a_closing_that_somebody_else_began(
+    gate: Gate, manager: CacheManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, ended = (threading.Event() for _ in range(3))
+    close = TieredCache.close
+
+    def slow_close(cache: TieredCache, timeout_s: float = CLOSE_S) -> bool:
+        if not timeout_s:
+            return False
+        begun.set()
+        may_end.wait(10)
+        ended.set()
+        return close(cache, timeout_s)
+
+    monkeypatch.setattr(TieredCache, "close", slow_close)
+    entering = asyncio.create_task(manager.__aenter__())
+    await gate.is_reached()
+    await give_up(entering)
+    gate.opens.set()
+    assert await asyncio.to_thread(begun.wait, 30)
+    assert await manager.close(0) is False
+    assert not ended.is_set()
+    may_end.set()
+    assert await manager.close() is True
 
 
 async def test_one_of_two_that_enter_may_give_up(gate: Gate, manager: CacheManager) -> None:
