@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvtier.config import MOST_SECONDS
 from kvtier.runtime.seam import Clock
 
 
@@ -9,9 +10,9 @@ class Deadline:
     """A moment on a clock: each step gets what the earlier ones left of the time."""
 
     def __init__(self, clock: Clock, timeout_s: float) -> None:
-        """``timeout_s`` from now."""
+        """``timeout_s`` from now, thirty years at most: threads cannot be waited for endlessly."""
         self._clock = clock
-        self._at_s = clock.monotonic() + timeout_s
+        self._at_s = clock.monotonic() + min(timeout_s, MOST_SECONDS)
 
     def left_s(self) -> float:
         """Seconds until then; 0 afterwards: look, and do not wait."""
