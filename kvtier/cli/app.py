@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from itertools import takewhile
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
@@ -65,10 +67,17 @@ def root(
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or configuration."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or configuration.
+
+    An error is a line on standard error. With ``--json`` it is an object on standard output, too, so that whoever reads
+    that finds one whatever happens: ``{"ok": false, "error": "..."}``.
+    """
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        app(args)
+        app(given)
     except KVTierError as error:
+        if "--json" in takewhile(lambda arg: arg != "--", given):
+            typer.echo(json.dumps({"ok": False, "error": str(error)}))
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     sys.exit(0)

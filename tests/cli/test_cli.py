@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from kvtier.cli import main
 from kvtier.cli.app import COMMANDS
 from kvtier.config import Config
+from kvtier.errors import KVTierError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,6 +57,51 @@ def test_every_command_loads_and_offers_json(name: str, capsys: pytest.CaptureFi
     assert "--json" in out
 
 
+@pytest.mark.parametrize(
+    ("args", "status", "error"),
+    [
+        (("config", "check", "NOWHERE"), 2, "NOWHERE: cannot read the configuration: No such file or directory"),
+        (("stat", "NOWHERE"), 2, "NOWHERE: cannot read the directory: No such file or directory"),
+        (("demo",), 1, "the second process failed"),
+    ],
+    ids=["check", "stat", "demo"],
+)
+class TestErrors:
+    @pytest.fixture(autouse=True)
+    def _no_demo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        def fails(directory: str) -> NoReturn:
+            raise KVTierError("the second process failed")
+
+        monkeypatch.setattr("kvtier.cli.demo._run", fails)
+        monkeypatch.chdir(tmp_path)
+
+    def test_with_json_an_error_is_an_object_too(
+        self, args: tuple[str, ...], status: int, error: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ended, out, err = run(capsys, *args, "--json")
+        found = json.loads(out)
+        assert set(found) == {"ok", "error"}
+        assert found["ok"] is False
+        assert error in found["error"]
+        assert (ended, err) == (status, f"error: {found['error']}\n")
+
+    def test_without_json_it_is_for_people_alone(
+        self, args: tuple[str, ...], status: int, error: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ended, out, err = run(capsys, *args)
+        assert (ended, out) == (status, "")
+        assert error in err
+
+
+def test_a_file_that_is_called_like_an_option_asks_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "config", "check", "--", "--json")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --json: cannot read")
+
+
 class TestConfigCheck:
     def test_a_good_file_comes_out_as_a_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "config", "check", str(ROOT / "configs" / "cpu.toml"))
@@ -83,7 +130,8 @@ class TestConfigKeys:
         self, asked: tuple[str, str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         status, out, err = run(capsys, "config", "keys", *asked)
-        assert (status, out) == (2, "")
+        assert status == 2
+        assert bool(out) == ("--json" in asked)
         assert err.startswith(f"error: {' '.join(asked)}: ")
 
     def test_the_table_names_every_section(self, capsys: pytest.CaptureFixture[str]) -> None:

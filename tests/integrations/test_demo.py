@@ -160,13 +160,15 @@ def test_a_second_process_without_a_directory_is_wrong_usage(monkeypatch, capsys
 
 @pytest.mark.usefixtures("small_model")
 @pytest.mark.parametrize("options", [["--json"], []])
-def test_an_error_is_one_line_for_people_and_nothing_where_json_belongs(capsys, tmp_path, options):
+def test_an_error_is_one_line_for_people_and_one_object_for_programs(capsys, tmp_path, options):
     """Progress is shown to people, and leaves nothing behind for programs."""
     (tmp_path / "file").write_text("no directory")
     status, out, err = run(capsys, *options, "--directory", str(tmp_path / "file"))
-    assert (status, out) == (1, "")
+    assert status == 1
     assert err.startswith(f"error: disk directory {tmp_path}/file")
     assert err.count("\n") == 1
+    error = err.removeprefix("error: ").rstrip("\n")
+    assert out == (json.dumps({"ok": False, "error": error}) + "\n" if options else "")
 
 
 @pytest.mark.stress
