@@ -32,6 +32,21 @@ LEAST_SEGMENT_BYTES: Final = 20 * 4096
 """A segment file with eight of the smallest records: no layout can do with less."""
 MOST_SECONDS: Final = 1e9
 """No time limit is longer than thirty years: sums of times stay numbers."""
+_WRONG_KEY: Final = {"missing": "must be set", "invalid_key": "a key must be a string, like every name in TOML"}
+_WRONG_VALUE: Final = {
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be a boolean",
+    "string_type": "must be a string",
+    "string_unicode": "must be a string that UTF-8 can write",
+    "tuple_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be greater than or equal to {ge}",
+    "less_than_equal": "must be less than or equal to {le}",
+}
+"""What is said of a value, by the type of pydantic's error and with its context: not in pydantic's words."""
 _SIZE_EXAMPLES: Final = 'write it as "8GiB", "512MiB", "1.5TiB", or a number of bytes'
 
 
@@ -311,21 +326,24 @@ def _validated(table: Any, *, where: str) -> Config:
 
 
 def _problem(detail: ErrorDetails) -> str:
-    path = _path(detail["loc"])
-    if detail["type"] == "extra_forbidden":
+    path, kind, context = _path(detail["loc"]), detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
         return f"{path}: no such key; {_nearest_key(detail['loc'])}"
-    if detail["type"] == "invalid_key":
-        return f"{path}: a key must be a string, like every name in TOML"
-    if detail["type"] == "missing":
-        return f"{path}: must be set"
-    if detail["type"] in ("model_type", "model_attributes_type"):
+    if kind in _WRONG_KEY:
+        return f"{path}: {_WRONG_KEY[kind]}"
+    if kind in ("model_type", "model_attributes_type"):
         return f"{path} = {detail['input']!r}: must be a table of keys, [{path}] in TOML"
-    message = str(detail.get("ctx", {}).get("error") or detail["msg"])
-    message = message.replace("Input should be", "must be").replace("a valid ", "a ").replace("a tuple", "a list")
-    message = message.replace("a integer", "an integer")
-    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
-        return f"{path}.{message}"
-    return f"{path} = {detail['input']!r}: {message}{_nearest_choice(detail)}"
+    if kind == "value_error":  # raised above, in words of ours
+        of_section = len(detail["loc"]) == 1
+        return f"{path}.{context['error']}" if of_section else f"{path} = {detail['input']!r}: {context['error']}"
+    values = {name: _shown(value) for name, value in context.items()}
+    wanted = _WRONG_VALUE[kind].format_map(values) if kind in _WRONG_VALUE else detail["msg"]
+    return f"{path} = {detail['input']!r}: {wanted}{_nearest_choice(detail)}"
+
+
+def _shown(value: object) -> object:
+    """A limit as people write it: 1, not 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

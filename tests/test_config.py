@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ from kvtier.config import (
     HostConfig,
     PolicyConfig,
     RemoteConfig,
+    _problem,
+    key_paths,
     load_config,
     parse_size,
     section_of,
@@ -38,6 +40,14 @@ def refusal(source: object) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(source)  # type: ignore[arg-type]
     return str(caught.value)
+
+
+def refusal_or_none(table: dict[str, Any]) -> str:
+    try:
+        load_config(table)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def choices(section: type[BaseModel], key: str) -> tuple[str, ...]:
@@ -164,10 +174,30 @@ class TestWhatIsRefused:
             ({"read": {"verify_memory": 1}}, "read.verify_memory = 1: must be a boolean"),
             ({"read": {"deadline_s": float("nan")}}, "read.deadline_s = nan: must be a finite number"),
             ({"remote": [{"kind": "x"}]}, "remote[0].url: must be set"),
+            ({"remote": [{"kind": 5, "url": "x"}]}, "remote[0].kind = 5: must be a string"),
+            ({"host": {"pin": "maybe"}}, "host.pin = 'maybe': must be 'auto', 'on' or 'off'"),
+            ({"disk": {"io_threads": 257}}, "disk.io_threads = 257: must be less than or equal to 256"),
+            ({"read": {"deadline_s": 2e9}}, "read.deadline_s = 2000000000.0: must be less than or equal to 1000000000"),
+            ({"host": {"capacity": {}}}, "host.capacity = {}: not a size"),
         ],
     )
     def test_a_wrong_value_is_named_with_its_path_and_the_remedy(self, table: dict[str, object], message: str) -> None:
         assert refusal(table).startswith(message)
+
+    def test_no_message_is_in_the_words_of_pydantic(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its next version may have other ones."""
+        values = [None, True, "x", "\ud800", 1.5, -1, 10**30, float("nan"), float("inf"), [], {}, [5], {1: 2}, object]
+        tables: list[dict[str, Any]] = [{name: value} for name in Config.model_fields for value in values]
+        for path in key_paths():
+            section, _, key = path.replace("[]", "").rpartition(".")
+            tables += [
+                {section: [{key: value}] if section == "remote" else {key: value}} if section else {key: value}
+                for value in values
+            ]
+        with monkeypatch.context() as patch:
+            patch.setattr("kvtier.config._problem", lambda detail: _problem(detail | {"msg": "in its words"}))
+            said = [message for table in tables if "in its words" in (message := refusal_or_none(table))]
+        assert said == []
 
     @pytest.mark.parametrize("segment", ["auto", 1 << 20])
     @pytest.mark.parametrize("directories", [["/a"], ["/a", "/b", "/c"]])
