@@ -144,9 +144,11 @@ class CacheManager:
         await asyncio.shield(asyncio.to_thread(self._leave))
 
     async def close(self, timeout_s: float = CLOSE_S) -> bool:
-        """Close the cache, whoever is inside; True when nothing was left behind.
+        """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
-        An opening that is under way is waited for first.
+        ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
+        when it is called again, with more of it. Whoever is inside loses it; an opening under way is waited for first.
+        In a child of the process that opened it nothing happens: all of it is the parent's.
 
         Raises:
             ConfigError: ``timeout_s`` is no number; nothing is closed.
@@ -190,7 +192,7 @@ class CacheManager:
     def match(
         self, tokens: TokenIds | Keys, *, tenant: str = "", adapter: str = "", start: int = 0, exact: bool = False
     ) -> int:
-        """Tokens that ``lookup`` would find: no pin, no side effect, memory only; a plain call.
+        """Tokens that ``lookup`` would find: no pin, no side effect, memory only. A plain call.
 
         Raises:
             ConfigError: as ``lookup``.
@@ -209,7 +211,7 @@ class CacheManager:
         session: str | None = None,
         owner: Hashable | None = None,
     ) -> Hit:
-        """Pin the longest stored prefix beyond ``start``, which the engine holds itself; a plain call that never waits.
+        """Pin the longest stored prefix beyond ``start``, which the engine holds itself. Never waits.
 
         ``exact``: only KV that is what the model computes. ``owner``: asking again gives the same hit;
         whoever gives it back first, gives it back for both.
@@ -235,8 +237,8 @@ class CacheManager:
     ) -> AsyncJob[LoadResult]:
         """Bring tokens [start, stop) of ``hit`` into engine memory; by default all that it found.
 
-        The job goes on by itself: await it, or wait for it part by part. ``deadline_s`` (seconds from now; default
-        ``read.deadline_s``) ends it with what is there by then.
+        ``deadline_s`` (seconds from now; default ``read.deadline_s``) ends the job with what is there by then. It goes
+        on by itself: await it, or wait for it part by part.
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
@@ -261,9 +263,10 @@ class CacheManager:
     ) -> AsyncJob[StoreResult]:
         """Keep the full blocks in [start, len(tokens)); what is kept or being stored already is not moved again.
 
-        The job goes on by itself; the pages are its own until ``source_free``. ``derived_from`` is the hit that these
-        tokens were computed on top of. ``durability`` is the level of acknowledgement: ``memory``, ``process``
-        (survives kill -9) or ``durable`` (survives a power cut).
+        ``derived_from`` is the hit that these tokens were computed on top of: they inherit its lineage.
+        ``durability`` is the level of acknowledgement: ``memory``, ``process`` (survives kill -9) or ``durable``
+        (survives a power cut); the last two write to disk for this call, whatever the write policy. The job goes on by
+        itself; the pages are its own until ``source_free``.
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
@@ -288,8 +291,9 @@ class CacheManager:
     ) -> AsyncJob[PrefetchResult]:
         """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
 
-        The job goes on by itself, for ``deadline_s`` seconds or, without that, as long as ``[prefetch]`` says; what is
-        not there by then is left on disk.
+        It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
+        left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
+        loads them takes those that have come from host memory, and reads the others itself.
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
@@ -301,7 +305,7 @@ class CacheManager:
         return AsyncJob(job, loop)
 
     def flush(self, durability: str = "process") -> AsyncJob[FlushResult]:
-        """Everything stored so far reaches ``durability``, as in ``store``; the job goes on by itself.
+        """Everything stored so far reaches ``durability``, as in ``store``. The job goes on by itself.
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
@@ -312,12 +316,12 @@ class CacheManager:
         return AsyncJob(self.core.submit_flush(durability), loop)
 
     def register(self, memory: KVMemory) -> int:
-        """Make ``memory`` known for good; returns its number for page tables.
+        """Make ``memory`` known on every rank for good; returns its number for page tables.
 
         ``KVPages`` of memory that was not registered are registered for the time of each job.
 
         Raises:
-            ConfigError: it is no engine memory, or of another layout.
+            ConfigError: it is no engine memory, it is of another layout, or ranks disagree on its number.
             ClosedError: the cache is closed, or not open yet.
         """
         return self.core.register(memory)
@@ -351,13 +355,15 @@ class CacheManager:
     def take_events(self) -> list[BlockEvent]:
         """Blocks that came and went since the last call; the first call begins to listen.
 
+        Of more than 262,144 blocks the oldest are dropped; the counter ``dropped_events`` says how many.
+
         Raises:
             ClosedError: the cache is not open yet, or of another process.
         """
         return self.core.take_events()
 
     def samples(self) -> list[Sample]:
-        """Counters and levels, for ``kvtier.metrics.prometheus.PrometheusCollector``.
+        """Counters and levels of planner and data planes, for ``kvtier.metrics.prometheus.PrometheusCollector``.
 
         Raises:
             ClosedError: the cache is not open yet, or of another process.

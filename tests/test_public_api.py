@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from inspect import isfunction
+from inspect import cleandoc, isfunction
 
 import pytest
 
@@ -74,3 +75,22 @@ def test_every_verb_of_a_cache_says_by_itself_what_it_does_and_raises(face: type
     silent = {"client", "close", "pump"}
     assert [name for name, doc in docs.items() if "Raises:" not in doc and name not in silent] == []
     assert [name for name, doc in docs.items() if not doc or "As ``TieredCache" in doc] == []
+
+
+def _sentences(doc: str) -> set[str]:
+    """What it says the verb does, and when it raises ``ConfigError``; other errors depend on who asks, and where."""
+    does, _, errors = cleandoc(doc).replace("submit_", "").partition("Raises:")
+    refused = re.search(r"ConfigError: .*?(?=\n    \w+Error: |$)", errors, re.DOTALL)
+    return {" ".join(sentence.split()) for sentence in [*re.split(r"(?<=[.:])\s", does), refused[0] if refused else ""]}
+
+
+def test_a_verb_says_of_itself_under_asyncio_all_that_it_says_without() -> None:
+    """What one of the two learned the other one would not have told."""
+    core, missing = vars(kvtier.TieredCache), {}
+    for name, verb in vars(kvtier.CacheManager).items():
+        if name[0] == "_" or not isfunction(verb):
+            continue
+        same = core.get(f"submit_{name}") or core[name]
+        if left_out := _sentences(same.__doc__ or "") - _sentences(verb.__doc__ or ""):
+            missing[name] = left_out
+    assert missing == {}
