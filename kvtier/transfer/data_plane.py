@@ -97,8 +97,9 @@ class DataPlane:
         self._next_memory = 0
         self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
-        self._closed = self._gone = False
-        self._working = True
+        self._given_back = machine.runtime.event()
+        self._closed = False
+        self._working = self._holding = True
         self._called_back = False
         self._tables_are_checked = tables_are_checked
         self._workers: list[Worker] = []
@@ -223,13 +224,13 @@ class DataPlane:
     def close(self, timeout_s: float) -> bool:
         """Stop taking plans, end what is under way, close the directories; True when nothing was left behind.
 
-        It waits for ``timeout_s`` in all. What does not end in time keeps its buffers; calling again goes on waiting
-        for it.
+        It waits for ``timeout_s`` in all. What does not end in time keeps its buffers, and a directory that is not
+        durable in time stays open; calling again goes on waiting for it. Any number of threads may close.
         """
         deadline = Deadline(self._equipment.clock, timeout_s)
+        if self._given_back.wait(0):
+            return True
         with self._lock:
-            if self._gone:
-                return True
             self._closed = True
             for run in list(self._runs.values()):
                 if not run.abandoned:
@@ -244,22 +245,29 @@ class DataPlane:
         stopped = [worker.stop(deadline.left_s()) for worker in self._workers]
         if stuck or not all(stopped):
             return False
-        if self._end_all():
-            self._on_news()
-            self._held.close()
-        return True
+        self._end_all()
+        closed = [path.tier.close(deadline.left_s()) for path in self._equipment.paths]
+        return all(closed) and self._give_back(deadline)
 
-    def _end_all(self) -> bool:
-        """End what no thread works on any more; False where another thread that closes has done so."""
+    def _end_all(self) -> None:
+        """End what no thread works on any more."""
         with self._lock:
-            if self._gone:
-                return False
             for path in self._equipment.paths:
                 path.lane.reap()
             for run in list(self._runs.values()):
                 run.end(Reason.CLOSED)
-            self._gone = True
-            return True
+        self._on_news()
+
+    def _give_back(self, deadline: Deadline) -> bool:
+        """Let go of everything: of several threads that close one does, and the others wait for it."""
+        with self._lock:
+            mine, self._holding = self._holding, False
+        if mine:
+            try:
+                self._held.close()
+            finally:
+                self._given_back.set()
+        return self._given_back.wait(deadline.left_s())
 
     def _drain(self, deadline: Deadline) -> None:
         """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may."""

@@ -100,6 +100,8 @@ class DiskTier:
         self._closing_lock = runtime.lock()
         self._closing: _Closing | None = None
         self._is_open = False
+        self._given_back = runtime.event()
+        self._given_back.set()
         self._layout = layout
         self._directory = PlacementDirectory(files, directory, layout, owner=owner, random_bytes=random_bytes)
         self._book = SegmentBook(
@@ -128,6 +130,7 @@ class DiskTier:
         except BaseException:
             self._directory.close()
             raise
+        self._given_back.clear()
         self._is_open = True
         return self._recover(numbers)
 
@@ -139,8 +142,9 @@ class DiskTier:
         Partly filled segments stay open and are filled on in the next life. Files that something is still under way
         to are left to the process, so that no descriptor is used twice.
         """
+        deadline = None if timeout_s is None else Deadline(self._clock, timeout_s)
         self._book.stop_placing()
-        if not self._write_rest(timeout_s):
+        if not self._write_rest(deadline):
             log.warning(
                 "disk directory %s: %d segments were not sealed or synced within %g s: what is in them may not survive"
                 " a power cut", self.path, self._owed, timeout_s,
@@ -149,8 +153,11 @@ class DiskTier:
         with self._closing_lock:
             was_open, self._is_open = self._is_open, False
         if was_open:
-            self._give_back()
-        return True
+            try:
+                self._give_back()
+            finally:
+                self._given_back.set()
+        return self._given_back.wait(None if deadline is None else deadline.left_s())
 
     # --- the lanes --------------------------------------------------------------------------------------------------
 
@@ -292,17 +299,16 @@ class DiskTier:
         """Segments that closing has to write to, in a directory that can be written."""
         return self._book.owes if self.writable else 0
 
-    def _write_rest(self, timeout_s: float | None) -> bool:
-        if timeout_s is None:
+    def _write_rest(self, deadline: Deadline | None) -> bool:
+        if deadline is None:
             if self._closing is not None:
                 self._closing.done.wait(None)
                 self._closing.worker.stop(_IDLE_THREAD_S)
             while self._write_one():
                 pass
             return True
-        deadline = Deadline(self._clock, timeout_s)
         with self._closing_lock:
-            if self._owed and timeout_s > 0 and (self._closing is None or self._closing.done.wait(0)):
+            if self._owed and deadline.left_s() and (self._closing is None or self._closing.done.wait(0)):
                 self._closing = self._begin_closing()
             closing = self._closing
         if closing is not None and closing.done.wait(deadline.left_s()):

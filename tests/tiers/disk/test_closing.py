@@ -20,11 +20,13 @@ A_MOMENT_S = 0.02
 
 
 class HangingFiles:
-    """Files whose syncs, once ``hang`` is set, do not return before ``released`` is."""
+    """Files whose syncs, once ``hang`` is set, do not return before ``released`` is; with ``hang_closing`` closes."""
 
     def __init__(self, files: Any) -> None:
         self._files = files
         self.hang, self.released, self.syncs = False, threading.Event(), 0
+        self.entered = threading.Event()
+        self.hang_closing = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._files, name)
@@ -34,6 +36,12 @@ class HangingFiles:
         if self.hang:
             assert self.released.wait(PATIENCE_S)
         self._files.sync(fd)
+
+    def close(self, fd: int) -> None:
+        if self.hang_closing:
+            self.entered.set()
+            assert self.released.wait(PATIENCE_S)
+        self._files.close(fd)
 
 
 @pytest.fixture
@@ -97,6 +105,21 @@ def test_several_threads_may_close_one_with_less_time_than_the_other(workbench: 
         thread.join(PATIENCE_S)
     assert closed == [True] * 4
     assert set(workbench().open().recovered()) == {1}
+
+
+def test_who_closes_second_waits_until_the_first_has_given_everything_back(
+    workbench: Make, hanging: HangingFiles
+) -> None:
+    bench = workbench(files=hanging).open()
+    hanging.hang_closing = True
+    first = threading.Thread(target=bench.tier.close)
+    first.start()
+    assert hanging.entered.wait(PATIENCE_S)
+    assert not bench.tier.close(0)
+    hanging.released.set()
+    assert bench.tier.close()
+    workbench().open()
+    first.join(PATIENCE_S)
 
 
 def test_no_thread_is_left_after_closing(workbench: Make) -> None:
