@@ -94,4 +94,6 @@ def _filled(record_pages: int, least: int, capacity_pages: int) -> int:
     records = (allowed - HEADER_SLOTS - 1) // record_pages
     while records > MIN_RECORDS and pages_with(records, record_pages) > allowed:
         records -= 1
-    return pages_with(max(records, MIN_RECORDS), record_pages)
+    while pages_with(records, record_pages) < least:
+        records += 1
+    return pages_with(records, record_pages)

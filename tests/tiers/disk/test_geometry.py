@@ -53,6 +53,18 @@ def test_there_are_no_more_segments_than_their_files_have_numbers() -> None:
     assert TIB // (4096 * segment_pages_for(2, TIB, 2 * MIB)) < 1_000_000
 
 
+@given(record=st.integers(2, 30_000), capacity=st.integers(1 << 40, 1 << 54))
+def test_a_chosen_segment_is_large_enough_for_that_too(record: int, capacity: int) -> None:
+    """And filled by whole records all the same, as few as that takes."""
+    pages = segment_pages_for(record, capacity, None)
+    assert capacity // 4096 // pages <= 1_000_000
+    records = (pages - HEADER_SLOTS) // record
+    while pages_with(records, record) > pages:
+        records -= 1
+    assert pages == pages_with(records, record)
+    assert pages * 4096 <= max(256 * MIB, 4096 * pages_with(8, record), capacity // 1_000_000 + 4096 * (record + 2))
+
+
 def test_too_small_a_capacity_says_how_much_it_takes() -> None:
     with pytest.raises(
         ConfigError, match=r"disk\.capacity = 1000000 per directory: .* set it to at least (\d+)"
