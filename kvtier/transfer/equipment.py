@@ -98,8 +98,11 @@ class Equipment:
             return np.empty(max(span.nbytes for spans in self.layout.slices for span in spans), np.uint8)
 
     def kick(self) -> None:
-        """Let spills encode what there are buffers for, and every lane submit what it may."""
-        while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
-            self.waiting_for_staging.popleft().encode_more()
+        """Let every lane submit what it may, and spills encode what there are buffers for.
+
+        In that order: a write that a lane gives up leaves its buffers.
+        """
         for path in self.paths:
             path.lane.submit()
+        while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
+            self.waiting_for_staging.popleft().encode_more()

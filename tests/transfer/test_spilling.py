@@ -1,0 +1,70 @@
+"""Spills that go through staging: who has its few buffers, and who goes on when some are free."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvtier.core.plan import Completion, Plan, PlanKind, Priority, Reason, Status
+from kvtier.testing import Simulation
+from kvtier.testing.contents import PseudoEngine
+from kvtier.transfer.spilling import _WRITE_PATIENCE_S
+from tests.transfer.opened import LAYOUT, Ends, Opened, all_well, spill, store
+
+DISK = {"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB", "codec": "raw+lz4"}
+
+
+class Coding(Opened):
+    """A data plane in a simulation whose spills are coded; one block is in host memory.
+
+    ``at_ends`` is how many staging buffers were in use whenever a plan was said to have ended.
+    """
+
+    def __init__(self) -> None:
+        self.at_ends: list[int] = []
+        self.world = Simulation(1)
+        super().__init__(self.world.machine(), disk=DISK)
+        self.share = self.buffers("staging_buffers") // 4
+        engine = PseudoEngine(LAYOUT, 1)
+        self.plane.submit([store(self.plane, engine.memory, engine)])
+        assert self.ends_after(1) == all_well(1, 1)
+
+    def listen(self) -> None:
+        super().listen()
+        if any(isinstance(message, Completion) and message.final for message in self.messages):
+            self.at_ends.append(self.buffers("staging_buffers") - self.buffers("staging_free"))
+
+    def buffers(self, name: str) -> int:
+        [value] = [sample.value for sample in self.plane.samples() if sample.name == name]
+        return int(value)
+
+    def ends_after(self, seconds: float) -> list[Ends]:
+        self.world.run_for(seconds)
+        return self.ends()
+
+    def spill(self, number: int, count: int = 1) -> None:
+        """What is in host page 0, ``count`` times."""
+        rows = spill(number, count).rows
+        self.plane.submit([Plan(number, 0, PlanKind.SPILL, Priority.SPILL, rows, chains=("raw+lz4",))])
+
+    def fill(self) -> None:
+        """Write until no clean segment is left: nobody reclaims one here."""
+        number = 100
+        self.plane.submit([spill(number, 64)])
+        while self.ends_after(1):
+            number += 1
+            self.plane.submit([spill(number, 64)])
+        assert self.ends_after(_WRITE_PATIENCE_S)
+
+
+def test_spills_that_wait_for_a_buffer_get_those_of_a_write_that_is_given_up() -> None:
+    """All of them, and at once, not with whatever moves next: nobody else may have anything to do."""
+    coding = Coding()
+    coding.fill()
+    coding.spill(2, coding.share)
+    coding.world.run_for(1)
+    for number in range(3, 3 + coding.share):
+        coding.spill(number)
+    coding.world.run_for(1)
+    coding.at_ends.clear()
+    assert coding.ends_after(_WRITE_PATIENCE_S) == [(2, Counter({(Status.FAILED, Reason.NO_SPACE): coding.share}))]
+    assert coding.at_ends == [coding.share]
