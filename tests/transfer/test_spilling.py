@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from kvtier.core.plan import Completion, Plan, PlanKind, Priority, Reason, Status
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine
+from kvtier.transfer import spilling
 from kvtier.transfer.spilling import _WRITE_PATIENCE_S
 from tests.transfer.opened import LAYOUT, Ends, Opened, all_well, spill, store
 
@@ -68,3 +71,15 @@ def test_spills_that_wait_for_a_buffer_get_those_of_a_write_that_is_given_up() -
     coding.at_ends.clear()
     assert coding.ends_after(_WRITE_PATIENCE_S) == [(2, Counter({(Status.FAILED, Reason.NO_SPACE): coding.share}))]
     assert coding.at_ends == [coding.share]
+
+
+def test_a_record_that_cannot_be_encoded_leaves_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    coding = Coding()
+    with monkeypatch.context() as patched:
+        patched.setattr(spilling, "encode_record", lambda *_: int("no number"))
+        coding.spill(2, 2 * coding.share)
+        damaged = Counter({(Status.FAILED, Reason.DAMAGED): 2 * coding.share})
+        assert coding.ends_after(1) == [(2, damaged)]
+    assert coding.at_ends[-1] == 0
+    coding.spill(3, 2 * coding.share)
+    assert coding.ends_after(1) == all_well(3, 2 * coding.share)
