@@ -6,7 +6,7 @@ import errno
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 from kvtier.core.plan import DIRECTORY_SHIFT, PAGE_BYTES, Priority
 from kvtier.errors import ClosedError
@@ -44,6 +44,13 @@ class Move(Protocol):
     @property
     def wanted(self) -> bool:
         """False once nobody waits for it any more: it is passed over."""
+
+
+class Sync(Move, Protocol):
+    """A move without bytes that others may join as long as it waits."""
+
+    def join(self, other: Self) -> bool:
+        """Whether this one will have done what ``other`` is for; ``other`` is dropped then."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +91,7 @@ class Lane:
         self.bytes_per_s = 0.0
         self._threads = threads
         self._queues: dict[Priority, deque[Move]] = {priority: deque() for priority in Priority}
-        self._syncs: deque[Move] = deque()
+        self._syncs: deque[Sync] = deque()
         self._cut: dict[Priority, deque[IORequest]] = {priority: deque() for priority in Priority}
         self._in_flight: dict[Priority, int] = dict.fromkeys(Priority, 0)
 
@@ -93,9 +100,13 @@ class Lane:
         self.queued_bytes += move.nbytes
         self._queues[move.priority].append(move)
 
-    def put_sync(self, move: Move) -> None:
-        """Queue a sync, of SPILL: it waits for no write that was queued before it, and keeps none waiting."""
-        self._syncs.append(move)
+    def put_sync(self, sync: Sync) -> None:
+        """Queue a sync, of SPILL: it waits for no write that was queued before it, and keeps none waiting.
+
+        Of those that one can do for all, one waits: each that waits is looked at on every ``submit``.
+        """
+        if not any(waiting.join(sync) for waiting in self._syncs):
+            self._syncs.append(sync)
 
     def insert_second(self, rest: Move) -> None:
         """Queue what the move at the head, which is being prepared, leaves over; its bytes are counted already."""

@@ -63,7 +63,7 @@ class SyncRun(Run):
 
 
 class SyncMove:
-    """One fdatasync."""
+    """One fdatasync, for all runs that wait for it when it begins."""
 
     priority = Priority.SPILL
     nbytes = 0
@@ -71,10 +71,19 @@ class SyncMove:
     def __init__(self, run: SyncRun, target: SyncTarget, path: DiskPath, segment: int) -> None:
         """``target`` is a file of ``path``, and ``segment`` what plans call it."""
         self.wanted = True
-        self._run = run
+        self._runs = [run]
         self._target = target
         self._path = path
         self._segment = segment
+
+    def join(self, other: SyncMove) -> bool:
+        """Whether ``other``, asked for later, is of the same life of the same file: then this one covers it, too."""
+        mine, its = self._target, other._target
+        if other._path is not self._path or (mine.segment, mine.generation) != (its.segment, its.generation):
+            return False
+        self._runs += other._runs
+        self._target = its
+        return True
 
     def prepare(self) -> IORequest | None:
         """The request; None while another sync of the same file is under way, or when none will follow."""
@@ -84,10 +93,14 @@ class SyncMove:
         reason = tier.sync_over(self._target)
         if reason is not None:
             self.wanted = False
-            self._run.synced(self._segment, good=reason == Reason.NONE)
+            self._synced(good=reason == Reason.NONE)
         return None
 
     def finish(self, done: IODone) -> None:
         """Tell the tier what is durable now, or that the segment cannot be trusted any more."""
         self._path.tier.synced(self._target, done.error)
-        self._run.synced(self._segment, good=done.error is None)
+        self._synced(good=done.error is None)
+
+    def _synced(self, *, good: bool) -> None:
+        for run in self._runs:
+            run.synced(self._segment, good=good)

@@ -129,10 +129,10 @@ class Failing(SimDisk):
 class Written:
     """A data plane over a disk with faults; one record is written, in plan 2, and not durable."""
 
-    def __init__(self) -> None:
+    def __init__(self, **disk: int) -> None:
         self.world = Simulation(1)
         self.disk = Failing(self.world)
-        settings = {"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB"}
+        settings = {"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB"} | disk
         self.opened, engine = Opened(self.world.machine(self.disk), disk=settings), PseudoEngine(LAYOUT, 1)
         self.plane = self.opened.plane
         self.plane.submit([store(self.plane, engine.memory, engine)])
@@ -167,6 +167,46 @@ def test_of_two_syncs_of_one_file_both_fail_when_the_first_does() -> None:
     failed = Counter({(Status.FAILED, Reason.IO_ERROR): 1})
     assert written.ends_after(10) == [(3, failed), (4, failed)]
     assert written.disk.asked[Op.SYNC] == 1
+    assert written.plane.close(PATIENCE_S)
+
+
+def test_one_sync_more_is_enough_for_all_who_ask_while_one_is_under_way() -> None:
+    """It begins when the first has ended, and covers what was written until then."""
+    written = Written()
+    written.plane.submit([sync(3)])
+    for number in range(4, 40, 2):
+        written.plane.submit([spill(number, 1)])
+        assert written.ends_after(0.01) == all_well(number, 1)
+        written.plane.submit([sync(number + 1)])
+    assert written.ends_after(10) == [(3, Counter())] + [(number + 1, Counter()) for number in range(4, 40, 2)]
+    assert written.disk.asked[Op.SYNC] == 2
+    assert written.plane.close(PATIENCE_S)
+
+
+def test_a_sync_that_joins_one_with_nothing_left_to_do_is_not_over_with_it() -> None:
+    """Plan 4 asks for no more than the sync that is under way covers, plan 6 for what was written since."""
+    written = Written()
+    for plan in (sync(3), sync(4), spill(5, 1), sync(6)):
+        written.plane.submit([plan])
+        written.world.run_for(0.01)
+    assert written.ends_after(10) == [*all_well(5, 1), (3, Counter()), (4, Counter()), (6, Counter())]
+    assert written.disk.asked[Op.SYNC] == 2
+    assert written.plane.close(PATIENCE_S)
+
+
+def test_a_sync_of_several_files_ends_with_the_last_of_them_however_often_the_first_is_looked_at() -> None:
+    """What comes after a failed write is in another file, and the engine syncs one after the other."""
+    written = Written(io_threads=1)
+    written.disk.fails = {Op.WRITE}
+    written.plane.submit([spill(3, 1)])
+    assert written.ends_after(0.1) == [(3, Counter({(Status.FAILED, Reason.IO_ERROR): 1}))]
+    written.plane.submit([spill(4, 1)])
+    assert written.ends_after(0.1) == all_well(4, 1)
+    for number in (5, 6):
+        written.plane.submit([sync(number)])
+    assert written.ends_after(1.9) == []
+    assert written.ends_after(0.2) == [(5, Counter()), (6, Counter())]
+    assert written.disk.asked[Op.SYNC] == 2
     assert written.plane.close(PATIENCE_S)
 
 

@@ -75,6 +75,31 @@ class _Move:
         self.ended.append(done)
 
 
+@dataclass(eq=False)
+class _Sync:
+    """A sync of ``file``, which may begin once it is ``ready``."""
+
+    file: int = 7
+    ready: bool = False
+    wanted: bool = True
+    looked_at: int = 0
+    joined: int = 0
+    ended: int = 0
+    priority: Priority = Priority.SPILL
+    nbytes: int = 0
+
+    def join(self, other: _Sync) -> bool:
+        self.joined += other.file == self.file
+        return other.file == self.file
+
+    def prepare(self) -> IORequest | None:
+        self.looked_at += 1
+        return IORequest(Op.SYNC, self.file, 0, (), self) if self.ready else None
+
+    def finish(self, done: IODone) -> None:
+        self.ended += 1
+
+
 @pytest.fixture
 def engine() -> _Engine:
     return _Engine()
@@ -222,3 +247,22 @@ def test_a_full_queue_of_writes_keeps_no_read_waiting(lane: Lane, engine: _Engin
     assert len(engine.taken) == DEPTH
     _put(lane, read)
     assert [request.op for request in engine.taken] == [Op.WRITE] * DEPTH + [Op.READ]
+
+
+def test_of_syncs_that_wait_for_the_same_one_waits_for_all(lane: Lane, engine: _Engine) -> None:
+    """However many there are, a submit looks at one of each file."""
+    syncs = [_Sync(file) for _ in range(100) for file in (7, 8)]
+    for sync in syncs:
+        lane.put_sync(sync)
+    lane.submit()
+    assert [sync.looked_at for sync in syncs] == [1, 1] + [0] * 198
+    assert [sync.joined for sync in syncs[:2]] == [99, 99]
+
+
+def test_a_sync_that_was_begun_is_not_joined_any_more(lane: Lane, engine: _Engine) -> None:
+    first, second = _Sync(ready=True), _Sync(ready=True)
+    lane.put_sync(first)
+    lane.submit()
+    lane.put_sync(second)
+    assert [request.tag.move for request in _run(lane, engine)] == [first, second]
+    assert (first.joined, first.ended, second.ended) == (0, 1, 1)

@@ -180,27 +180,27 @@ class SegmentBook:
     def begin_sync(self, target: SyncTarget) -> bool:
         """Ask before a sync is issued; False while another sync of the same file is under way, or when ``sync_over``.
 
-        Two at a time would be wrong: the kernel reports a failure once per open file, to one of them.
+        Two at a time would be wrong: the kernel reports a failure once per open file, to one of them. It covers all
+        that was written when it begins, and not only what ``target`` asks for.
         """
         with self._lock:
             segment = self._in_life(target)
-            if segment is None or segment.syncing or segment.sync_failed:
+            if segment is None or segment.syncing or _sync_over(segment, target) is not None:
                 return False
-            segment.syncing = True
+            segment.syncing, segment.syncing_writes = True, segment.writes
             self._traffic.began()
             return True
 
     def sync_over(self, target: SyncTarget) -> Reason | None:
         """How a sync ended that will never be begun; None while it may be.
 
-        NONE: that life of the segment is over, nobody relies on it, and its file may be another's. IO_ERROR: a sync of
-        the file failed, and any later one would claim that what the kernel dropped is durable.
+        NONE: another sync has covered it; or that life of the segment is over, nobody relies on it, and its file may be
+        another's. IO_ERROR: a sync of the file failed, and any later one would claim that what the kernel dropped is
+        durable.
         """
         with self._lock:
             segment = self._in_life(target)
-            if segment is None:
-                return Reason.NONE
-            return Reason.IO_ERROR if segment.sync_failed else None
+            return Reason.NONE if segment is None else _sync_over(segment, target)
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
         """A sync of ``target`` ended. One that failed is never tried again: the kernel may have dropped the data.
@@ -215,7 +215,7 @@ class SegmentBook:
             self._traffic.ended()
             poisoned = error is not None and not _is_cancelled(error) and self._sync_failed(segment)
             if error is None:
-                segment.synced_writes = max(segment.synced_writes, target.writes)
+                segment.synced_writes = max(segment.synced_writes, segment.syncing_writes)
                 self.health.went_well()
             self._settle(segment)
         if poisoned:
@@ -468,6 +468,12 @@ class SegmentBook:
             pages -= holding[count].pages
             count += 1
         return count
+
+
+def _sync_over(segment: Segment, target: SyncTarget) -> Reason | None:
+    if segment.synced_writes >= target.writes:
+        return Reason.NONE
+    return Reason.IO_ERROR if segment.sync_failed else None
 
 
 def _is_cancelled(error: OSError | None) -> bool:

@@ -52,6 +52,8 @@ class Segment:
     synced_writes: int = 0
     """How many of these a sync has covered."""
     syncing: bool = False
+    syncing_writes: int = 0
+    """How many of these the sync that is under way covers."""
     footed: bool = False
     """Its records and its footer are durable: only the header does not say so yet."""
     sync_failed: bool = False

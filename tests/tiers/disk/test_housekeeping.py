@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from kvtier.core.plan import Reason
 from kvtier.testing.simulation import Simulation
 from kvtier.tiers.disk import Place, geometry
 from kvtier.tiers.disk.geometry import CLEAN_SHARE
@@ -153,10 +154,8 @@ def test_a_seal_stops_between_its_syncs_when_somebody_comes(workbench: Make, fau
         busy.bench.pause(2 * QUIET_S)
 
 
-def test_a_seal_that_was_stopped_leaves_the_file_to_whoever_makes_it_durable(
-    workbench: Make, faulty: FaultyFiles
-) -> None:
-    """Its records are durable after the first of two syncs; a sync that was asked for before is let through."""
+def test_a_seal_that_was_stopped_has_made_its_records_durable(workbench: Make, faulty: FaultyFiles) -> None:
+    """After the first of its two syncs: one that was asked for before has nothing left to do."""
     busy = Busy(workbench, faulty)
     first, *_ = busy.store(1)
     tier = busy.bench.tier
@@ -166,15 +165,27 @@ def test_a_seal_that_was_stopped_leaves_the_file_to_whoever_makes_it_durable(
     (done,) = {target.segment for target in targets} - {target.segment for target in tier.unsynced()}
     (target,) = [target for target in targets if target.segment == done]
     assert done == first.segment
+    assert not tier.begin_sync(target)
+    assert tier.sync_over(target) == Reason.NONE
+    busy.make_up()
+    assert busy.control.sealed[-1] == (first.segment, first.generation)
+
+
+def test_while_somebody_syncs_a_full_segment_it_is_not_sealed(workbench: Make, faulty: FaultyFiles) -> None:
+    """Two syncs of one file at a time would be wrong. After one that failed it is given back, and never sealed."""
+    busy = Busy(workbench, faulty)
+    first, *_ = busy.store(1)
+    tier = busy.bench.tier
+    (target,) = [target for target in tier.unsynced() if target.segment == first.segment]
     assert tier.begin_sync(target)
     busy.bench.pause(2 * QUIET_S)
-    assert not tier.housekeep(), "two syncs of one file at a time would be wrong"
+    assert not tier.housekeep()
     tier.synced(target, OSError(errno.EIO, "Input/output error"))
     busy.files.calls.clear()
     busy.bench.keep_house()
-    assert "sync" not in busy.files.calls, "it is not sealed, and never synced again"
+    assert "sync" not in busy.files.calls
     busy.control.hear()
-    assert busy.control.sealed[-1] == (first.segment, first.generation), "given back in time"
+    assert busy.control.sealed[-1] == (first.segment, first.generation)
 
 
 def test_too_few_clean_segments_are_urgent(workbench: Make, faulty: FaultyFiles) -> None:

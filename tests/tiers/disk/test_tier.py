@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtier.core.plan import RECOVERED
+from kvtier.core.plan import RECOVERED, Reason
 from kvtier.errors import CapacityError
 from kvtier.tiers.disk import DiskEvents, Place
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, SEGMENT_BYTES, SEGMENT_PAGES, SEGMENTS, Workbench, layout
@@ -222,10 +223,10 @@ def test_files_with_new_records_are_unsynced_until_a_sync_covers_them(workbench:
     place = bench.put(1)
     (target,) = bench.tier.unsynced()
     assert (target.segment, target.generation, target.fd) == (place.segment, place.generation, place.fd)
-    bench.put(2)
     bench.tier.begin_sync(target)
+    bench.put(2)
     bench.tier.synced(target, None)
-    assert len(bench.tier.unsynced()) == 1, "record 2 was written after the sync was asked for"
+    assert len(bench.tier.unsynced()) == 1, "record 2 was written after the sync was begun"
     assert bench.sync()
     assert bench.tier.unsynced() == []
 
@@ -248,7 +249,26 @@ def test_one_file_is_synced_once_at_a_time(workbench: Make) -> None:
     assert bench.tier.begin_sync(target)
     assert not bench.tier.begin_sync(target)
     bench.tier.synced(target, None)
+    bench.put(2)
+    (target,) = bench.tier.unsynced()
     assert bench.tier.begin_sync(target)
+
+
+def test_a_sync_is_for_all_who_asked_before_it_began(workbench: Make) -> None:
+    """What was written by then is durable, also what was not when the sync itself was asked for."""
+    bench = workbench().open()
+    targets = []
+    for number in range(3):
+        bench.put(number)
+        targets += bench.tier.unsynced()
+    assert bench.tier.begin_sync(targets[1])
+    bench.put(3)
+    targets += bench.tier.unsynced()
+    bench.tier.synced(targets[1], None)
+    assert [bench.tier.sync_over(target) for target in targets] == [Reason.NONE] * 3 + [None]
+    assert [bench.tier.begin_sync(target) for target in targets] == [False] * 3 + [True]
+    bench.tier.synced(targets[3], OSError(errno.EIO, "Input/output error"))
+    assert [bench.tier.sync_over(target) for target in targets] == [Reason.NONE] * 3 + [Reason.IO_ERROR]
 
 
 def test_recovered_records_of_open_segments_may_not_be_durable(workbench: Make) -> None:
