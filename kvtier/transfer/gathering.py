@@ -6,6 +6,8 @@ instead, and where blocks are small, both are done at once: the bytes are still 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.equipment import Equipment
@@ -15,6 +17,9 @@ from kvtier.transfer.records import fill_records, gather_record, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import Piece, Service
+
+Failures: TypeAlias = dict[int, Reason]
+"""Rows that could not be gathered, and why; nearly always none."""
 
 
 class StoreRun(Run):
@@ -43,35 +48,46 @@ class StoreRun(Run):
     def _queue_gather(self, shape: RecordShape, rows: list[int]) -> None:
         seal_at_once = self.plan.durable or shape.batch > 1
 
-        def work() -> Reason:
+        def work() -> Failures:
             return self._gather_now(shape, rows)
 
-        def finish(result: Reason | Exception) -> None:
+        def finish(result: Failures | Exception) -> None:
             self._gathers_left -= 1
-            reason = Reason.IO_ERROR if isinstance(result, Exception) else result
-            if reason != Reason.NONE:
-                self._fail(rows, reason)
-            elif seal_at_once:
-                self._sealed(shape, rows)
-            else:
-                self._queue_seal(shape, rows)
+            failures = dict.fromkeys(rows, Reason.IO_ERROR) if isinstance(result, Exception) else result
+            for row, reason in failures.items():
+                self.failed(row, reason)
+            gathered = [row for row in rows if row not in failures] if failures else rows
+            if gathered and seal_at_once:
+                self._sealed(shape, gathered)
+            elif gathered:
+                self._queue_seal(shape, gathered)
             self.settle()
             if not self._gathers_left:
                 self.free_source()
 
         self.equipment.work.put(Piece(Service.GATHER, work, finish))
 
-    def _gather_now(self, shape: RecordShape, rows: list[int]) -> Reason:
-        """On a copy thread: what came of ``rows``, all or none."""
+    def _gather_now(self, shape: RecordShape, rows: list[int]) -> Failures:
+        """On a copy thread: which of ``rows`` could not be gathered."""
         source = Endpoint.of(self.equipment, self.plan)
         if source is None:
-            return Reason.GONE
+            return dict.fromkeys(rows, Reason.GONE)
+        failures: Failures = {}
+        for batch in shape.batches(rows):
+            self._gather_batch(source, shape, batch, failures)
+        return failures
+
+    def _gather_batch(self, source: Endpoint, shape: RecordShape, rows: list[int], failures: Failures) -> None:
+        """All at once, or, where that raises, each by itself: they may be several callers', and only one's to blame."""
         try:
-            for batch in shape.batches(rows):
-                self._gather(source, shape, batch)
+            self._gather(source, shape, rows)
         except EngineMemoryError as error:
-            return self.equipment.faults.of_engine(error)
-        return Reason.NONE
+            reason = self.equipment.faults.of_engine(error)
+            if len(rows) == 1:
+                failures[rows[0]] = reason
+                return
+            for row in rows:
+                self._gather_batch(source, shape, [row], failures)
 
     def _gather(self, source: Endpoint, shape: RecordShape, rows: list[int]) -> None:
         """Many small blocks, or a large one."""
@@ -89,7 +105,8 @@ class StoreRun(Run):
 
         def finish(result: None | Exception) -> None:
             if isinstance(result, Exception):
-                self._fail(rows, Reason.IO_ERROR)
+                for row in rows:
+                    self.failed(row, Reason.IO_ERROR)
             else:
                 self._sealed(shape, rows)
             self.settle()
@@ -105,7 +122,3 @@ class StoreRun(Run):
             rows, moved_bytes=shape.pages * PAGE_BYTES, tier=Tier.HOST, page=table_of(self.plan, rows)["target_page"],
             pages=shape.pages,
         )  # fmt: skip
-
-    def _fail(self, rows: list[int], reason: Reason) -> None:
-        for row in rows:
-            self.failed(row, reason)

@@ -22,6 +22,7 @@ from kvtier.transfer.faults import EngineMemoryError
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.run import Run
+from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES, Piece, Service
 
 
@@ -155,26 +156,31 @@ class LoadRun(Run):
             return [Reason.GONE] * len(rows)
         reasons = dict.fromkeys(rows, Reason.ABANDONED)
         buffer_of = dict(zip(rows, buffers, strict=False))
+        on_host = origin == Tier.HOST
+
+        def deliver(shape: RecordShape, batch: list[int]) -> None:
+            wanted = [row for row in batch if self._is_wanted(row)]
+            if not wanted:
+                return
+            delivery = Delivery(
+                self.equipment, self.plan, shape, wanted,
+                records=self._extents(wanted) if on_host else Buffers([buffer_of[row] for row in wanted]),
+                places=None if on_host else self._places(wanted),
+                target=target,
+                verify=self.equipment.verify_memory or not on_host,
+            )  # fmt: skip
+            try:
+                reasons.update(zip(wanted, delivery.deliver(), strict=True))
+            except EngineMemoryError as error:
+                reasons.update(dict.fromkeys(wanted, self.equipment.faults.of_engine(error)))
+                if len(wanted) > 1:  # they may be several callers', and only one's to blame
+                    for row in wanted:
+                        deliver(shape, [row])
+
         for shape, own in self.by_group(rows):
             for batch in shape.batches(own):
-                wanted = [row for row in batch if self._is_wanted(row)]
-                if wanted:
-                    on_host = origin == Tier.HOST
-                    delivery = Delivery(
-                        self.equipment, self.plan, shape, wanted,
-                        records=self._extents(wanted) if on_host else Buffers([buffer_of[row] for row in wanted]),
-                        places=None if on_host else self._places(wanted),
-                        target=target,
-                        verify=self.equipment.verify_memory or not on_host,
-                    )  # fmt: skip
-                    reasons.update(zip(wanted, self._outcome(delivery), strict=True))
+                deliver(shape, batch)
         return [reasons[row] for row in rows]
-
-    def _outcome(self, delivery: Delivery) -> list[Reason]:
-        try:
-            return delivery.deliver()
-        except EngineMemoryError as error:
-            return [self.equipment.faults.of_engine(error)] * len(delivery.rows)
 
     def _is_wanted(self, row: int) -> bool:
         return self.states[row] != _State.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)

@@ -10,6 +10,7 @@ import pytest
 
 from kvtier import ConfigError, TieredCache
 from kvtier.core.memory import KVPages
+from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from tests.cache.raising_memory import RaisingMemory
 
@@ -115,3 +116,70 @@ def test_what_raises_with_every_block_is_told_once_and_counted_every_time(
     assert stats["failed_pieces{error=ValueError}"] == 10
     assert stats["failed_pieces{error=KeyError}"] == 5
     assert told(caplog) == ["ValueError()", "KeyError()", "ValueError()"]
+
+
+class Sharing:
+    """A cache in a simulation, and two requests over the pages of one memory, of which the second has a bad one.
+
+    What both submit at once goes into one plan, and small blocks with one call.
+    """
+
+    half = BLOCKS // 2
+
+    def __init__(self, source: str, verb: str) -> None:
+        self.world = Simulation(1)
+        self.config: dict[str, Any] = {"host": {"capacity": "1MiB", "staging": "1MiB", "copy_threads": 1}}
+        if source != "host":
+            codec = "raw" if source == "disk" else "raw+lz4"
+            self.config["disk"] = {"directories": ["/kv"], "capacity": "8MiB", "segment": "1MiB", "codec": codec}
+        self.cache = self.opened()
+        self.engine = PseudoEngine(LAYOUT, BLOCKS)
+        self.keys = [self.cache.keys([number] * (SIZE * self.half + 1)) for number in (1, 2)]
+        self.raising = RaisingMemory(self.engine.memory, verb, IndexError("page 6 is gone"), pages=[6])
+        ids = self.engine.ids
+        self.pages = [KVPages(self.raising, self.engine.memory.pages(own).table) for own in (ids[:4], ids[4:])]
+
+    def opened(self) -> TieredCache:
+        cache = TieredCache(self.config, LAYOUT, "m", machine=self.world.machine())
+        self.world.run_for(1)
+        return cache
+
+    def fill(self) -> None:
+        """Both prefixes are stored; from disk they come when the cache is opened again."""
+        for keys in self.keys:
+            self.engine.write(keys, range(self.half))
+            durability = "process" if "disk" in self.config else "memory"
+            assert self.cache.submit_store(keys, self.engine.pages, durability=durability).result(30).stored
+        if "disk" in self.config:
+            assert self.cache.close()
+            self.cache = self.opened()
+
+
+@pytest.mark.parametrize("source", ["host", "disk", "lz4"])
+def test_of_loads_that_share_a_plan_only_the_blocks_fail_whose_pages_raise(source: str) -> None:
+    sharing = Sharing(source, "scatter")
+    sharing.fill()
+    sharing.engine.wipe()
+    hits = [sharing.cache.lookup(keys) for keys in sharing.keys]
+    jobs = [sharing.cache.submit_load(hit, pages) for hit, pages in zip(hits, sharing.pages, strict=True)]
+    good, bad = (job.result(30) for job in jobs)
+    assert (good.ok_tokens, good.failed) == (SIZE * sharing.half, {})
+    assert sharing.engine.wrong_blocks(sharing.keys[0], range(sharing.half)) == []
+    assert (bad.ok_tokens, bad.failed) == (SIZE * 2, {"engine_error": SIZE})
+    for hit in hits:
+        hit.release()
+    assert_nothing_leaks(sharing.cache)
+
+
+def test_of_stores_that_share_a_plan_only_the_blocks_fail_whose_pages_raise() -> None:
+    sharing = Sharing("host", "gather")
+    sharing.engine.write(sharing.keys[0], range(sharing.half))
+    jobs = [sharing.cache.submit_store(keys, pages) for keys, pages in zip(sharing.keys, sharing.pages, strict=True)]
+    good, bad = (job.result(30) for job in jobs)
+    assert (good.stored, good.failed) == (SIZE * sharing.half, {})
+    assert (bad.stored, bad.failed) == (SIZE * 3, {"engine_error": SIZE})
+    with sharing.cache.lookup(sharing.keys[0]) as hit:
+        sharing.engine.wipe()
+        assert sharing.cache.submit_load(hit, sharing.engine.pages).result(30).ok_tokens == SIZE * sharing.half
+    assert sharing.engine.wrong_blocks(sharing.keys[0], range(sharing.half)) == []
+    assert_nothing_leaks(sharing.cache)
