@@ -17,6 +17,7 @@ from kvtier.runtime.seam import IORequest, Op
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine
 from kvtier.testing.simfile import Snapshot
+from kvtier.transfer import gathering
 from kvtier.transfer.spilling import _WRITE_PATIENCE_S
 from tests.transfer.opened import LAYOUT, PAGES, Ends, Opened, all_well, rows, spill, store, sync
 
@@ -83,6 +84,17 @@ def test_pages_are_free_again_only_after_the_last_of_them_was_gathered(monkeypat
     memory.may_return.set()
     assert opened.plane.close(PATIENCE_S)
     assert opened.ends() == all_well(1, 3)
+
+
+def test_a_mistake_of_ours_while_gathering_is_no_error_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do its blocks look as if their memory had gone."""
+    world = Simulation(1)
+    opened, engine = Opened(world.machine()), PseudoEngine(LAYOUT, 1)
+    monkeypatch.setattr(gathering, "fill_records", lambda *_: int("no number"))
+    opened.plane.submit([store(opened.plane, engine.memory, engine)])
+    world.run_for(1)
+    assert opened.ends() == [(1, Counter({(Status.FAILED, Reason.IO_ERROR): 1}))]
+    assert opened.plane.close(PATIENCE_S)
 
 
 def test_a_write_waits_for_a_clean_segment_and_not_for_ever() -> None:

@@ -288,3 +288,59 @@ def test_when_every_sealed_segment_is_read_those_that_wait_are_sealed(workbench:
         for _ in range(2):
             bench.tier.housekeep()
             control.hear()
+
+
+class Cramped:
+    """A tier of 32 segments of which 8 would be kept clean, on a file system with room for 8 in all: two are clean.
+
+    It is used without a pause; control has given four segments back.
+    """
+
+    def __init__(self, workbench: Make, files: FaultyFiles) -> None:
+        self.bench = workbench(files=files, segments=32, clean_segments=8).open()
+        self.tier = self.bench.tier
+        files.fail("allocate", errno.ENOSPC, sticky=True)
+        self.bench.fill(range(6 * RECORDS))
+        self.number = 1000
+        self.write()
+        self.bench.keep_house()
+        events = self.tier.take_events()
+        assert events is not None
+        first, *others = events.sealed
+        self.tier.reclaim(*first)
+        self.bench.keep_house()
+        self.write()
+        for life in others[:4]:
+            self.tier.reclaim(*life)
+        assert self.stages == {"clean": 2, "open": 1, "sealed": 1, "reclaiming": 4}
+
+    @property
+    def stages(self) -> dict[str, int]:
+        return {stage: count for stage, count in self.tier.stages().items() if count}
+
+    def write(self) -> None:
+        self.bench.put(self.number)
+        self.number += 1
+
+
+def test_with_few_segments_the_share_of_them_that_is_kept_clean_is_enough(workbench: Make, faulty: FaultyFiles) -> None:
+    """Of all that were configured so few would be urgent. With one less it is."""
+    cramped = Cramped(workbench, faulty)
+    for _ in range(RECORDS - 2):
+        assert not cramped.tier.housekeep()
+        cramped.write()
+    cramped.write()
+    assert cramped.stages["clean"] == 1
+    assert cramped.tier.housekeep()
+    assert cramped.stages["clean"] == 2
+
+
+def test_with_few_segments_no_more_wait_to_be_sealed_than_are_kept_clean(workbench: Make, faulty: FaultyFiles) -> None:
+    cramped = Cramped(workbench, faulty)
+    waiting = []
+    for _ in range(5 * RECORDS - 2):
+        cramped.write()
+        cramped.tier.housekeep()
+        assert cramped.stages["clean"] == 2
+        waiting.append(cramped.stages.get("full", 0))
+    assert (waiting[-1], max(waiting)) == (2, 3)
