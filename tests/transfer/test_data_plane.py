@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,45 @@ def test_writes_do_not_wait_for_a_sync_that_waits_for_another() -> None:
     assert written.ends_after(0.5) == all_well(5, 1)
     assert written.ends_after(10) == [(3, Counter()), (4, Counter())]
     assert written.plane.close(PATIENCE_S)
+
+
+def test_closing_hears_of_the_last_end_also_where_another_who_closes_took_the_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both wait for one event, and who wakes first clears it."""
+    written = Written()
+    written.plane.submit([sync(3)])
+    monkeypatch.setattr(written.plane._progress, "set", lambda: None)
+    started_s = written.world.clock.monotonic()
+    assert written.plane.close(PATIENCE_S)
+    assert 1 <= written.world.clock.monotonic() - started_s < 1.5
+    assert written.opened.ends() == [(3, Counter())]
+
+
+class Unstoppable:
+    """The runtime of a simulation whose loops take all the time that they are given to stop, and then have not."""
+
+    def __init__(self, world: Simulation) -> None:
+        self.world = world
+        self.given_s: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.world, name)
+
+    def spawn(self, *arguments: Any) -> Unstoppable:
+        self.world.spawn(*arguments)
+        return self
+
+    def stop(self, timeout_s: float) -> bool:
+        self.given_s.append(timeout_s)
+        self.world.event().wait(timeout_s)
+        return False
+
+
+def test_loops_that_do_not_stop_share_the_time_of_closing() -> None:
+    world = Simulation(1)
+    runtime = Unstoppable(world)
+    settings = {"capacity": "1MiB", "staging": "1MiB", "copy_threads": 3}
+    opened = Opened(replace(world.machine(), runtime=runtime), host=settings)
+    assert not opened.plane.close(5)
+    assert runtime.given_s == [5, 0, 0, 0]
