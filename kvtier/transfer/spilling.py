@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -191,10 +192,10 @@ class WriteMove:
                 tier.written(place, run.equipment.headers.view(header))
                 run.written(record, place, directory)
             else:
-                tier.failed(place)
+                tier.failed(place, done.error)
                 run.not_written(record, Reason.IO_ERROR)
             run.equipment.headers.give_back(header, Priority.SPILL)
-        if done.error is not None:
+        if done.error is not None and done.error.errno != errno.ECANCELED:
             run.equipment.metrics.add("write_errors", lane=self._path.lane.name)
         run.settle()
 

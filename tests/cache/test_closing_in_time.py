@@ -137,3 +137,24 @@ def test_ranks_share_the_time() -> None:
     assert not cache.close(5)
     assert world.clock.monotonic() - started_s <= 5 + A_MOMENT_S
     assert [rank.given_s for rank in ranks] == [[5.0], [0.0]]
+
+
+def test_what_closing_cuts_short_is_no_fault_of_the_disk(caplog: pytest.LogCaptureFixture) -> None:
+    """Writes and syncs that wait when time runs out were never begun: their segments are as good as before."""
+    world = Simulation(1)
+    cache = TieredCache(
+        SETTINGS | {"disk": SETTINGS["disk"] | {"io_threads": 1}}, LAYOUT, "sim", machine=world.machine()
+    )
+    engine = PseudoEngine(LAYOUT, BLOCKS)
+    world.run_for(1)
+    assert cache.submit_store([1] * SIZE, engine.pages, durability="process").result(600).stored == SIZE
+    world.disk.latency_s = 3.0
+    cache.submit_flush("durable")
+    for number in range(5):
+        cache.submit_store([number + 5] * SIZE, engine.pages, durability="durable")
+    world.run_for(0.5)
+    with caplog.at_level(logging.WARNING):
+        assert not cache.close(1)
+        assert cache.close(600)
+    assert "is not written any more" not in caplog.text
+    assert not [name for name, value in cache.stats().items() if "write_errors" in name and value]
