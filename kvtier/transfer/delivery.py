@@ -54,6 +54,8 @@ class Delivery:
             done = self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)
         else:
             done = np.zeros(len(self.rows), np.bool_)
+        if done.all():
+            return [Reason.NONE] * len(self.rows)
         return [Reason.NONE if done[at] else self._one(at, tokens[at : at + 1]) for at in range(len(self.rows))]
 
     # --- what is raw ------------------------------------------------------------------------------------------------

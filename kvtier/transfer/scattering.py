@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from kvtier.codecs.headers import Places
-from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier, direct_members
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
@@ -26,6 +26,7 @@ from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES, Piece, Service
 
 
+@direct_members
 class _State(IntEnum):
     WAITING = 0  # in a lane's queue
     READING = 1  # the engine has it
@@ -48,14 +49,16 @@ class LoadRun(Run):
         self.disk_pages = rows["disk_pages"].tolist()
         self.generation = rows["disk_generation"].tolist()
         self.target_page = rows["target_page"].tolist()
-        self.states = [_State.WAITING] * len(rows)
+        self.states = bytearray((_State.WAITING,)) * len(rows)
         self._tried = [0] * len(rows)  # reads of any copy that were begun
         self._service = Service.LOAD if plan.priority == Priority.DEMAND else Service.FETCH
 
     def begin(self) -> None:
         """Queue the rows that are in host memory for copying, the others for reading, adjacent ones together."""
-        on_host = [row for row, page in enumerate(self.host_page) if page != NOWHERE]
-        elsewhere = [row for row, page in enumerate(self.host_page) if page == NOWHERE]
+        on_host, elsewhere = list(range(len(self.host_page))), []
+        if NOWHERE in self.host_page:
+            on_host = [row for row, page in enumerate(self.host_page) if page != NOWHERE]
+            elsewhere = [row for row, page in enumerate(self.host_page) if page == NOWHERE]
         for rows in self.pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES):
             for row in rows:
                 self._tried[row] += 1
@@ -134,9 +137,12 @@ class LoadRun(Run):
         self, rows: list[int], origin: Tier, buffers: Sequence[Buffer] = (), staged: Sequence[int | None] = ()
     ) -> None:
         """Queue ``rows``: those from disk are in ``buffers``, of which ``staged`` go back to staging afterwards."""
-        for row in rows:
-            if self.states[row] != _State.ENDED:
-                self.states[row] = _State.WORKING
+        if self._has_ended_among(rows):
+            for row in rows:
+                if self.states[row] != _State.ENDED:
+                    self.states[row] = _State.WORKING
+        else:
+            self._mark(rows, _State.WORKING)
 
         def work() -> list[Reason]:
             return self._deliver_now(rows, origin, buffers)
@@ -159,7 +165,9 @@ class LoadRun(Run):
         on_host = origin == Tier.HOST
 
         def deliver(shape: RecordShape, batch: list[int]) -> None:
-            wanted = [row for row in batch if self._is_wanted(row)]
+            wanted = batch
+            if self.abandoned or self._has_ended_among(batch):
+                wanted = [row for row in batch if self._is_wanted(row)]
             if not wanted:
                 return
             delivery = Delivery(
@@ -195,12 +203,11 @@ class LoadRun(Run):
 
     def _delivered_all(self, rows: list[int], reasons: list[Reason], origin: Tier) -> None:
         """Note how ``rows`` ended: at once if all went well, which is nearly always."""
-        if any(reasons) or any(self.states[row] == _State.ENDED for row in rows):
+        if any(reasons) or self._has_ended_among(rows):
             for row, reason in zip(rows, reasons, strict=True):
                 self._delivered(row, reason, origin)
             return
-        for row in rows:
-            self.states[row] = _State.ENDED
+        self._mark(rows, _State.ENDED)
         table = table_of(self.plan, rows)
         if origin == Tier.HOST:
             self.all_ok(rows, moved_bytes=table["host_pages"].astype(np.int64) * PAGE_BYTES)
@@ -274,6 +281,20 @@ class LoadRun(Run):
         order = [*copies[:1], *copies]
         tried = self._tried[row]
         return order[tried] if tried < len(order) else None
+
+    def _has_ended_among(self, rows: list[int]) -> bool:
+        """Whether any of ``rows``, ascending, has ended."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return _State.ENDED in self.states[rows[0] : rows[-1] + 1]
+        return any(self.states[row] == _State.ENDED for row in rows)
+
+    def _mark(self, rows: list[int], state: _State) -> None:
+        """All of ``rows``, ascending, are in ``state``."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            self.states[rows[0] : rows[-1] + 1] = bytes((state,)) * len(rows)
+            return
+        for row in rows:
+            self.states[row] = state
 
     def _end(self, row: int, reason: Reason) -> None:
         self.states[row] = _State.ENDED
