@@ -73,25 +73,27 @@ def test_a_second_close_waits_for_what_still_runs_and_for_nothing_that_nobody_ru
     }  # fmt: skip
 
 
-class HeldFiles:
-    """Files one of whose operations, once ``held`` names it, does not return before it may; housekeeping's do."""
+class Held:
+    """Files, or an arena, of which an operation, once ``held`` names it, does not return before it may.
 
-    def __init__(self, files: Any) -> None:
-        self._files = files
+    Housekeeping's do.
+    """
+
+    def __init__(self, what: Any) -> None:
+        self._what = what
         self.held = ""
         self.entered, self.go_on = threading.Event(), threading.Event()
 
     def __getattr__(self, name: str) -> Any:
-        operation = getattr(self._files, name)
-        if name != self.held or threading.current_thread().name == "housekeeping":
-            return operation
+        operation = getattr(self._what, name)
 
-        def held(*arguments: Any) -> Any:
-            self.entered.set()
-            assert self.go_on.wait(PATIENCE_S)
-            return operation(*arguments)
+        def maybe_held(*arguments: Any, **settings: Any) -> Any:
+            if name == self.held and threading.current_thread().name != "housekeeping":
+                self.entered.set()
+                assert self.go_on.wait(PATIENCE_S)
+            return operation(*arguments, **settings)
 
-        return held
+        return maybe_held if callable(operation) else operation
 
 
 class Opened:
@@ -99,11 +101,18 @@ class Opened:
 
     def __init__(self, directory: Path) -> None:
         machine = system_machine("threads")
-        self.files = HeldFiles(machine.files)
+        self.files = Held(machine.files)
+        self.arenas: list[Held] = []
         settings = {"directories": [str(directory)], "capacity": "4MiB", "segment": "1MiB"}
         self.config = load_config({"host": {"capacity": "1MiB", "staging": "1MiB"}, "disk": settings})
         self._ended = threading.Event()
-        self.plane = DataPlane(self.config, LAYOUT, replace(machine, files=self.files), on_news=self._ended.set)
+
+        def arena(name: str, nbytes: int) -> Held:
+            self.arenas.append(Held(machine.arena(name, nbytes)))
+            return self.arenas[-1]
+
+        machine_of_ours = replace(machine, files=self.files, arena=arena)
+        self.plane = DataPlane(self.config, LAYOUT, machine_of_ours, on_news=self._ended.set)
         engine = PseudoEngine(LAYOUT, 1)
         pages = PageTable(self.plane.register(engine.memory), engine.pages.table.groups)
         for plan in (store(1, pages), spill(2)):
@@ -117,21 +126,23 @@ class Opened:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("operation", ["sync", "close"])
-def test_of_several_who_close_none_is_told_so_before_the_directory_is(tmp_path: Path, operation: str) -> None:
+@pytest.mark.parametrize("operation", ["sync", "close", "arena"])
+def test_of_several_who_close_none_is_told_so_before_everything_is(tmp_path: Path, operation: str) -> None:
     """However far the one has come who closes it: another waits for that, and no longer than its own time."""
     opened = Opened(tmp_path)
-    opened.files.held = operation
+    held = opened.arenas[0] if operation == "arena" else opened.files
+    held.held = "sync" if operation == "sync" else "close"
     closed: list[bool] = []
     patient = [threading.Thread(target=lambda: closed.append(opened.plane.close(PATIENCE_S))) for _ in range(3)]
     for thread in patient:
         thread.start()
-    assert opened.files.entered.wait(PATIENCE_S)
+    assert held.entered.wait(PATIENCE_S)
     for timeout_s in (0.0, A_MOMENT_S):
         assert not opened.plane.close(timeout_s)
-    with pytest.raises(TierError, match="in use by another cache"):
-        opened.open_again()
-    opened.files.go_on.set()
+    if held is opened.files:
+        with pytest.raises(TierError, match="in use by another cache"):
+            opened.open_again()
+    held.go_on.set()
     for thread in patient:
         thread.join(PATIENCE_S)
     assert closed == [True] * 3
