@@ -40,7 +40,7 @@ from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, St
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
 from kvtier.runtime.deadline import Deadline
-from kvtier.runtime.seam import Machine
+from kvtier.runtime.seam import Event, Machine
 from kvtier.transfer import DataPlane
 from kvtier.transfer.streams import pin
 
@@ -95,6 +95,7 @@ class TieredCache:
             make_channels=lambda pump: tuple(channels) or (self._local(pump),), check_here=self._check_here,
         )  # fmt: skip
         self._planner, self._memories, self._lock = planner, self._dispatch.memories, self._dispatch.lock
+        self._closing: Event | None = None
 
     def _local(self, pump: Callable[[], None]) -> Channel:
         pin_arena = partial(pin, mode=self.config.host.pin)
@@ -439,7 +440,7 @@ class TieredCache:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
         ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
-        when it is called again, with more of it.
+        when it is called again, with more of it. Any number of threads may close: they take turns.
         In a child of the process that opened it nothing happens: all of it is the parent's.
 
         Raises:
@@ -449,15 +450,37 @@ class TieredCache:
         if not self._process.is_here:
             return True
         deadline = Deadline(self._clock, timeout_s)
-        if self.config.disk.directories and not self._dispatch.closed:
-            self._flush_at_close(timeout_s * (1 - _ENDING_SHARE))
-        return self._dispatch.close(deadline.left_s())
+        if not self._begin_to_close(deadline):
+            return False
+        try:
+            if self.config.disk.directories and not self._dispatch.closed:
+                self._flush_at_close(deadline.left_s() * (1 - _ENDING_SHARE))
+            return self._dispatch.close(deadline.left_s())
+        finally:
+            self._end_to_close()
+
+    def _begin_to_close(self, deadline: Deadline) -> bool:
+        """One thread closes at a time: another would stop what the first one is waiting for."""
+        while True:
+            with self._lock:
+                other = self._closing
+                if other is None:
+                    self._closing = self._machine.runtime.event()
+                    return True
+            left_s = deadline.left_s()
+            if not left_s or not other.wait(left_s):
+                return False
+
+    def _end_to_close(self) -> None:
+        with self._lock:
+            closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.set()
 
     def _flush_at_close(self, timeout_s: float) -> None:
         job = self.submit_flush("process")
-        self._dispatch.decide(
-            lambda: None
-        )  # planned here and now: what has nothing to do ends however little time there is
+        # Planned here and now: what has nothing to do ends however little time there is.
+        self._dispatch.decide(lambda: None)
         try:
             # Where another thread planned it, that one is about to tell.
             result = job.result(None if job.ticket.finished else timeout_s)

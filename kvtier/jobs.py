@@ -128,38 +128,38 @@ class Job(Generic[R]):
         """Whether the engine may use the pages of a store again; comes before ``done``."""
         return self._source_free
 
-    def result(self, timeout_s: float | None = None) -> R:
-        """Wait for the end: ``timeout_s`` seconds (0: look, and do not wait), or with None for as long as it takes.
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the end: ``timeout`` seconds (0: look, and do not wait), or with None for as long as it takes.
 
         Raises:
             TimeoutError: it has not ended in time; the job goes on.
-            ConfigError: ``timeout_s`` is no number.
+            ConfigError: ``timeout`` is no number.
             ClosedError: this is another process than that of the cache.
         """
-        timeout_s = checked_timeout_s(timeout_s)
+        timeout = checked_timeout_s(timeout)
         if not self._done:
-            self._wait(lambda: self._done, timeout_s)
+            self._wait(lambda: self._done, timeout)
         if self._result is None:  # made by who asks for it, not by who brings the news: the ticket stays as it ended
             self._result = cast(R, _result_of(self.ticket, self.span, self._block_tokens))
         return self._result
 
-    def wait_source_free(self, timeout_s: float | None = None) -> None:
-        """Wait until the engine may use the pages of a store again; ``timeout_s`` and errors as ``result``."""
-        self._wait(lambda: self._source_free, checked_timeout_s(timeout_s))
+    def wait_source_free(self, timeout: float | None = None) -> None:
+        """Wait until the engine may use the pages of a store again; ``timeout`` and errors as ``result``."""
+        self._wait(lambda: self._source_free, checked_timeout_s(timeout))
 
-    def wait_part(self, part: int, timeout_s: float | None = None) -> int:
+    def wait_part(self, part: int, timeout: float | None = None) -> int:
         """Wait until ``part`` of a load is in engine memory; returns ok_tokens.
 
         Parts are counted over all groups of the layout, in its order. Whole blocks are read, so every part comes with
         the last one: ok_tokens is that of ``result``, and no part has fewer than one that was consumed before it.
 
         Raises:
-            ConfigError: the layout has no such part, this is no load, or ``timeout_s`` is no number.
+            ConfigError: the layout has no such part, this is no load, or ``timeout`` is no number.
             TimeoutError: it has not come in time; the job goes on.
             ClosedError: as ``result``.
         """
         self._check_part(part)
-        return cast(LoadResult, self.result(timeout_s)).ok_tokens
+        return cast(LoadResult, self.result(timeout)).ok_tokens
 
     def cancel(self) -> None:
         """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it.
@@ -334,7 +334,7 @@ def checked_timeout_s(timeout_s: float | None) -> float | None:
     """
     if timeout_s is None:
         return None
-    return timeout(timeout_s, MOST_SECONDS, or_else=", or None to wait for as long as it takes")
+    return timeout(timeout_s, MOST_SECONDS, name="timeout", or_else=", or None to wait for as long as it takes")
 
 
 def _wake(event: Event, _: AnyJob) -> None:

@@ -40,14 +40,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def timeout(value: Any, most_s: float, *, or_else: str = "") -> float:
+def timeout(value: Any, most_s: float, *, name: str = "timeout_s", or_else: str = "") -> float:
     """``value`` seconds to wait: no longer than ``most_s``, and not at all where it is below 0.
 
     Raises:
         ConfigError: it is no number; ``or_else`` says what is allowed besides.
     """
     if not is_number(value) or value != value:
-        raise ConfigError(f"timeout_s = {value!r}: must be a number of seconds, 0 to look and not wait{or_else}")
+        raise ConfigError(f"{name} = {value!r}: must be a number of seconds, 0 to look and not wait{or_else}")
     return float(min(max(value, 0), most_s))
 
 

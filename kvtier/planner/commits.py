@@ -160,7 +160,7 @@ class Commits:
             ended = self._state.disk.ranks[rank].reclaimed
             places = zip(answers["segment"].tolist(), answers["generation"].tolist(), strict=True)
             over = np.array([generation <= ended.get(segment, -1) for segment, generation in places], np.bool_)
-            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)).tolist(), Reason.GONE)
+            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)).tolist(), Reason.NO_SPACE)
 
     def _settle_sync(self, hop: Hop) -> None:
         ticket = hop.ticket

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvtier.core.plan import Hello
 from kvtier.errors import ConfigError
 from kvtier.models.layout import KVLayout
@@ -10,17 +12,19 @@ from kvtier.models.layout import KVLayout
 def check_hello(hello: Hello, layout: KVLayout, ranks: int) -> None:
     """Refuse a rank that the cache does not have, or whose blocks are others than those of ``layout``.
 
-    Of several ranks each has a placement of its own; their blocks and records must be of the same size.
+    Ranks of tensor parallelism have the same layout but for their number. Of others each has parts of its own, and only
+    the sizes of blocks and records are known.
 
     Raises:
         ConfigError: naming the rank, and what differs.
     """
     if not 0 <= hello.rank < ranks:
         raise ConfigError(f"rank {hello.rank}: this cache was opened for {ranks} ranks, from 0 on")
-    if ranks == 1 and hello.placement != layout.placement:
+    wanted = _placement_of(hello.rank, layout, ranks)
+    if wanted is not None and hello.placement != wanted:
         raise ConfigError(
-            f"rank 0 has placement {hello.placement[:12]}, this cache's layout {layout.placement[:12]}: open both with"
-            " the same KVLayout"
+            f"rank {hello.rank} has placement {hello.placement[:12]}, by this cache's layout it would be {wanted[:12]}:"
+            " open both with the same KVLayout, but for tp_rank"
         )
     if (hello.block_tokens, hello.record_pages) != (layout.block_tokens, layout.record_pages):
         raise ConfigError(
@@ -28,6 +32,15 @@ def check_hello(hello: Hello, layout: KVLayout, ranks: int) -> None:
             f" this cache's layout {layout.block_tokens} and {_pages(layout.record_pages)}: open them with the same"
             " KVLayout but for its ranks"
         )
+
+
+def _placement_of(rank: int, layout: KVLayout, ranks: int) -> str | None:
+    """The placement that ``rank`` must have; None where the layout does not say."""
+    if ranks == 1:
+        return layout.placement
+    if (layout.tp_size, layout.pp_size) != (ranks, 1):
+        return None
+    return replace(layout, tp_rank=rank).placement
 
 
 def _pages(record_pages: tuple[int, ...]) -> str:

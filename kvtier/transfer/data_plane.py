@@ -29,7 +29,7 @@ from kvtier.core.plan import (
     Reason,
     Recovered,
 )
-from kvtier.errors import CapacityError, ConfigError
+from kvtier.errors import CapacityError, ClosedError, ConfigError
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
@@ -254,6 +254,8 @@ class DataPlane:
         with self._lock:
             for path in self._equipment.paths:
                 path.lane.reap()
+            while len(self._equipment.work):  # what was reaped just now still has buffers to give back
+                self._equipment.work.give_up(ClosedError("the data plane is closed"))
             for run in list(self._runs.values()):
                 run.end(Reason.CLOSED)
         self._on_news()

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Final
 
 from kvtier.core.plan import Reason
-from kvtier.errors import CorruptBlockError
+from kvtier.errors import ClosedError, CorruptBlockError
 from kvtier.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -18,6 +18,11 @@ _MOST_PLACES: Final = 64
 
 class EngineMemoryError(Exception):
     """``gather`` or ``scatter`` of the engine's memory raised; ``__cause__`` is what."""
+
+
+def reason_of(error: Exception) -> Reason:
+    """How rows end whose piece of work came to nothing because of ``error``."""
+    return Reason.CLOSED if isinstance(error, ClosedError) else Reason.IO_ERROR
 
 
 class Faults:

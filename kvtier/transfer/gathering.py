@@ -11,7 +11,7 @@ from typing import TypeAlias
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.equipment import Equipment
-from kvtier.transfer.faults import EngineMemoryError
+from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Extents
 from kvtier.transfer.records import fill_records, gather_record, seal_records
 from kvtier.transfer.run import Run
@@ -53,7 +53,7 @@ class StoreRun(Run):
 
         def finish(result: Failures | Exception) -> None:
             self._gathers_left -= 1
-            failures = dict.fromkeys(rows, Reason.IO_ERROR) if isinstance(result, Exception) else result
+            failures = dict.fromkeys(rows, reason_of(result)) if isinstance(result, Exception) else result
             for row, reason in failures.items():
                 self.failed(row, reason)
             gathered = [row for row in rows if row not in failures] if failures else rows
@@ -106,7 +106,7 @@ class StoreRun(Run):
         def finish(result: None | Exception) -> None:
             if isinstance(result, Exception):
                 for row in rows:
-                    self.failed(row, Reason.IO_ERROR)
+                    self.failed(row, reason_of(result))
             else:
                 self._sealed(shape, rows)
             self.settle()

@@ -18,7 +18,7 @@ from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.equipment import DiskPath, Equipment
-from kvtier.transfer.faults import EngineMemoryError
+from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.run import Run
@@ -149,7 +149,7 @@ class LoadRun(Run):
 
         def finish(result: list[Reason] | Exception) -> None:
             self._give_back(staged)
-            reasons = [Reason.IO_ERROR] * len(rows) if isinstance(result, Exception) else result
+            reasons = [reason_of(result)] * len(rows) if isinstance(result, Exception) else result
             self._delivered_all(rows, reasons, origin)
             self.settle()
 

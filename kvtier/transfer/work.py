@@ -60,6 +60,12 @@ class WorkQueue:
             self._idle.append(wake)
         return None
 
+    def give_up(self, error: Exception) -> None:
+        """Nobody works any more: every piece, and what follows from its end, ends with ``error``."""
+        for queue in self._queues:
+            while queue:
+                queue.popleft().finish(error)
+
     def wake_one(self) -> None:
         """Let one waiting thread look again; called by I/O threads too, without the lock."""
         try:

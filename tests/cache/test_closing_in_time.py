@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvtier import TieredCache
+from kvtier.jobs import FlushResult, Job
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
@@ -158,3 +159,46 @@ def test_what_closing_cuts_short_is_no_fault_of_the_disk(caplog: pytest.LogCaptu
         assert cache.close(600)
     assert "is not written any more" not in caplog.text
     assert not [name for name, value in cache.stats().items() if "write_errors" in name and value]
+
+
+def test_who_only_looks_whether_it_is_closed_keeps_nobody_else_who_closes_waiting() -> None:
+    """The first one waits for the disk; were its threads stopped meanwhile, it would wait for all of its time."""
+    world = Simulation(1)
+    cache = rested(world, 0)
+    assert cache.submit_store([1] * (SIZE * BLOCKS), PseudoEngine(LAYOUT, BLOCKS).pages).result(600).refused == 0
+    world.disk.latency_s = 1.0
+    looks: list[bool] = []
+    submit_flush = cache.submit_flush
+
+    def flushing(durability: str) -> Job[FlushResult]:
+        job = submit_flush(durability)
+        looks.append(cache.close(0))
+        return job
+
+    cache.submit_flush = flushing  # type: ignore[method-assign, assignment]
+    started_s = world.clock.monotonic()
+    assert cache.close(600)
+    assert looks == [False]
+    assert world.clock.monotonic() - started_s < 60
+
+
+def test_what_comes_back_from_the_disk_when_nobody_works_any_more_gives_its_buffers_back() -> None:
+    world = Simulation(1)
+    disk = SimDisk(world)
+    tokens, engine = [1] * (SIZE * BLOCKS + 1), PseudoEngine(LAYOUT, BLOCKS + 1)
+    config = SETTINGS | {"read": {"promote": False}}
+    with TieredCache(config, LAYOUT, "sim", machine=world.machine(disk)) as cache:
+        assert cache.submit_store(tokens, engine.pages, durability="process").result(600).refused == 0
+    cache = TieredCache(config, LAYOUT, "sim", machine=world.machine(disk))
+    cache.wait_attached(600)
+    disk.latency_s = 1.0
+    with cache.lookup(tokens) as hit:
+        assert hit.by_tier["disk"] == SIZE * BLOCKS
+        job = cache.submit_load(hit, engine.pages)
+        world.run_for(0.5)
+        plane = cache._dispatch.channels[0]._plane  # type: ignore[attr-defined]
+        assert all(worker.stop(60) for worker in plane._workers)
+        world.run_for(60)
+        assert cache.close(600)
+    assert sum(job.result(0).failed.values()) == SIZE * BLOCKS
+    assert cache.stats()["staging_free"] == cache.stats()["staging_buffers"]

@@ -145,10 +145,10 @@ def test_a_timeout_is_a_number_of_seconds(opened: Opened, value: Any) -> None:
     """Whether or not there is anything left to wait for: a mistake must not show only now and then."""
     loaded = opened.load()
     loaded.result(30)
-    refused(opened, "timeout_s = .*None", lambda: loaded.result(value))
-    refused(opened, "timeout_s = .*None", lambda: loaded.wait_source_free(value))
-    refused(opened, "timeout_s = .*None", lambda: loaded.wait_part(0, value))
-    refused(opened, "timeout_s = .*None", lambda: opened.cache.flush("memory", value))
+    refused(opened, "timeout = .*None", lambda: loaded.result(value))
+    refused(opened, "timeout = .*None", lambda: loaded.wait_source_free(value))
+    refused(opened, "timeout = .*None", lambda: loaded.wait_part(0, value))
+    refused(opened, "timeout = .*None", lambda: opened.cache.flush("memory", value))
     refused(opened, "timeout_s = ", lambda: opened.cache.wait_attached(value))
     refused(opened, "timeout_s = ", lambda: opened.cache.close(value))
 
