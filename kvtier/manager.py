@@ -147,7 +147,8 @@ class CacheManager:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
         ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
-        when it is called again, with more of it. Whoever is inside loses it; an opening under way is waited for first.
+        when it is called again, with more of it. Any number of threads may close: they take turns. Whoever is inside
+        loses it; an opening under way is waited for first.
         In a child of the process that opened it nothing happens: all of it is the parent's.
 
         Raises:
