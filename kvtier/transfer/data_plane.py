@@ -237,8 +237,8 @@ class DataPlane:
                     run.abandon(Reason.CLOSED)
             self._equipment.kick()
         self._on_news()
-        if self._working:
-            self._drain(deadline)
+        if self._working and not self._drain(deadline):
+            return False  # the copy threads go on, and end it
         # Engines first: the copy threads are still there to take in what was in flight.
         stuck = sum(path.lane.engine.close(deadline.left_s()) for path in self._equipment.paths)
         self._working = False  # whoever closes a second time waits for the engines alone: nobody drains any more
@@ -271,17 +271,20 @@ class DataPlane:
                 self._given_back.set()
         return self._given_back.wait(deadline.left_s())
 
-    def _drain(self, deadline: Deadline) -> None:
-        """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may."""
+    def _drain(self, deadline: Deadline) -> bool:
+        """Let the copy threads end what was begun: stores are finished, everything else ends as soon as it may.
+
+        False: they did not come to the end of it in time.
+        """
         while True:
             self._progress.clear()
             with self._lock:
                 self._equipment.kick()
                 if all(run.final for run in self._runs.values()):
-                    return
+                    return True
             left_s = deadline.left_s()
             if not left_s:
-                return
+                return False
             self._progress.wait(min(left_s, _LOOK_AGAIN_S))
 
     # --- threads ----------------------------------------------------------------------------------------------------

@@ -202,3 +202,27 @@ def test_what_comes_back_from_the_disk_when_nobody_works_any_more_gives_its_buff
         assert cache.close(600)
     assert sum(job.result(0).failed.values()) == SIZE * BLOCKS
     assert cache.stats()["staging_free"] == cache.stats()["staging_buffers"]
+
+
+@pytest.mark.parametrize("verb", ["submit_load", "submit_prefetch"])
+def test_jobs_end_by_themselves_where_closing_ran_out_of_time(verb: str) -> None:
+    """Whoever waits for one is seldom the one who closes, and could not close again."""
+    world = Simulation(1)
+    disk = SimDisk(world)
+    tokens, engine = [1] * (SIZE * BLOCKS + 1), PseudoEngine(LAYOUT, BLOCKS + 1)
+    with TieredCache(SETTINGS, LAYOUT, "sim", machine=world.machine(disk)) as cache:
+        assert cache.submit_store(tokens, engine.pages, durability="process").result(600).refused == 0
+    cache = TieredCache(SETTINGS, LAYOUT, "sim", machine=world.machine(disk))
+    cache.wait_attached(600)
+    disk.latency_s = 1.0
+    with cache.lookup(tokens) as hit:
+        job = (
+            cache.submit_load(hit, engine.pages)
+            if verb == "submit_load"
+            else cache.submit_prefetch(tokens, deadline_s=9)
+        )
+        world.run_for(0.5)
+        assert not cache.close(0)
+        assert job.result(600).failed
+    assert cache.close(600)
+    assert cache.stats()["staging_free"] == cache.stats()["staging_buffers"]
