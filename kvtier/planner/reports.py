@@ -29,7 +29,7 @@ class Reports:
         state = self._state
         check_hello(hello, state.layout, state.index.ranks)
         if hello.rank in state.incarnations:
-            self._void(hello.rank)
+            self.detach(hello.rank)
         state.incarnations[hello.rank] = hello.incarnation
         state.host.attach(hello.rank, hello.host_pages)
         state.disk.attach(hello)

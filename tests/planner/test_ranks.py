@@ -243,6 +243,23 @@ def test_plans_of_an_old_life_end_and_leave_nothing_behind(
     assert bench.loaded(keys).count(Outcome.DONE) == 3
 
 
+@pytest.mark.parametrize("end", [restart, die])
+def test_nothing_of_an_old_life_becomes_durable_in_the_new_one(end: Callable[[Bench, int], None]) -> None:
+    """One block of the store was written and the other one was not: what the new life syncs is not that block."""
+    bench = Bench(segments=4)
+    bench.stored(bench.keys(1, shared=1))
+    keys = bench.keys(2, shared=1)
+    ticket = bench.store(keys, durability=Durability.DURABLE)
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    assert bench.in_flight(PlanKind.SPILL)
+    end(bench, 0)
+    assert ticket.finished
+    assert list(ticket.outcome) == [Outcome.FAILED] * 2
+    assert not bench.plans(PlanKind.SYNC)
+    bench.check_at_rest()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nothing_is_asked_of_a_rank_that_is_gone(rank: int) -> None:
     """Whoever asks is told at once: no plan would be answered."""
