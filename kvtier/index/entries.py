@@ -283,6 +283,23 @@ class Index:
         for parent in above[self.children[above] == 0].tolist():
             self.release(parent)
 
+    def cut_ghosts(self) -> None:
+        """Forget entries that are there for their children's links alone: the children stand without a parent then.
+
+        Nobody may be in the middle of adding entries: what is new looks the same.
+        """
+        touched = slice(0, self.table.touched)
+        ghost = (self.host_ranks[touched] | self.disk_ranks[touched]) == 0
+        ghost &= (self.pins[touched] == 0) & (self.children[touched] > 0)
+        if not ghost.any():
+            return
+        parents = self.parent[touched]
+        below = np.flatnonzero((self.children[touched] != _FREE) & (parents >= 0) & ghost[parents])
+        self.parent[below] = MISSING
+        ghosts = np.flatnonzero(ghost).astype(np.int32)
+        self.children[ghosts] = self.host_children[ghosts] = 0
+        self.release_many(ghosts)
+
     def _without_ancestors(self, entries: Places, held: list[int]) -> Mask:
         """Which of ``entries`` go: not those ``held``, nor what these extend. Those that stay are children again."""
         going = dict.fromkeys(entries.tolist(), True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, PlanKind, Reason, Status, Tier
+from kvtier.core.plan import COMPLETED, DIRECTORY_SHIFT, NOWHERE, Completion, Plan, PlanKind, Reason, Status, Tier
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop
@@ -151,7 +151,9 @@ class Commits:
         state.tell("stored", complete, Tier.DISK)
         state.counts["spilled_bytes"] += hop.moved_bytes
         for row, entry in enumerate(hop.entries.tolist()):
-            state.disk.write_ended(entry, written=row not in hop.failed)
+            # What lost its host copy meanwhile cannot be written: that is no refusal of whatever has its number next.
+            refused = row in hop.failed and bool(state.index.host_ranks_at[entry])
+            state.disk.write_ended(entry, written=not refused)
             self._advance(state.row_ended(entry, hop.failed.get(row, Reason.NONE)))
 
     def _fail_overtaken(self, hop: Hop) -> None:
@@ -160,7 +162,12 @@ class Commits:
             ended = self._state.disk.ranks[rank].reclaimed
             places = zip(answers["segment"].tolist(), answers["generation"].tolist(), strict=True)
             over = np.array([generation <= ended.get(segment, -1) for segment, generation in places], np.bool_)
-            hop.fail(np.flatnonzero(over & hop.landed(rank, Tier.DISK)).tolist(), Reason.NO_SPACE)
+            landed = hop.landed(rank, Tier.DISK)
+            hop.fail(np.flatnonzero(over & landed).tolist(), Reason.NO_SPACE)
+            gone = self._state.disk.ranks[rank].gone
+            if gone:
+                lost = np.isin(answers["segment"] >> DIRECTORY_SHIFT, list(gone)) & landed
+                hop.fail(np.flatnonzero(lost).tolist(), Reason.NO_DISK)
 
     def _settle_sync(self, hop: Hop) -> None:
         ticket = hop.ticket

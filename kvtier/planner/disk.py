@@ -43,6 +43,11 @@ class RankDisk:
         working = [directory.usable and directory.writable for directory in self.directories.values()]
         return self.capacity_bytes > 0 and (any(working) or not working)
 
+    @property
+    def gone(self) -> set[int]:
+        """Directories that were given up."""
+        return {number for number, directory in self.directories.items() if not directory.usable}
+
     def directory_of(self, segment: int) -> Directory:
         """The directory that ``segment`` lies in."""
         return self.directories.setdefault(segment >> DIRECTORY_SHIFT, Directory())
@@ -62,6 +67,8 @@ class DiskBook:
         self._refused = column(capacity, np.bool_)
         self._queued_at, self._refused_at = self._queued.data, self._refused.data
         self._backlog = 0
+        self.ended = 0
+        """Writes that came to an end, however."""
 
     def attach(self, hello: Hello) -> None:
         """Rank ``hello.rank`` brings a directory, or none (``disk_bytes`` 0)."""
@@ -117,6 +124,7 @@ class DiskBook:
     def take_back(self, entry: int) -> None:
         """Nothing of ``entry`` is there to be written, or nowhere to write it. Its number may be another's by now."""
         self._backlog -= bool(self._queued[entry])
+        self.ended += 1
         self._queued[entry] = _NOT_QUEUED
 
     def write_ended(self, entry: int, *, written: bool) -> None:

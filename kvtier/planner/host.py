@@ -40,6 +40,12 @@ class HostBook:
         return any(space.used_pages > watermark * space.capacity_pages for space in self.spaces.values())
 
     @property
+    def step_blocks(self) -> int:
+        """So many blocks more or less are worth another look at what may go."""
+        pages = min([space.capacity_pages for space in self.spaces.values()], default=0)
+        return max(1, (pages // max(self._record_pages)) >> 8)
+
+    @property
     def free_pages(self) -> int:
         """Pages that every arena has free."""
         return min([space.free_pages for space in self.spaces.values()], default=0)

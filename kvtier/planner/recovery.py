@@ -69,6 +69,7 @@ class Recovery:
         self._state.recovering.discard(rank)
         if not self._state.recovering:
             self._sequences.clear()
+            self._orphans.clear()
 
     def _take_group(self, rank: int, group: int, rows: Table) -> None:
         state, index = self._state, self._state.index
@@ -94,20 +95,26 @@ class Recovery:
         state.tell("stored", entries[index.on_disk(entries) & ~before], Tier.DISK)
 
     def _supersede(self, entries: EntryRows, rows: Table) -> None:
-        """An exact copy takes the place of approximate content: those of ``entries`` become MISSING."""
+        """An exact copy takes the place of approximate content, and an approximate one that of what left no copy.
+
+        The latter where somebody holds the exact block: it is not to be filled with other content than was promised.
+        Those of ``entries`` whose place is taken become MISSING.
+        """
         state, index = self._state, self._state.index
-        worse = (entries >= 0) & (rows["lineage"] == Lineage.EXACT) & (index.lineage[entries] != Lineage.EXACT)
-        old = entries[worse]
+        found_exact, known_exact = rows["lineage"] == Lineage.EXACT, index.lineage[entries] == Lineage.EXACT
+        bare = (index.host_ranks[entries] | index.disk_ranks[entries] | state.being_stored(entries)) == 0
+        over = (found_exact & ~known_exact) | (~found_exact & known_exact & bare & (index.pins[entries] > 0))
+        over &= entries >= 0
+        old = entries[over]
         state.supersede(old)
-        entries[worse] = MISSING
+        entries[over] = MISSING
         state.unpinned(old[index.pins[old] == 0])
 
     def _useful(self, rank: int, entries: EntryRows, rows: Table) -> Mask:
         """Rows that are no worse than what is known: unknown blocks, ghosts, and newer copies of the same lineage."""
         index, sequences = self._state.index, self._sequences[rank]
         held = (index.host_ranks[entries] | index.disk_ranks[entries]) != 0
-        if self._state.storing:
-            held |= np.array([entry in self._state.storing for entry in entries.tolist()], np.bool_)
+        held |= self._state.being_stored(entries)
         same = rows["lineage"] == index.lineage[entries]
         here = (index.disk_ranks[entries] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)
         newer = ~here | ((sequences[entries] > 0) & (sequences[entries] <= rows["sequence"]))

@@ -54,9 +54,10 @@ class Reports:
         on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
         for entry in on_host.tolist():
             state.host.drop(entry)
+        complete = on_disk[index.on_disk(on_disk)]
         index.drop_disk(rank, on_disk)
         state.tell("removed", on_host, Tier.HOST)
-        state.tell("removed", on_disk, Tier.DISK)
+        state.tell("removed", complete, Tier.DISK)
         state.forget_unreadable(np.union1d(on_host, on_disk))
 
     def lost(self, report: Lost) -> None:
@@ -69,9 +70,10 @@ class Reports:
             lost = np.array([entry], np.int32)
             if row["tier"] == Tier.HOST:
                 state.host.drop(entry)
+                state.tell("removed", lost, Tier.HOST)
+                state.forget_unreadable(lost)
             else:
-                index.drop_disk(rank, lost)
-            state.left(lost, Tier(int(row["tier"])))
+                state.leave_disk(rank, lost)
 
     def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
         """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
@@ -90,5 +92,4 @@ class Reports:
         """How a directory is; one that cannot be used any more loses all its copies."""
         if self._state.disk.update(report):
             entries = self._state.index.in_directory(report.rank, report.directory)
-            self._state.index.drop_disk(report.rank, entries)
-            self._state.left(entries, Tier.DISK)
+            self._state.leave_disk(report.rank, entries)

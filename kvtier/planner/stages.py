@@ -65,7 +65,7 @@ class Stages:
         for entry, block in zip(entries[dirty].tolist(), blocks[dirty].tolist(), strict=True):
             if state.disk.usable:
                 state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
-                state.row_waiters.setdefault(entry, []).append((ticket, block))
+                state.row_waiters.setdefault(entry, []).append((ticket, block, state.index.cells.key(entry)))
                 ticket.waits += 1
             else:
                 ticket.fail(block, Reason.NO_DISK)

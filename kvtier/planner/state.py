@@ -46,7 +46,7 @@ class ControlState:
         self.recovering: set[int] = set()
         self.hops: dict[int, Hop] = {}
         self.storing: dict[int, Hop] = {}
-        self.row_waiters: dict[int, list[tuple[Ticket, int]]] = {}
+        self.row_waiters: dict[int, list[tuple[Ticket, int, bytes]]] = {}
         self.plans: list[Plan] = []
         self.news: list[Ticket] = []
         self.counts: Counter[str] = Counter()
@@ -93,6 +93,12 @@ class ControlState:
         if self.disk.usable:
             free &= self.index.on_disk(entries) | self.disk.which_were_refused(entries)
         return free
+
+    def being_stored(self, entries: EntryRows) -> Mask:
+        """Which of ``entries`` somebody is storing."""
+        if not self.storing:
+            return np.zeros(len(entries), np.bool_)
+        return np.array([entry in self.storing for entry in entries.tolist()], np.bool_)
 
     def send(
         self,
@@ -156,14 +162,17 @@ class ControlState:
             self.index.unlink(entry)
 
     def _drop_superseded(self, entry: int) -> None:
+        self.disk.forget(np.array([entry], np.int32))
         if self.index.host_ranks[entry]:
             self.host.drop(entry)
         for rank in range(self.index.ranks):
             self.index.drop_disk(rank, np.array([entry], np.int32))
 
-    def left(self, entries: EntryRows, tier: Tier) -> None:
-        """Copies of ``entries`` in ``tier`` are gone: tell, and forget those that cannot be read any more."""
-        self.tell("removed", entries, tier)
+    def leave_disk(self, rank: int, entries: EntryRows) -> None:
+        """The copies that ``rank`` has of ``entries`` are gone: tell of those that were complete on disk until now."""
+        complete = entries[self.index.on_disk(entries)]
+        self.index.drop_disk(rank, entries)
+        self.tell("removed", complete, Tier.DISK)
         self.forget_unreadable(entries)
 
     def forget_unreadable(self, entries: EntryRows) -> None:
@@ -204,8 +213,10 @@ class ControlState:
     def row_ended(self, entry: int, reason: int) -> list[Ticket]:
         """A write that tickets wait for ended; returns those that wait for nothing more."""
         ready = []
-        for ticket, block in self.row_waiters.pop(entry, ()):
-            if reason != Reason.NONE:
+        for ticket, block, key in self.row_waiters.pop(entry, ()):
+            if reason == Reason.NONE and key != self.index.cells.key(entry):
+                ticket.fail(block, Reason.GONE)  # the number is another block's by now
+            elif reason != Reason.NONE:
                 ticket.fail(block, reason)
             ticket.waits -= 1
             if not ticket.waits:

@@ -54,6 +54,7 @@ class Stores:
         """Everything is kept in ``state``; tickets go on through ``stages``."""
         self._state = state
         self._stages = stages
+        self._next_cut = 0
 
     def store(self, wish: StoreWish) -> None:
         """Plan what is wished for: new blocks are gathered, pending ones are joined."""
@@ -66,6 +67,7 @@ class Stores:
         is_short = len(ticket.outcome) == 1 and ticket.durability == Durability.MEMORY
         if is_short and self._store_one(wish):
             return
+        self._make_entries_free(len(ticket.outcome) * len(state.layout.groups))
         span = slice(first, wish.stop)
         new: list[_NewRows] = []
         shields: list[EntryRows] = []
@@ -80,6 +82,19 @@ class Stores:
         for shield in shields:
             state.unpinned(state.index.unpin(shield))
         self._stages.advance(ticket)
+
+    def _make_entries_free(self, count: int) -> None:
+        """Where fewer than ``count`` entries are free, forget those that stand for nothing but their children's links.
+
+        Copies that go leave such entries behind, so it is not worth a look before many have gone.
+        """
+        index, counts = self._state.index, self._state.counts
+        if index.table.free >= count:
+            return
+        gone = counts["removed_host_blocks"] + counts["removed_disk_blocks"]
+        if gone >= self._next_cut:
+            index.cut_ghosts()
+            self._next_cut = gone + max(1, index.table.capacity >> 6)
 
     def has_room_for(self, blocks: int) -> bool:
         """Whether so many new blocks, of all groups, may be entered and be under way."""
@@ -137,7 +152,7 @@ class Stores:
         self._join(ticket, entries, first)
         wanted = wide((~kept).nonzero()[0])
         if state.storing and len(wanted):
-            wanted = wanted[[entry not in state.storing for entry in entries[wanted].tolist()]]
+            wanted = wanted[~state.being_stored(entries[wanted])]
         return wanted
 
     def _mark_existing(self, ticket: Ticket, new: list[_NewRows]) -> None:
@@ -159,9 +174,12 @@ class Stores:
         difference: a copy on one rank, or one on its way, would pass as the new content.
         """
         state, index = self._state, self._state.index
-        if lineage != Lineage.EXACT or not len(entries):
+        if not len(entries):
             return
         worse = (entries >= 0) & (index.lineage[entries] != _EXACT)
+        if lineage != Lineage.EXACT:  # an exact one without copies that others hold is not to be filled with this
+            worse = (entries >= 0) & ~worse & ~index.readable(entries) & (index.pins[entries] > 1)
+            worse &= ~state.being_stored(entries)
         if not np.count_nonzero(worse):
             return
         old = entries[worse]

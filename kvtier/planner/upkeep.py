@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason, Tier
+from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.disk import Directory
@@ -16,6 +16,7 @@ from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 
 _ENTRIES_LOOKED_AT: Final = 4096
+_NOTHING_SEEN: Final = (-1, -1)
 _EVICTED_A_TURN: Final = 256
 """Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
@@ -28,13 +29,16 @@ class Upkeep:
         self._state = state
         self._stages = stages
         self._draining = False
+        self._seen = _NOTHING_SEEN
 
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
         host, limits = self._state.host, self._state.config.host
         self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
         if self._draining:
-            self._spill_to_low_watermark()
+            self._drain()
+        else:
+            self._seen = _NOTHING_SEEN
         if self._state.disk.backlog:
             self._write()
         for rank, disk in self._state.disk.ranks.items():
@@ -42,13 +46,25 @@ class Upkeep:
                 while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
                     pass
 
-    def _spill_to_low_watermark(self) -> None:
-        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it."""
+    def _drain(self) -> None:
+        """Look at what may go, unless nothing went the last time and nothing has changed since.
+
+        A change is a write that ended, or so many blocks more or less that others may be queued or freed.
+        """
+        seen = (self._state.disk.ended, len(self._state.host) // self._state.host.step_blocks)
+        if seen != self._seen:
+            self._seen = _NOTHING_SEEN if self._spill_to_low_watermark() else seen
+
+    def _spill_to_low_watermark(self) -> bool:
+        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it.
+
+        Returns whether something went.
+        """
         state, low = self._state, self._state.config.host.low_watermark
         free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
         gone = state.host.make_room(free_pages, _EVICTED_A_TURN)
         if gone == _EVICTED_A_TURN or not state.disk.usable:
-            return
+            return bool(gone)
         surplus = free_pages - state.host.free_pages
         for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
             if surplus <= 0:
@@ -58,6 +74,7 @@ class Upkeep:
                     continue
                 state.disk.enqueue(entry)
             surplus -= int(state.index.host_pages[0, entry])
+        return bool(gone)
 
     def _write(self) -> None:
         state = self._state
@@ -107,9 +124,8 @@ class Upkeep:
         directory.reclaiming.add(segment)
         state.disk.ranks[rank].reclaimed[segment] = generation
         entries = index.in_segment(rank, segment)
-        index.drop_disk(rank, entries)
+        state.leave_disk(rank, entries)
         index.segment_generation[rank].pop(segment, None)
-        state.left(entries, Tier.DISK)
         nothing = np.empty(0, np.int32)
         hop = Hop(state.next_number(), PlanKind.RECLAIM, nothing, nothing, 1 << rank, state.version)
         hop.segment, hop.generation = segment, generation

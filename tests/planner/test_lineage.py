@@ -6,7 +6,7 @@ import pytest
 
 from kvtier.core.plan import Lineage, PlanKind, Tier
 from kvtier.planner import Durability, Outcome
-from tests.planner.bench import Bench
+from tests.planner.bench import BACK, Bench
 
 EXACT, APPROXIMATE = Lineage.EXACT, Lineage.APPROXIMATE
 
@@ -191,3 +191,38 @@ def test_an_approximate_write_that_ends_after_the_block_was_lost_and_stored_exac
     bench.run()
     bench.check_at_rest()
     assert bench.match(keys, exact=True) == 1
+
+
+def test_an_exact_hit_that_lost_its_copies_is_not_filled_with_approximate_content() -> None:
+    bench = Bench()
+    keys = bench.keys(2)
+    bench.stored(keys)
+    lease = bench.lookup(keys, exact=True)
+    bench.lose(keys, 0, Tier.HOST)
+    bench.stored(keys, lineage=APPROXIMATE)
+    ticket = bench.load(lease)
+    bench.run()
+    assert ticket.count(Outcome.DONE) == 1
+    assert {content.lineage for _, _, content in bench.planes[0].loaded} == {EXACT}
+    assert bench.match(keys) == 2
+    assert bench.match(keys, exact=True) == 0
+    bench.planner.release(lease)
+    bench.check_at_rest()
+
+
+def test_nor_with_approximate_content_that_an_earlier_life_left() -> None:
+    bench = Bench(segments=3, **BACK)
+    keys = bench.keys(1)
+    bench.stored(keys, lineage=APPROXIMATE, durability=Durability.PROCESS)
+    bench.stored(keys)
+    lease = bench.lookup(keys, exact=True)
+    bench.planes[0].restart()
+    bench.planes[0].recover()
+    bench.hear()
+    ticket = bench.load(lease)
+    bench.run()
+    assert ticket.count(Outcome.FAILED) == 1
+    assert not bench.planes[0].loaded
+    assert bench.match(keys) == 1
+    bench.planner.release(lease)
+    bench.check_at_rest()

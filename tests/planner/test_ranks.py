@@ -413,3 +413,13 @@ def test_every_rank_gets_the_same_rows_and_its_own_places() -> None:
     assert first.rows["key"].tobytes() == second.rows["key"].tobytes() == b"".join(keys.digests)
     assert first.rows["block"].tolist() == [0, 1, 2]
     assert (first.start, first.stop) == (0, 3 * BLOCK)
+
+
+def test_a_block_that_several_ranks_lose_left_the_disk_once() -> None:
+    bench = Bench(ranks=2, segments=6)
+    keys = bench.keys(1)
+    bench.stored(keys)
+    bench.lose(keys, 0, Tier.DISK, rank=0)
+    bench.lose(keys, 0, Tier.DISK, rank=1)
+    stats = bench.planner.stats()
+    assert stats["removed_disk_blocks"] == stats["stored_disk_blocks"] == 1

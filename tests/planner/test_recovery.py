@@ -351,3 +351,16 @@ def test_finding_many_blocks_costs_no_python_object_each() -> None:
     assert bench.match(bench.keys(20)) == 20
     assert bench.plans(PlanKind.LOAD) == []
     assert np.count_nonzero(bench.index.children[: bench.index.table.touched]) == 19
+
+
+def test_children_of_what_nobody_has_any_more_are_not_remembered_from_life_to_life() -> None:
+    bench = Bench(segments=6)
+    bench.stored(bench.keys(2))
+    plane = bench.planes[0]
+    for place in [place for place, (content, _, _) in plane.disk.items() if content.depth == 0]:
+        del plane.disk[place]
+    for _ in range(3):
+        plane.restart()
+        plane.recover()
+        bench.hear()
+        assert not bench.planner._recovery._orphans

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from kvtier.core.keys import Keys, Root
-from kvtier.core.plan import NOWHERE, Completion, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import NOWHERE, Completion, Lineage, PlanKind, Priority, Reason, Status, Tier
 from kvtier.core.wire import decode, encode
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability, Outcome
+from kvtier.planner.wishes import StoreWish
 from tests.planner.bench import BLOCK, PAGES, ROOT, Bench
 
 
@@ -531,3 +532,22 @@ def test_a_load_that_was_given_no_room_cannot_claim_a_copy() -> None:
     with pytest.raises(ValueError, match="no room was reserved"):
         bench.planner.take_in(completion)
     assert not ticket.finished
+
+
+def test_parents_without_copies_do_not_take_the_places_of_new_blocks_for_ever() -> None:
+    """A conversation whose beginning went long ago, as long as the index has places."""
+    bench = Bench(segments=5, host_blocks=16)
+    places = bench.index.table.capacity
+    keys = bench.keys(places + 100)
+    for stop in range(4, places + 100, 4):
+        wish = StoreWish.of(
+            keys, stop, PAGES, start=(stop - 4) * BLOCK, lineage=Lineage.EXACT, durability=Durability.MEMORY
+        )
+        bench.plan([wish])
+        bench.run()
+        assert wish.ticket.count(Outcome.DONE) == 4
+        bench.tickets.clear()
+        bench.sent.clear()
+    bench.check()
+    assert bench.stored(bench.keys(1, 5)).count(Outcome.DONE) == 1
+    bench.check_at_rest()

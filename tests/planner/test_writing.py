@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.core.plan import PAGE_BYTES, DiskState, Plan, PlanKind, Priority, Reason, Status, Tier
+from kvtier.core.plan import PAGE_BYTES, DiskState, Lineage, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
+from kvtier.planner.host import HostBook
 from tests.planner.bench import BACK, BLOCK, Bench
 
 LEVELS = [Durability.PROCESS, Durability.DURABLE]
@@ -308,3 +309,88 @@ def test_without_a_disk_a_flush_of_blocks_fails() -> None:
         assert not finished_well(ticket)
         assert set(ticket.reason) == {Reason.NO_DISK}
     assert finished_well(bench.flush(Durability.MEMORY))
+
+
+# --- what went while it waited for the disk ---------------------------------------------------------------------------
+
+
+def test_a_write_into_a_directory_that_is_gone_by_now_is_not_acknowledged() -> None:
+    bench = Bench(segments=3, **BACK)
+    ticket = bench.store(bench.keys(1), durability=Durability.PROCESS)
+    plane = bench.planes[0]
+    plane.finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    plane.answer(bench.in_flight(PlanKind.SPILL), {0: Status.OK})
+    late = plane.outbox.pop()
+    plane.usable = False
+    plane.disk_state()
+    bench.hear()
+    bench.say(late)
+    bench.run()
+    assert list(ticket.reason) == [Reason.NO_DISK]
+    bench.check_at_rest()
+
+
+def test_a_flush_is_not_told_of_the_write_of_another_block_with_the_same_number() -> None:
+    bench = Bench(segments=6, **BACK)
+    bench.planner._state.disk.write_budget_bytes = 2 * PAGE_BYTES
+    lost, other = bench.keys(1, 2), bench.keys(1, 3)
+    bench.stored(bench.keys(1, 1))
+    bench.stored(lost)
+    flush = bench.flush(Durability.PROCESS)
+    number = bench.entry(lost, 0)
+    bench.lose(lost, 0, Tier.HOST)
+    bench.store(other)
+    assert bench.entry(other, 0) == number
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    bench.run()
+    assert flush.outcome[0] == Outcome.FAILED
+    bench.check_at_rest()
+
+
+def test_that_the_disk_refused_a_block_is_forgotten_with_it() -> None:
+    bench = Bench(segments=6, **BACK)
+    keys, other = bench.keys(1, 1), bench.keys(1, 2)
+    bench.stored(keys, lineage=Lineage.APPROXIMATE)
+    number = bench.entry(keys, 0)
+    bench.flush()
+    bench.run(lambda plan, row: Reason.IO_ERROR if plan.kind == PlanKind.SPILL else Status.OK)
+    bench.stored(keys)  # exact content takes its place
+    bench.stored(other)
+    assert number in (bench.entry(keys, 0), bench.entry(other, 0))
+    assert not bench.planner._state.disk.was_refused(number)
+
+
+def test_a_block_that_was_lost_while_it_was_written_was_not_refused() -> None:
+    bench = Bench(segments=6, host_blocks=4, **BACK)
+    lost, next_one = bench.keys(1, 1), bench.keys(1, 2)
+    bench.stored(lost)
+    number = bench.entry(lost, 0)
+    bench.flush()
+    bench.lose(lost, 0, Tier.HOST)
+    bench.run(lambda plan, row: Reason.DAMAGED if plan.kind == PlanKind.SPILL else Status.OK)
+    bench.stored(next_one)
+    assert bench.entry(next_one, 0) == number
+    for seed in range(3, 12):
+        bench.stored(bench.keys(1, seed))
+    assert bench.match(next_one) == 1, "it was evicted, and the disk never had it"
+
+
+def test_a_host_tier_that_cannot_be_drained_is_not_looked_through_again_before_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(segments=6, host_blocks=16, host={"high_watermark": 0.5, "low_watermark": 0.25}, **BACK)
+    bench.store(bench.keys(12))
+    bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
+    bench.hear()
+    looked = []
+    make_room = HostBook.make_room
+    monkeypatch.setattr(HostBook, "make_room", lambda self, *how: looked.append(how) or make_room(self, *how))
+    for _ in range(5):
+        bench.prefetch(bench.keys(1, 9))
+    assert len(looked) <= 1
+    bench.run()
+    assert looked
+    assert bench.planner.stats()["host_entries"] == 4
+    bench.check_at_rest()
