@@ -73,6 +73,8 @@ class Dispatch:
         self._jobs: dict[Ticket, AnyJob] = {}
         self._wishes: deque[Wish] = deque()
         self._heard: deque[Message] = deque()
+        self._cancelled: set[int] = set()
+        """Plans that nobody wants, of jobs that have not ended."""
         self._ended = False
         self._on_attach: list[Event] = []
         self._turn = Turn(runtime.lock())  # ours until all is made: planes have news before they can be asked
@@ -274,6 +276,8 @@ class Dispatch:
                 continue
             jobs.append(job)
             if ticket.finished:
+                if self._cancelled:
+                    self._cancelled.difference_update(ticket.plan_ids)
                 del self._jobs[ticket]
                 if job.memory is not None:
                     self.memories.let_go(job.memory)
@@ -300,16 +304,26 @@ class Dispatch:
                 continue
             try:
                 channel.send(mine)
-            except Exception:
+                for plan in mine if self._cancelled else ():
+                    if plan.plan_id in self._cancelled:  # before there was anything to be cancelled
+                        channel.cancel(plan.plan_id)
+            except BaseException as error:
                 log.exception("rank %d did not take %d plans; whoever waits for them is refused", rank, len(mine))
                 with self.lock:
                     self.planner.disown(mine)
                     news = self._collect()
                 self._deliver(news)
+                if not isinstance(error, Exception):
+                    raise
 
     def _cancel(self, job: AnyJob) -> None:
         self._check_here()
-        plan_ids = self.decide(lambda: list(job.ticket.plan_ids))
-        for plan_id in plan_ids:
+
+        def plans() -> list[int]:
+            plan_ids = [] if job.ticket.finished else job.ticket.plan_ids
+            self._cancelled.update(plan_ids)
+            return list(plan_ids)
+
+        for plan_id in self.decide(plans):
             for channel in self.channels:
                 channel.cancel(plan_id)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from kvtier import CacheManager, ConfigError
-from kvtier.core.plan import Reason
+from kvtier import CacheManager, ConfigError, TieredCache
+from kvtier.channel import LocalChannel
+from kvtier.core.plan import Plan, Reason
 from kvtier.jobs import Job, JobControl
 from kvtier.manager import AsyncJob
 from kvtier.planner import Ticket
 from kvtier.planner.tickets import TicketKind
 from kvtier.runtime import SystemEvent, SystemRuntime
 from kvtier.runtime.seam import Event
+from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
@@ -142,3 +145,31 @@ async def test_no_part_has_fewer_tokens_than_one_before_it(runtime: CountingRunt
     asynchronous = AsyncJob(load, asyncio.get_running_loop())
     found = [load.wait_part(part, 0) for part in range(3)] + [await asynchronous.wait_part(part) for part in range(3)]
     assert found == [2 * BLOCK] * 6
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cancel_counts_also_while_the_plans_are_on_their_way(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """One thread sends what it planned while another gives it up, before there is anything to give up, or after."""
+    world, engine = Simulation(1), PseudoEngine(LAYOUT, 4)
+    disk = SimDisk(world)
+    settings = SETTINGS | {"disk": {"directories": ["/kv"], "capacity": "8MiB", "segment": "1MiB"}}
+    with TieredCache(settings, LAYOUT, "m", machine=world.machine(disk)) as cache:
+        assert cache.submit_store(TOKENS, engine.pages, durability="process").result(60).refused == 0
+    cache = TieredCache(settings, LAYOUT, "m", machine=world.machine(disk))
+    cache.wait_attached(60)
+    disk.latency_s = 1.0
+    send = LocalChannel.send
+
+    def cancelling(channel: LocalChannel, plans: Sequence[Plan]) -> None:
+        if when == "before":
+            job.cancel()
+        send(channel, plans)
+        if when == "after":
+            job.cancel()
+
+    with cache.lookup(TOKENS) as hit:
+        job = cache.submit_load(hit, engine.pages)
+        monkeypatch.setattr(LocalChannel, "send", cancelling)
+        assert job.result(60).failed == {"abandoned": 4 * BLOCK}
+    assert cache._dispatch._cancelled == set()
+    assert cache.close(60)
