@@ -39,7 +39,7 @@ class RankDisk:
 
     @property
     def usable(self) -> bool:
-        """Whether there is a directory that can be written to; before its first report one counts as well."""
+        """Whether there is a directory that can be written to; one that has not reported yet counts as such."""
         working = [directory.usable and directory.writable for directory in self.directories.values()]
         return self.capacity_bytes > 0 and (any(working) or not working)
 
@@ -72,7 +72,8 @@ class DiskBook:
 
     def attach(self, hello: Hello) -> None:
         """Rank ``hello.rank`` brings a directory, or none (``disk_bytes`` 0)."""
-        self.ranks[hello.rank] = RankDisk(hello.disk_bytes)
+        directories = {number: Directory() for number in range(len(hello.directories))}
+        self.ranks[hello.rank] = RankDisk(hello.disk_bytes, directories)
 
     def detach(self, rank: int) -> None:
         """Rank ``rank`` is gone, and its directories with it."""

@@ -141,7 +141,7 @@ class IOEngine(Protocol):
 
 
 class Files(Protocol):
-    """Synchronous file operations, for opening and for the one housekeeping loop. Errors are ``OSError``.
+    """Synchronous file operations, for opening and for the housekeeping loop of a directory. Errors are ``OSError``.
 
     Paths are absolute strings. ``fd`` is a number that an ``IOEngine`` of the same machine accepts.
     """

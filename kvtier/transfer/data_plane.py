@@ -1,8 +1,8 @@
 """The data plane of one rank: moves the bytes of plans, and chooses only among the sources that a plan allows.
 
 Its copy threads are loops over ``step``: each takes a short piece of work, runs it without a lock, and brings the
-result back; in passing it reaps what the lanes finished and hands them more. One housekeeping loop keeps the
-directories going and ends what is past its deadline.
+result back; in passing it reaps what the lanes finished and hands them more. One housekeeping loop for each directory
+keeps it going; what is past its deadline ends by a loop that waits for no device.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 }
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
+_DEADLINES_S: Final = 0.02
 _IDLE_THREADS_S: Final = 5.0
 """For threads that nothing is under way in: they were told to end, and only have to be given a core to do it on."""
 _LOOK_AGAIN_S: Final = 0.1
@@ -95,13 +96,13 @@ class DataPlane:
         self._lock = machine.runtime.lock()
         self._runs: dict[int, Run] = {}
         self._next_memory = 0
-        self._chores = machine.runtime.event()
         self._progress = machine.runtime.event()
         self._given_back = machine.runtime.event()
         self._closed = False
         self._working = self._holding = True
         self._called_back = False
         self._tables_are_checked = tables_are_checked
+        self._busy_threads = 0
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
         _check_host(config, record_pages)
@@ -153,7 +154,11 @@ class DataPlane:
         with self._lock:
             for plan in plans:
                 self._begin(plan)
-            self._equipment.kick()
+            try:
+                self._equipment.kick()
+            except Exception as error:  # the plans are begun: who sent them must not take them for refused
+                self._equipment.faults.tell("handing requests to the disks failed", error)
+        self._write_log()
 
     def call_back(self) -> bool:
         """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then.
@@ -258,6 +263,7 @@ class DataPlane:
                 self._equipment.work.give_up(ClosedError("the data plane is closed"))
             for run in list(self._runs.values()):
                 run.end(Reason.CLOSED)
+        self._write_log()
         self._on_news()
 
     def _give_back(self, deadline: Deadline) -> bool:
@@ -280,12 +286,19 @@ class DataPlane:
             self._progress.clear()
             with self._lock:
                 self._equipment.kick()
-                if all(run.final for run in self._runs.values()):
+                if all(run.final for run in self._runs.values()) or not self._moves:
                     return True
             left_s = deadline.left_s()
             if not left_s:
                 return False
             self._progress.wait(min(left_s, _LOOK_AGAIN_S))
+
+    @property
+    def _moves(self) -> bool:
+        """Whether something is under way that runs may wait for: else only a mistake of ours left them open."""
+        equipment = self._equipment
+        waiting = len(equipment.work) or len(equipment.waiting_for_staging)
+        return bool(self._busy_threads or waiting or any(path.lane.is_busy for path in equipment.paths))
 
     # --- threads ----------------------------------------------------------------------------------------------------
 
@@ -293,9 +306,12 @@ class DataPlane:
         for number in range(self._config.host.copy_threads):
             wake = self._machine.runtime.event()
             self._spawn(held, f"copy-{number}", partial(self._step, wake), wake)
-        for path in self._equipment.paths:
+        for number, path in enumerate(self._equipment.paths):
             path.lane.engine.ready = _WakeOne(self)
-        self._spawn(held, "housekeeping", self._housekeep, self._chores, _HOUSEKEEPING_S)
+            self._spawn(
+                held, f"housekeeping-{number}", partial(self._keep_house, number, path), path.chores, _HOUSEKEEPING_S
+            )
+        self._spawn(held, "deadlines", self._watch_deadlines, self._machine.runtime.event(), _DEADLINES_S)
 
     def _spawn(
         self, held: ExitStack, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None = None
@@ -315,7 +331,9 @@ class DataPlane:
                 reaped += sum(path.lane.reap() for path in self._equipment.paths)
             # Who only asked for a call waits for the piece: nearly always its bytes move without the interpreter.
             news = self._take_news() if piece is None else bool(self._equipment.outbox)
+            self._busy_threads += piece is not None
         if news:
+            self._write_log()
             self._on_news()
         if piece is None:
             return reaped > 0  # whatever the news brings wakes a thread that waits
@@ -333,6 +351,7 @@ class DataPlane:
                 piece.finish(result)
             except Exception as error:  # a mistake of ours: the thread goes on for all the others
                 self._equipment.faults.tell("the end of a piece of work failed", error)
+            self._busy_threads -= 1
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)
@@ -345,17 +364,31 @@ class DataPlane:
         return bool(self._equipment.outbox)
 
     def _tell(self, news: bool) -> None:
+        self._write_log()
         if news:
             self._on_news()
         if self._closed:
             self._progress.set()
 
-    def _housekeep(self) -> bool:
-        """One bounded step for every directory; then deadlines, and what the directories have to say."""
-        busy = [path.tier.housekeep() for path in self._equipment.paths]
+    def _write_log(self) -> None:
+        """Log what was noticed under the lock: whoever reads it there may ask us how we are."""
+        self._equipment.faults.remarks.write()
+        for path in self._equipment.paths:
+            path.tier.write_log()
+
+    def _keep_house(self, directory: int, path: DiskPath) -> bool:
+        """One bounded step for a directory, and what it has to say."""
+        busy = path.tier.housekeep()
         with self._lock:
-            for directory, path in enumerate(self._equipment.paths):
-                self._report(directory, path)
+            self._report(directory, path)
+            self._equipment.kick()
+            news = self._take_news()
+        self._tell(news)
+        return busy
+
+    def _watch_deadlines(self) -> bool:
+        """End what is past its deadline, whatever the devices do."""
+        with self._lock:
             now_s = self._equipment.clock.monotonic()
             for run in list(self._runs.values()):
                 if run.plan.deadline_s is not None and run.plan.deadline_s <= now_s and not run.abandoned:
@@ -365,7 +398,7 @@ class DataPlane:
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)
-        return any(busy)
+        return False
 
     def wake(self) -> None:
         """Let a copy thread look for finished I/O."""
@@ -385,7 +418,7 @@ class DataPlane:
                 clean_segments=None if config.disk.clean_segments == "auto" else config.disk.clean_segments,
                 owner=self._machine.owner,
             )  # fmt: skip
-            tier.wake = self._chores
+            tier.wake = chores = self._machine.runtime.event()
             found = tier.open()
             held.callback(tier.close)
             for rows in found:
@@ -393,7 +426,8 @@ class DataPlane:
                 recovered.append(Recovered(self.rank, equipment.incarnation, rows))
             engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
             held.callback(engine.close, _IDLE_THREADS_S)
-            equipment.paths.append(DiskPath(tier, Lane(f"disk-{number}", engine, threads=config.disk.io_threads)))
+            lane = Lane(f"disk-{number}", engine, threads=config.disk.io_threads)
+            equipment.paths.append(DiskPath(tier, lane, chores))
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
         tiers = [path.tier for path in equipment.paths]

@@ -9,6 +9,7 @@ from typing import Final
 from kvtier.core.plan import Reason
 from kvtier.errors import ClosedError, CorruptBlockError
 from kvtier.metrics import Metrics
+from kvtier.runtime.remarks import Remarks
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Faults:
 
     def __init__(self, metrics: Metrics) -> None:
         """Nothing has gone wrong. ``metrics`` counts ``failed_pieces`` by the type of the error."""
+        self.remarks = Remarks(log)
         self._metrics = metrics
         self._told: dict[tuple[type[BaseException], str, int], object] = {}
 
@@ -39,7 +41,7 @@ class Faults:
         return Reason.ENGINE_ERROR
 
     def tell(self, what: str, error: BaseException) -> None:
-        """``what`` raised ``error``: count it, and log it once for each type and place that it comes from.
+        """``what`` raised ``error``: count it, and remark it once for each type and place that it comes from.
 
         Damage is only counted: it has a reason and counters of its own.
         """
@@ -48,7 +50,7 @@ class Faults:
             return
         mine, key = object(), (type(error), *_place(error.__traceback__))
         if self._told.setdefault(key, mine) is mine:  # one step: of several threads one tells
-            log.error("%s; the next ones from there are only counted", what, exc_info=error)
+            self.remarks.add(logging.ERROR, f"{what}; the next ones from there are only counted", error)
 
 
 def _place(trace: TracebackType | None) -> tuple[str, int]:

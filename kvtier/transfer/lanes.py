@@ -185,6 +185,11 @@ class Lane:
         """Requests that the engine has."""
         return sum(self._in_flight.values())
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits in it, or is on its way."""
+        return bool(self.in_flight or self._syncs or any(self._queues.values()) or any(self._cut.values()))
+
     def _has_room(self, priority: Priority) -> bool:
         # Writes and reads each have all of the depth: a full write queue never keeps a load from the disk.
         depth = _QUEUED_A_THREAD * self._threads

@@ -38,7 +38,6 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TieredCach
         if request.param == "host":
             store(opened, PseudoEngine(LAYOUT, BLOCKS))
         yield opened
-        assert_nothing_leaks(opened)
 
 
 def store(cache: TieredCache, engine: PseudoEngine, number: int = 1) -> None:
@@ -76,10 +75,12 @@ def test_a_store_from_memory_that_raises_is_refused_as_an_error_of_the_engine(
         result = cache.submit_store([7] * (SIZE * BLOCKS), pages, durability=durability).result(30)
         assert (result.stored, result.failed) == (0, {"engine_error": SIZE * BLOCKS})
     assert cache.stats()["host_used_bytes"] == used_bytes
-    assert told(caplog) == [repr(error)]
     store(cache, engine, 7)
     assert loads(cache, engine, 7)
     assert loads(cache, engine)
+    assert_nothing_leaks(cache)
+    assert cache.close()
+    assert told(caplog) == [repr(error)]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -91,11 +92,13 @@ def test_a_load_to_memory_that_raises_is_an_error_of_the_engine_and_says_nothing
     with cache.lookup([1] * (SIZE * BLOCKS + 1)) as hit:
         result = cache.submit_load(hit, pages).result(30)
     assert (result.ok_tokens, result.failed) == (0, {"engine_error": SIZE * BLOCKS})
-    assert told(caplog) == [repr(error)]
     counted = cache.stats()
     assert not [name for name in counted if name.startswith(("damaged_reads", "lost_copies", "read_errors"))]
     assert loads(cache, engine)
     store(cache, engine, 7)
+    assert_nothing_leaks(cache)
+    assert cache.close()
+    assert told(caplog) == [repr(error)]
 
 
 def test_what_raises_with_every_block_is_told_once_and_counted_every_time(

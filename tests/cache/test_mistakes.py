@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,6 +22,7 @@ from kvtier.planner.recovery import Recovery
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from kvtier.transfer import DataPlane
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.gathering import StoreRun
 
 LAYOUT = tiny_layout()
@@ -221,6 +224,32 @@ def test_what_a_mistake_says_in_the_log_is_said_with_no_lock_held(
     assert len(asked) == 2
 
 
+def test_what_a_mistake_of_the_data_plane_says_in_the_log_is_said_with_no_lock_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of plans that cannot be begun, and of segments that cannot be written."""
+    world = Simulation(1)
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine())
+    world.run_for(1)
+    asked: list[str] = []
+
+    class Asking(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            asked.append(record.getMessage())
+            cache.stats()
+
+    monkeypatch.setattr(logging.getLogger("kvtier"), "handlers", [Asking()])
+    once(monkeypatch, StoreRun, "begin")
+    assert store(cache, 1).result(60).failed == {"refused": 2 * SIZE}
+    monkeypatch.setattr(world.disk, "finish", Mock(side_effect=OSError(errno.EIO, "broken")))
+    job = cache.submit_store([2] * SIZE, ENGINE.pages, durability="process")
+    assert job.result(60).failed == {"io_error": SIZE}
+    assert [message.partition(";")[0] for message in asked] == [
+        "a plan to store could not be begun",
+        "segment 0 is not written any more: a write failed: [Errno 5] broken",
+    ]
+
+
 def test_what_was_found_counts_also_where_the_end_of_it_cannot_be_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Simulation(1)
     disk = SimDisk(world)
@@ -259,16 +288,16 @@ class Broken(LocalChannel):
     """A channel that does not take the next plans of some kind."""
 
     breaks_on: PlanKind | None = None
+    error: BaseException = BrokenPipeError("nobody reads")
 
     def send(self, plans: Sequence[Plan]) -> None:
         if self.breaks_on is not None and any(plan.kind == self.breaks_on for plan in plans):
             self.breaks_on = None
-            raise BrokenPipeError("nobody reads")
+            raise self.error
         super().send(plans)
 
 
-@pytest.mark.parametrize(("kind", "durability"), [(PlanKind.STORE, "memory"), (PlanKind.SPILL, "process")])
-def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kind: PlanKind, durability: str) -> None:
+def over_a_broken_channel() -> tuple[TieredCache, Broken]:
     config, machine = load_config(WITH_DISK), Simulation(1).machine()
     news: list[TieredCache] = []
     channel = Broken(
@@ -279,6 +308,12 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     news.append(cache)
     cache.register(ENGINE.memory)
     cache.wait_attached(60)
+    return cache, channel
+
+
+@pytest.mark.parametrize(("kind", "durability"), [(PlanKind.STORE, "memory"), (PlanKind.SPILL, "process")])
+def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kind: PlanKind, durability: str) -> None:
+    cache, channel = over_a_broken_channel()
     assert store(cache, 1).result(60).stored == 2 * SIZE
     channel.breaks_on = kind
     jobs = [cache.submit_store([number] * SIZE, ENGINE.pages, durability=durability) for number in (2, 3)]
@@ -287,6 +322,17 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     again = [cache.submit_store([number] * SIZE, ENGINE.pages) for number in (2, 3, 4)]
     assert [job.result(60).failed for job in again] == [{}, {}, {}]
     assert all(job.done for job in jobs)
+    assert cache.close(60)
+
+
+def test_an_interrupt_while_plans_are_sent_refuses_them() -> None:
+    cache, channel = over_a_broken_channel()
+    channel.breaks_on, channel.error = PlanKind.STORE, KeyboardInterrupt()
+    job = store(cache, 1)
+    with pytest.raises(KeyboardInterrupt):
+        cache.lookup([9] * SIZE)
+    assert job.result(60).failed == {"refused": 2 * SIZE}
+    assert store(cache, 2).result(60).stored == 2 * SIZE
     assert cache.close(60)
 
 
@@ -299,6 +345,17 @@ def test_a_plan_that_cannot_be_begun_is_refused_and_the_next_ones_go_on(
     assert cache.close()
 
 
+def test_plans_that_were_begun_are_not_taken_for_refused_whatever_fails_behind_them(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pages are being read: the engine must not be told that it may write to them."""
+    job = store(cache, 1)
+    once(monkeypatch, Equipment, "kick")
+    cache._dispatch.decide(lambda: None)
+    assert not job.source_free
+    assert job.result(60).stored == 2 * SIZE
+
+
 def test_a_piece_of_work_whose_end_fails_leaves_its_thread_to_the_others(
     cache: TieredCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +363,18 @@ def test_a_piece_of_work_whose_end_fails_leaves_its_thread_to_the_others(
     once(monkeypatch, StoreRun, "settle")
     assert store(cache, 2, PseudoEngine(LAYOUT, 2)).result(60).stored == 2 * SIZE
     assert cache.stats()["failed_pieces{error=Mistake}"] == 1
+
+
+def test_closing_does_not_wait_for_what_only_a_mistake_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Simulation(1)
+    cache = TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m", machine=world.machine())
+    job = store(cache, 1)
+    cache._dispatch.decide(lambda: None)
+    once(monkeypatch, StoreRun, "settle")
+    started_s = world.clock.monotonic()
+    assert cache.close(600)
+    assert world.clock.monotonic() - started_s < 1
+    assert job.result(0).stored == 2 * SIZE, "it was copied before"
 
 
 class Silent:

@@ -147,6 +147,7 @@ class FakePlane:
             Hello(
                 self.rank, self.incarnation, self.layout.placement, self.layout.block_tokens, self.layout.record_pages,
                 self.host_pages, len(self.segments) * segment_bytes, segment_bytes,
+                tuple(f"/disk-{number}" for number in self.directories),
             )
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ class Held:
         operation = getattr(self._what, name)
 
         def maybe_held(*arguments: Any, **settings: Any) -> Any:
-            if name == self.held and threading.current_thread().name != "housekeeping":
+            if name == self.held and not threading.current_thread().name.startswith("housekeeping"):
                 self.entered.set()
                 assert self.go_on.wait(PATIENCE_S)
             return operation(*arguments, **settings)

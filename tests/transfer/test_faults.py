@@ -29,6 +29,7 @@ def test_an_error_is_told_once_for_each_place_that_it_comes_from(
 ) -> None:
     for line in (1, 2, 1, 2, 1):
         faults.tell("work failed", raised(line))
+    faults.remarks.write()
     assert [record.message.startswith("work failed") for record in caplog.records] == [True, True]
     assert "somewhere.py" in caplog.text
 
@@ -36,9 +37,11 @@ def test_an_error_is_told_once_for_each_place_that_it_comes_from(
 def test_errors_from_everywhere_do_not_flood_the_log(faults: Faults, caplog: pytest.LogCaptureFixture) -> None:
     for line in range(1, 3 * _MOST_PLACES):
         faults.tell("work failed", raised(line))
+    faults.remarks.write()
     assert len(caplog.records) == _MOST_PLACES
 
 
 def test_damage_is_only_counted(faults: Faults, caplog: pytest.LogCaptureFixture) -> None:
     faults.tell("work failed", CorruptBlockError("a checksum"))
+    faults.remarks.write()
     assert caplog.records == []

@@ -16,6 +16,7 @@ from typing import Final
 from kvtier.core.memory import Bytes1D
 from kvtier.core.plan import PAGE_BYTES, Reason
 from kvtier.errors import CapacityError
+from kvtier.runtime.remarks import Remarks
 from kvtier.runtime.seam import Clock, Lock
 from kvtier.tiers.disk.geometry import CleanPool, largest_record_pages
 from kvtier.tiers.disk.health import Health
@@ -46,6 +47,7 @@ class SegmentBook:
         self.largest_record_pages = largest_record_pages(segment_pages)
         self.segments: dict[int, Segment] = {}
         self.health = Health(clock)
+        self.remarks = Remarks(log)
         self._lock = lock
         self._wake = wake
         self._traffic = Traffic(clock)
@@ -111,7 +113,7 @@ class SegmentBook:
         """The directory cannot be used any more, for reading or writing."""
         with self._lock:
             self._placing, self.health.usable, self.health.standing_reason = False, False, reason
-        log.error("disk tier off: %s", reason)
+        self.remarks.add(logging.ERROR, f"disk tier off: {reason}")
 
     # --- what the lanes ask for -------------------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class SegmentBook:
             poisoned = self._poison(segment)
             self._ended(segment)
         if poisoned:
-            self._tell_poisoned(segment, "a write failed")
+            self._tell_poisoned(segment, f"a write failed: {error}")
 
     def abandoned(self, place: Place) -> None:
         """Nothing was written to ``place`` and nothing will be; the segment is as good as before."""
@@ -340,7 +342,9 @@ class SegmentBook:
         """Making a segment failed: go on with those that there are, and try again later."""
         with self._lock:
             self.health.could_not_grow(reason)
-        log.warning("disk tier cannot grow and goes on with %d segments: %s", len(self.segments), reason)
+        self.remarks.add(
+            logging.WARNING, f"disk tier cannot grow and goes on with {len(self.segments)} segments: {reason}"
+        )
 
     def grew(self, segment: Segment) -> None:
         """``segment`` was made."""
@@ -407,9 +411,9 @@ class SegmentBook:
         return True
 
     def _tell_poisoned(self, segment: Segment, why: str) -> None:
-        log.warning("segment %d is not written any more: %s", segment.number, why)
+        self.remarks.add(logging.WARNING, f"segment {segment.number} is not written any more: {why}")
         if not self.health.takes_writes:
-            log.error("disk tier: %s", self.health.reason)
+            self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
 
     def _in_life(self, target: SyncTarget) -> Segment | None:
         segment = self.segments.get(target.segment)

@@ -144,7 +144,9 @@ class DiskTier:
         """
         deadline = None if timeout_s is None else Deadline(self._clock, timeout_s)
         self._book.stop_placing()
-        if not self._write_rest(deadline):
+        all_written = self._write_rest(deadline)
+        self.write_log()
+        if not all_written:
             log.warning(
                 "disk directory %s: %d segments were not sealed or synced within %g s: what is in them may not survive"
                 " a power cut", self.path, self._owed, timeout_s,
@@ -180,6 +182,11 @@ class DiskTier:
     def writable(self) -> bool:
         """False where nothing will ever be placed in this life: it is gone, or a newer version made it."""
         return self.usable and not self._directory.read_only
+
+    @property
+    def takes_writes(self) -> bool:
+        """False while it is left alone, because segment after segment failed."""
+        return self._book.health.takes_writes
 
     def place(self, pages: int) -> Place | None:
         """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
@@ -243,7 +250,13 @@ class DiskTier:
 
     def housekeep(self) -> bool:
         """One bounded step of background work; True when there may be more to do now."""
-        return self._housekeeper.step()
+        busy = self._housekeeper.step()
+        self.write_log()
+        return busy
+
+    def write_log(self) -> None:
+        """Log what was noticed since the last call; with no lock held."""
+        self._book.remarks.write()
 
     # --- below ------------------------------------------------------------------------------------------------------
 
