@@ -20,9 +20,7 @@ from kvtier.core.plan import (
     PAGE_BYTES,
     RECOVERED,
     Completion,
-    DiskState,
     Hello,
-    LaneRate,
     Message,
     Plan,
     PlanKind,
@@ -34,11 +32,10 @@ from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Arena, Buffer, Event, Machine, Worker
-from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.endpoint import table_fits
-from kvtier.transfer.equipment import DiskPath, Equipment
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.gathering import StoreRun
-from kvtier.transfer.lanes import Lane, global_segment
+from kvtier.transfer.paths import IDLE_THREADS_S, DiskPath, open_path
 from kvtier.transfer.reclaiming import ReclaimRun
 from kvtier.transfer.run import Run
 from kvtier.transfer.scattering import LoadRun
@@ -58,8 +55,6 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
 _DEADLINES_S: Final = 0.02
-_IDLE_THREADS_S: Final = 5.0
-"""For threads that nothing is under way in: they were told to end, and only have to be given a core to do it on."""
 _LOOK_AGAIN_S: Final = 0.1
 """Who closes looks so often whether all is over: of several who do, only one hears of the last run's end."""
 
@@ -306,11 +301,10 @@ class DataPlane:
         for number in range(self._config.host.copy_threads):
             wake = self._machine.runtime.event()
             self._spawn(held, f"copy-{number}", partial(self._step, wake), wake)
-        for number, path in enumerate(self._equipment.paths):
+        for path in self._equipment.paths:
             path.lane.engine.ready = _WakeOne(self)
-            self._spawn(
-                held, f"housekeeping-{number}", partial(self._keep_house, number, path), path.chores, _HOUSEKEEPING_S
-            )
+            name, step = f"housekeeping-{path.number}", partial(self._keep_house, path)
+            self._spawn(held, name, step, path.chores, _HOUSEKEEPING_S)
         self._spawn(held, "deadlines", self._watch_deadlines, self._machine.runtime.event(), _DEADLINES_S)
 
     def _spawn(
@@ -318,7 +312,7 @@ class DataPlane:
     ) -> None:
         worker = self._machine.runtime.spawn(name, step, wake, idle_s)
         self._workers.append(worker)
-        held.callback(worker.stop, _IDLE_THREADS_S)
+        held.callback(worker.stop, IDLE_THREADS_S)
 
     def _step(self, wake: Event) -> bool:
         """One piece of work, if there is any."""
@@ -376,11 +370,16 @@ class DataPlane:
         for path in self._equipment.paths:
             path.tier.write_log()
 
-    def _keep_house(self, directory: int, path: DiskPath) -> bool:
+    def _keep_house(self, path: DiskPath) -> bool:
         """One bounded step for a directory, and what it has to say."""
         busy = path.tier.housekeep()
         with self._lock:
-            self._report(directory, path)
+            reclaimed, messages = path.take_news(self.rank, self._equipment.incarnation)
+            for segment in reclaimed:
+                waiting = self._equipment.reclaims.pop(segment, None)
+                if waiting is not None:
+                    waiting.ended()
+            self._equipment.outbox.extend(messages)
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)
@@ -407,27 +406,12 @@ class DataPlane:
     # --- directories ------------------------------------------------------------------------------------------------
 
     def _open_directories(self, layout: KVLayout, held: ExitStack) -> None:
-        config, equipment = self._config, self._equipment
-        directories = config.disk.directories
+        equipment, directories = self._equipment, self._config.disk.directories
         recovered: list[Recovered] = []
-        for number, directory in enumerate(directories):
-            tier = DiskTier(
-                self._machine.files, self._machine.runtime, directory=directory, layout=layout,
-                capacity_bytes=config.disk.capacity // len(directories),
-                segment_bytes=None if config.disk.segment == "auto" else config.disk.segment,
-                clean_segments=None if config.disk.clean_segments == "auto" else config.disk.clean_segments,
-                owner=self._machine.owner,
-            )  # fmt: skip
-            tier.wake = chores = self._machine.runtime.event()
-            found = tier.open()
-            held.callback(tier.close)
-            for rows in found:
-                rows["segment"] = global_segment(number, 0) + rows["segment"]
-                recovered.append(Recovered(self.rank, equipment.incarnation, rows))
-            engine = self._machine.io_engine(f"disk-{number}", config.disk.io_threads)
-            held.callback(engine.close, _IDLE_THREADS_S)
-            lane = Lane(f"disk-{number}", engine, threads=config.disk.io_threads)
-            equipment.paths.append(DiskPath(tier, lane, chores))
+        for number in range(len(directories)):
+            path, found = open_path(self._config, layout, self._machine, number, held)
+            equipment.paths.append(path)
+            recovered.extend(Recovered(self.rank, equipment.incarnation, rows) for rows in found)
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))
         tiers = [path.tier for path in equipment.paths]
@@ -441,28 +425,6 @@ class DataPlane:
             )
         )  # fmt: skip
         equipment.outbox.extend(recovered)
-
-    def _report(self, directory: int, path: DiskPath) -> None:
-        events = path.tier.take_events()
-        if events is None:
-            return
-        equipment = self._equipment
-        for segment in events.reclaimed:
-            waiting = equipment.reclaims.pop(global_segment(directory, segment), None)
-            if waiting is not None:
-                waiting.ended()
-        sealed = np.array(events.sealed, np.int64).reshape(-1, 2)
-        sealed[:, 0] += global_segment(directory, 0)
-        equipment.outbox.append(
-            DiskState(
-                self.rank, equipment.incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed,
-                events.reason, directory, path.tier.writable,
-            )
-        )  # fmt: skip
-        lane = path.lane
-        equipment.outbox.append(
-            LaneRate(self.rank, equipment.incarnation, lane.name, lane.bytes_per_s, lane.queued_bytes)
-        )
 
 
 def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Arena:

@@ -13,10 +13,9 @@ from kvtier.core.memory import KVMemory
 from kvtier.core.plan import Message, Priority
 from kvtier.metrics import Metrics
 from kvtier.models.layout import KVLayout
-from kvtier.runtime.seam import Arena, Buffer, Clock, Event
-from kvtier.tiers.disk import DiskTier
+from kvtier.runtime.seam import Arena, Buffer, Clock
 from kvtier.transfer.faults import Faults
-from kvtier.transfer.lanes import Lane
+from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.staging import Staging
 from kvtier.transfer.work import WorkQueue
@@ -34,20 +33,6 @@ class WaitsForReclaim(Protocol):
 
     def ended(self) -> None:
         """The segment is clean again, or given up."""
-
-
-@dataclass(slots=True)
-class DiskPath:
-    """One directory and the lane to it; ``chores`` is set when its housekeeping has something to do."""
-
-    tier: DiskTier
-    lane: Lane
-    chores: Event
-    assigned_bytes: int = 0
-
-    def reluctance(self) -> tuple[bool, bool, int, int]:
-        """Least where the next write should go: what works, has little queued, and has been given least so far."""
-        return not self.tier.writable, not self.tier.takes_writes, self.lane.queued_bytes, self.assigned_bytes
 
 
 @dataclass(slots=True, eq=False)

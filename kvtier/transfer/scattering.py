@@ -17,10 +17,11 @@ from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Pr
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
-from kvtier.transfer.equipment import DiskPath, Equipment
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
+from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES, Piece, Service

@@ -14,8 +14,9 @@ from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
 from kvtier.errors import CapacityError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place
-from kvtier.transfer.equipment import DiskPath, Equipment
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment
+from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.records import encode_record, stamp
 from kvtier.transfer.run import Run
 from kvtier.transfer.work import Piece, Service
@@ -186,11 +187,10 @@ class WriteMove:
     def finish(self, done: IODone) -> None:
         """The write returned: publish its records, or give up the segment."""
         run, tier = self._run, self._path.tier
-        directory = run.equipment.paths.index(self._path)
         for record, place, header in zip(self._records, self._places, self._headers, strict=True):
             if done.error is None:
                 tier.written(place, run.equipment.headers.view(header))
-                run.written(record, place, directory)
+                run.written(record, place, self._path.number)
             else:
                 tier.failed(place, done.error)
                 run.not_written(record, Reason.IO_ERROR)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from kvtier.core.plan import NOWHERE, Plan, Priority, Reason
 from kvtier.runtime.seam import IODone, IORequest, Op
 from kvtier.tiers.disk import SyncTarget
-from kvtier.transfer.equipment import DiskPath, Equipment
+from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.lanes import global_segment, lane_of
+from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.run import Run
 
 
@@ -24,9 +25,9 @@ class SyncRun(Run):
     def begin(self) -> None:
         """Sync every file that has something unsynced."""
         wanted = set(self._segments)
-        for number, path in enumerate(self.equipment.paths):
+        for path in self.equipment.paths:
             for target in path.tier.unsynced():
-                segment = global_segment(number, target.segment)
+                segment = global_segment(path.number, target.segment)
                 if self._segments and segment not in wanted:
                     continue
                 if target.fd < 0 or not path.tier.usable:

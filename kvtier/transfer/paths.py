@@ -1,0 +1,77 @@
+"""Paths to disk: a directory, the lane to it, and what a data plane says of them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kvtier.config import Config
+from kvtier.core.plan import DiskState, LaneRate, Message, Table
+from kvtier.models.layout import KVLayout
+from kvtier.runtime.seam import Event, Machine
+from kvtier.tiers.disk import DiskTier
+from kvtier.transfer.lanes import Lane, global_segment
+
+IDLE_THREADS_S: Final = 5.0
+"""For threads that nothing is under way in: they were told to end, and only have to be given a core to do it on."""
+
+
+@dataclass(slots=True, eq=False)
+class DiskPath:
+    """Directory ``number`` and the lane to it; ``chores`` is set when its housekeeping has something to do."""
+
+    number: int
+    tier: DiskTier
+    lane: Lane
+    chores: Event
+    assigned_bytes: int = 0
+
+    def reluctance(self) -> tuple[bool, bool, int, int]:
+        """Least where the next write should go: what works, has little queued, and has been given least so far."""
+        return not self.tier.writable, not self.tier.takes_writes, self.lane.queued_bytes, self.assigned_bytes
+
+    def take_news(self, rank: int, incarnation: int) -> tuple[list[int], list[Message]]:
+        """Segments whose reclaim ended, by their global numbers, and what control is to be told; once."""
+        events = self.tier.take_events()
+        if events is None:
+            return [], []
+        sealed = np.array(events.sealed, np.int64).reshape(-1, 2)
+        sealed[:, 0] += global_segment(self.number, 0)
+        state = DiskState(
+            rank, incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed, events.reason,
+            self.number, self.tier.writable,
+        )  # fmt: skip
+        rate = LaneRate(rank, incarnation, self.lane.name, self.lane.bytes_per_s, self.lane.queued_bytes)
+        return [global_segment(self.number, segment) for segment in events.reclaimed], [state, rate]
+
+
+def open_path(
+    config: Config, layout: KVLayout, machine: Machine, number: int, held: ExitStack
+) -> tuple[DiskPath, list[Table]]:
+    """Open directory ``number`` of ``config``: the path, and rows of what an earlier life left. ``held`` closes it.
+
+    Raises:
+        CapacityError: a block is larger than the directory's share of the tier.
+        TierError: the directory cannot be used.
+    """
+    disk = config.disk
+    tier = DiskTier(
+        machine.files, machine.runtime, directory=disk.directories[number], layout=layout,
+        capacity_bytes=disk.capacity // len(disk.directories),
+        segment_bytes=None if disk.segment == "auto" else disk.segment,
+        clean_segments=None if disk.clean_segments == "auto" else disk.clean_segments,
+        owner=machine.owner,
+    )  # fmt: skip
+    tier.wake = chores = machine.runtime.event()
+    batches = tier.open()
+    held.callback(tier.close)
+    found = []
+    for rows in batches:
+        rows["segment"] = global_segment(number, 0) + rows["segment"]
+        found.append(rows)
+    engine = machine.io_engine(f"disk-{number}", disk.io_threads)
+    held.callback(engine.close, IDLE_THREADS_S)
+    return DiskPath(number, tier, Lane(f"disk-{number}", engine, threads=disk.io_threads), chores), found
