@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from kvtier.errors import ConfigError
 from kvtier.models import KVLayout, Part
 
@@ -33,6 +35,23 @@ def layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
         raise ConfigError(f"layout: dtype {', '.join(sorted(dtypes))}, want that of the model, {wanted}")
     _check_sizes(parts, config)
     return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
+
+
+def check_dropout(model: Any) -> None:
+    """Refuse a model whose KV is a matter of chance: what is stored of it would be found again as if it were computed.
+
+    Raises:
+        ConfigError: it is in training mode, and something in it drops activations.
+    """
+    if not model.training:
+        return
+    for name, module in model.named_modules():
+        share = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
+        if module.training and isinstance(share, (int, float)) and share > 0:
+            raise ConfigError(
+                f"model: is in training mode, where {name or type(module).__name__} drops {share:g} of its activations"
+                " at random, and random KV would be found again by later generations; call model.eval() first"
+            )
 
 
 def sizes_of(part: Part) -> dict[str, int]:

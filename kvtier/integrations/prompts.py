@@ -14,7 +14,8 @@ def without_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     """The rows of ``input_ids`` ``[rows, tokens]`` as one-dimensional tensors, cut to what the mask marks as tokens.
 
     Raises:
-        ConfigError: no tensors, the shapes do not fit, a row is empty, or a mask has a hole between two tokens.
+        ConfigError: no tensors with values, the shapes do not fit, a row is empty, or a mask has a hole between two
+            tokens.
     """
     _check_tensor("input_ids", input_ids)
     if attention_mask is not None:
@@ -47,6 +48,8 @@ def joined(input_ids: torch.Tensor, new_tokens: Sequence[torch.Tensor], pad_toke
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise ConfigError(f"{name}: got {type(value).__name__}, want a tensor [rows, tokens]")
+    if value.is_meta:
+        raise ConfigError(f"{name}: is on the meta device and has no values; want a tensor [rows, tokens] with them")
 
 
 def _tokens_of(number: int, row: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from kvtier.cache import TieredCache
 from kvtier.core.keys import Keys
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
-from kvtier.integrations.fit import layers_of, sizes_of
+from kvtier.integrations.fit import check_dropout, layers_of, sizes_of
 from kvtier.integrations.prompts import joined, without_padding
 from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
 from kvtier.manager import CacheManager
@@ -100,9 +100,11 @@ class CachedGenerator:
         """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
 
         Raises:
-            ConfigError: the layout of the cache is not that of the model, or the model's KV of a prefix depends on
-                what follows (``rope_type`` dynamic or longrope).
+            ConfigError: ``cache`` is none, its layout is not that of the model, or the model's KV of a prefix depends
+                on what follows (``rope_type`` dynamic or longrope).
         """
+        if not isinstance(cache, (TieredCache, CacheManager)):
+            raise ConfigError(f"cache: got {type(cache).__name__}, want a kvtier.TieredCache or a kvtier.CacheManager")
         self.model = model
         self.cache = cache.core if isinstance(cache, CacheManager) else cache
         self.timeout_s = timeout_s
@@ -126,8 +128,9 @@ class CachedGenerator:
 
         Raises:
             ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
-                start from a filled cache, or a mask with holes.
+                start from a filled cache, a mask with holes, or a model in training mode with dropout.
         """
+        check_dropout(self.model)
         settings = self._settings(kwargs)
         _check(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)

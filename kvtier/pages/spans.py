@@ -75,6 +75,8 @@ def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
         given = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
     except ValueError as error:  # lists of different lengths
         raise ConfigError(f"{what}: want one dimension of integers, got {ids!r}") from error
+    except (TypeError, NotImplementedError) as error:  # a dtype that numpy lacks, such as bfloat16; the meta device
+        raise ConfigError(f"{what}: want one dimension of integers, got {type(ids).__name__}: {error}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
     if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):

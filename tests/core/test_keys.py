@@ -208,6 +208,8 @@ def test_what_is_no_integer_is_named_with_its_position(bad: Any, position: int) 
         np.array([1], object),
         torch.tensor([1.0]),
         torch.tensor([1.0], dtype=torch.bfloat16),
+        torch.tensor([1.0], dtype=torch.complex64),
+        torch.tensor([1, 2], device="meta"),
         torch.tensor([True]),
         torch.tensor([[1, 2]]),
         array("d", [1.0]),

@@ -24,6 +24,8 @@ def test_without_a_mask_every_token_counts():
         (IDS, MASK[:, :3], r"attention_mask: shape \[3, 3\]"),
         (IDS[0], None, r"input_ids: shape \[4\]"),
         (IDS[:, :0], None, r"input_ids: shape \[3, 0\]"),
+        (IDS.to("meta"), None, "input_ids: is on the meta device"),
+        (IDS, MASK.to("meta"), "attention_mask: is on the meta device"),
     ],
 )
 def test_what_is_no_batch_of_prompts_is_refused(ids, mask, message):

@@ -379,6 +379,44 @@ def test_past_key_values_may_be_none(model, cache):
     assert torch.equal(with_none.sequences, model.generate(_prompt(20), **GREEDY))
 
 
+def _in_training(*, attention_dropout=0.0, dropout=0.0):
+    """A model of its own in training mode; ``dropout`` is that of a module in it, as adapters have one."""
+    model = _model().train()
+    model.model.layers[1].self_attn.attention_dropout = attention_dropout
+    model.model.layers[1].mlp.dropout = torch.nn.Dropout(dropout)
+    return model
+
+
+@pytest.mark.parametrize("dropout", [{"attention_dropout": 0.1}, {"dropout": 0.1}], ids=str)
+def test_a_model_that_drops_activations_stores_nothing_until_it_is_told_to_evaluate(cache, dropout):
+    model = _in_training(**dropout).eval()
+    generator = CachedGenerator(model, cache)
+    model.train()
+    with pytest.raises(ConfigError, match=r"training mode, where model\.layers\.1\..* drops 0\.1 .*model\.eval\(\)"):
+        generator.generate(_prompt(40), **GREEDY)
+    assert cache.match(_prompt(40)[0]) == 0
+    model.eval()
+    assert generator.generate(_prompt(40), **GREEDY).report.stored_tokens == 48
+
+
+def test_a_model_in_training_mode_without_dropout_is_served(cache):
+    generator = CachedGenerator(_in_training(), cache)
+    generator.generate(_prompt(40), **GREEDY)
+    assert generator.generate(_prompt(40), **GREEDY).report.hit_tokens["host"] == 32
+
+
+@pytest.mark.parametrize("value", [None, "x", {}], ids=repr)
+def test_what_is_no_cache_is_refused(model, value):
+    with pytest.raises(ConfigError, match=r"^cache: got .*TieredCache"):
+        CachedGenerator(model, value)
+
+
+@pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"dtype": torch.complex64}, {"device": "meta"}], ids=str)
+def test_a_prompt_is_a_tensor_of_integers_that_are_there(model, cache, kind):
+    with pytest.raises(ConfigError, match=r"^(tokens|input_ids): "):
+        CachedGenerator(model, cache).generate(torch.ones((1, 20), **kind), **GREEDY)
+
+
 @pytest.mark.parametrize("value", [[[1, 2]], _prompt(20).numpy(), None], ids=["list", "array", "None"])
 def test_a_prompt_is_a_tensor(model, cache, value):
     with pytest.raises(ConfigError, match=r"input_ids.*tensor"):

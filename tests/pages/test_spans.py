@@ -36,3 +36,9 @@ def test_ids_of_any_kind_become_an_own_frozen_int32_array(ids):
 def test_ids_that_are_no_page_numbers_are_refused(ids):
     with pytest.raises(ConfigError, match=r"^ids: "):
         frozen_ids(ids, "ids")
+
+
+@pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"dtype": torch.complex64}, {"device": "meta"}], ids=str)
+def test_tensors_that_are_no_list_of_page_numbers_are_refused(kind):
+    with pytest.raises(ConfigError, match=r"^ids: want one dimension of integers"):
+        frozen_ids(torch.ones(2, **kind), "ids")
