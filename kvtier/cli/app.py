@@ -69,15 +69,26 @@ def root(
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage or configuration.
 
-    An error is a line on standard error. With ``--json`` it is an object on standard output, too, so that whoever reads
-    that finds one whatever happens: ``{"ok": false, "error": "..."}``.
+    An error is a line on standard error, wrong usage a few. With ``--json`` it is an object on standard output, too, so
+    that whoever reads that finds one whatever happens: ``{"ok": false, "error": "..."}``.
     """
     given = list(sys.argv[1:] if args is None else args)
+    as_json = "--json" in takewhile(lambda arg: arg != "--", given)
     try:
         app(given)
     except KVTierError as error:
-        if "--json" in takewhile(lambda arg: arg != "--", given):
-            typer.echo(json.dumps({"ok": False, "error": str(error)}))
+        if as_json:
+            _print_object(str(error))
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except SystemExit as end:
+        # Typer tells people of wrong usage and exits while it handles an error, of a class that it keeps to itself.
+        said = getattr(end.__context__, "format_message", None)
+        if as_json and said is not None:
+            _print_object(said())
+        raise
     sys.exit(0)
+
+
+def _print_object(error: str) -> None:
+    typer.echo(json.dumps({"ok": False, "error": error}))

@@ -85,9 +85,15 @@ def _restart(talk: Talk, directory: str, prompt: Any) -> Turn:
 
     command = [sys.executable, "-m", "kvtier", "demo", "--second-process", "--directory", directory]
     request = json.dumps({"tenant": talk.tenant, "prompt": prompt.tolist()})
-    done = subprocess.run(
-        command, input=request, capture_output=True, text=True, timeout=SECOND_PROCESS_LIMIT_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=SECOND_PROCESS_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KVTierError(
+            f"the second process had not ended after {SECOND_PROCESS_LIMIT_S:g} s and was stopped; run kvtier demo"
+            " again when the machine has less to do"
+        ) from error
     if done.returncode:
         raise KVTierError(f"the second process failed with status {done.returncode}:\n{done.stderr[-2000:]}")
     answer = json.loads(done.stdout)

@@ -93,6 +93,42 @@ class TestErrors:
         assert error in err
 
 
+WRONG_USAGE = [
+    (("stat",), "Missing argument 'directory'"),
+    (("config", "check"), "Missing argument 'file'"),
+    (("foo",), "No such command 'foo'"),
+    (("config", "keys", "--yaml"), "No such option: --yaml"),
+    ((), "No such option: --json"),
+]
+
+
+@pytest.mark.parametrize(("args", "error"), WRONG_USAGE, ids=str)
+def test_with_json_wrong_usage_is_an_object_too(
+    args: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *args, "--json")
+    found = json.loads(out)
+    assert (status, found["ok"], set(found)) == (2, False, {"ok", "error"})
+    assert error in found["error"]
+    assert "Usage: " in err
+
+
+@pytest.mark.parametrize("args", [("stat",), ("config", "check"), ("foo",), ("stat", "--", "--json", "more")], ids=str)
+def test_without_json_wrong_usage_is_for_people_alone(
+    args: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *args)
+    assert (status, out) == (2, "")
+    assert "Usage: " in err
+
+
+def test_help_is_no_error_with_json_either(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "stat", "--help", "--json")
+    assert status == 0
+    assert "Usage: " in out
+    assert '"ok"' not in out
+
+
 def test_a_file_that_is_called_like_an_option_asks_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from kvtier.cli import conversation, demo, main
 from kvtier.cli.conversation import Talk, Turn, messages
+from kvtier.errors import KVTierError
 
 GOOD = Turn(100, {"device": 0, "host": 64, "disk": 32}, 1.0, 0.1, True)
 DIRECTORY = "--directory, the one that the first process wrote to"
@@ -169,6 +170,15 @@ def test_an_error_is_one_line_for_people_and_one_object_for_programs(capsys, tmp
     assert err.count("\n") == 1
     error = err.removeprefix("error: ").rstrip("\n")
     assert out == (json.dumps({"ok": False, "error": error}) + "\n" if options else "")
+
+
+def test_a_second_process_that_does_not_end_is_an_error_that_says_so(talk, monkeypatch, tmp_path):
+    def never_ends(command, *, timeout, **settings):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", never_ends)
+    with pytest.raises(KVTierError, match=r"the second process had not ended after 240 s .*run kvtier demo again"):
+        demo._restart(talk, str(tmp_path), messages()[-1])
 
 
 @pytest.mark.stress
