@@ -146,15 +146,20 @@ class _StoreReader:
 
 def _segment_files(files: Files, path: str) -> dict[int, tuple[str, int]]:
     """By number, the path and the bytes of every segment file in ``path``."""
-    found = {}
-    for number in segment_numbers(files, path):
-        name = f"{path}/seg-{number:06d}.kvs"
+    names = {number: f"{path}/seg-{number:06d}.kvs" for number in segment_numbers(files, path)}
+    return {number: (name, _size_of(files, name)) for number, name in names.items()}
+
+
+def _size_of(files: Files, name: str) -> int:
+    """Bytes of a file; 0 of one that cannot be opened, which is counted once it is to be read."""
+    try:
         fd = files.open(name, writable=False)
-        try:
-            found[number] = name, files.size(fd)
-        finally:
-            files.close(fd)
-    return found
+    except OSError:
+        return 0
+    try:
+        return files.size(fd)
+    finally:
+        files.close(fd)
 
 
 def _identity(files: Files, report: StoreReport) -> tuple[KVLayout, Superblock]:

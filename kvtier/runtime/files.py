@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import resource
+import stat
 from contextlib import suppress
 
 from kvtier.runtime.blocking import O_DIRECT, read_up_to, sync_file, write_all
@@ -42,17 +43,19 @@ class SystemFiles:
         """Open a file, mode 0600, close-on-exec, not following links; O_DIRECT where asked for and possible.
 
         A file system that refuses O_DIRECT only at the first transfer is found out there; the fd is buffered then.
+        What is no regular file is an error, ENOTSUP or what the system says of it.
         """
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags |= os.O_NONBLOCK  # a FIFO would wait for whoever writes to it
         if create:
             flags |= os.O_CREAT
         if direct and O_DIRECT:
             try:
-                return _open(path, flags | O_DIRECT)
+                return _regular(_open(path, flags | O_DIRECT), path)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-        return _open(path, flags)
+        return _regular(_open(path, flags), path)
 
     def close(self, fd: int) -> None:
         """Close it; locks on it go."""
@@ -116,6 +119,14 @@ class SystemFiles:
         """Room left on the file system of ``path`` for this user."""
         room = os.statvfs(path)
         return room.f_bavail * room.f_frsize
+
+
+def _regular(fd: int, path: str) -> int:
+    """``fd`` if it is a regular file; anything else is closed."""
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.ENOTSUP, "not a regular file", path)
 
 
 def _open(path: str, flags: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat as stat_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,15 @@ BLOCK_TOKENS = 16
 BLOCKS = 120
 MODEL = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
 LAYOUT = kvtier.KVLayout.from_hf_config(MODEL, block_tokens=BLOCK_TOKENS, dtype="float32")
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link": lambda path: path.symlink_to("seg-000000.kvs"),
+    "FIFO": os.mkfifo,
+    "directory": Path.mkdir,
+    "socket": lambda path: os.mknod(path, stat_module.S_IFSOCK | 0o600),
+}
 
 
 def open_cache(directory: Path) -> kvtier.TieredCache:
@@ -146,6 +158,17 @@ class TestDamage:
         report = stat(capsys, directory)
         assert report["unreadable"] == 1
         assert 0 < report["records"] < BLOCKS
+
+    @pytest.mark.parametrize("kind", FOREIGN)
+    def test_what_is_called_like_a_segment_and_is_none_hides_no_other(
+        self, kind: str, directory: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A FIFO is not waited for, and a link not followed."""
+        whole = stat(capsys, directory)
+        FOREIGN[kind](placement_of(directory) / "seg-000042.kvs")
+        for args in ((), ("--verify",)):
+            report = stat(capsys, directory, *args)
+            assert report == whole | {"segments": whole["segments"] + 1, "unreadable": 1}
 
     @pytest.mark.parametrize("names", [SUPERBLOCKS, ("layout.json",)])
     @pytest.mark.parametrize("content", [b"{}", b"[" * 100_000], ids=["empty", "nested without end"])

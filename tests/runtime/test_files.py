@@ -67,6 +67,23 @@ def test_a_link_is_not_followed(files: SystemFiles, tmp_path: Path) -> None:
         assert caught.value.errno == errno.ELOOP
 
 
+@pytest.mark.parametrize("writable", [True, False])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_no_regular_file_is_an_error_and_nobody_waits_for_it(
+    files: SystemFiles, tmp_path: Path, direct: bool, writable: bool
+) -> None:
+    """A FIFO that nobody writes to would be waited for without end."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "directory").mkdir()
+    before = os.listdir("/proc/self/fd")
+    for name in ("fifo", "directory"):
+        with pytest.raises(OSError) as caught:
+            files.open(f"{tmp_path}/{name}", direct=direct, writable=writable)
+        assert caught.value.errno in (errno.ENOTSUP, errno.EISDIR)
+        assert caught.value.filename == f"{tmp_path}/{name}"
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_the_lock_excludes_another_process(files: SystemFiles, tmp_path: Path) -> None:
     fd = files.open(f"{tmp_path}/LOCK", create=True, direct=False)
     assert files.lock(fd)

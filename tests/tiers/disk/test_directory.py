@@ -170,6 +170,20 @@ def test_unknown_features_that_only_matter_to_writers_make_it_read_only(workbenc
     assert snapshot(closed.tier.path) == before
 
 
+@pytest.mark.parametrize("ro_compat", [0, 1], ids=["writable", "read only"])
+def test_a_fifo_that_is_called_like_a_segment_is_not_waited_for(
+    workbench: Make, closed: Workbench, ro_compat: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite_superblocks(closed, ro_compat=ro_compat)
+    os.mkfifo(closed.segment_path(7))
+    again = workbench(segments=8).open()
+    found = again.recovered()
+    assert all(again.read(number, row) for number, row in found.items())
+    assert len(found) == RECORDS + 1
+    assert "segment 7 cannot be read and is left alone in this life: " in caplog.text
+    assert "not a regular file" in caplog.text
+
+
 def test_a_directory_that_was_renamed_to_another_placement_is_refused(workbench: Make, closed: Workbench) -> None:
     other = layout(4096)
     shutil.move(closed.tier.path, str(Path(closed.directory) / other.placement))
