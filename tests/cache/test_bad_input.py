@@ -70,11 +70,15 @@ def test_a_block_larger_than_the_host_tier_is_refused_with_the_size_it_takes() -
         TieredCache(settings(capacity=4096), LAYOUT, "m")
 
 
-def test_a_block_larger_than_the_disk_tier_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    config = settings(tmp_path)
-    config["disk"] |= {"capacity": "64KiB", "segment": "auto"}
-    with pytest.raises((CapacityError, ConfigError), match=r"disk\.(capacity|segment)"):
-        TieredCache(config, LAYOUT, "m")
+@pytest.mark.parametrize("capacity", ["512KiB", "16MiB"], ids=["of less than a block", "of less than a few segments"])
+def test_a_disk_tier_too_small_for_blocks_of_this_size_is_refused_with_the_remedy(
+    tmp_path: Path, capacity: str
+) -> None:
+    config = settings(tmp_path, capacity="4MiB")
+    config["disk"] |= {"capacity": capacity, "segment": "auto"}
+    with pytest.raises(CapacityError, match=r"disk\.capacity = .* set it to at least \d+"):
+        TieredCache(config, tiny_layout(dim=1 << 14), "m")  # of blocks of 1 MiB
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tokens", [[1, 2, -1], [1, 2**31], np.array([1, -5]), np.array([[1, 2]]), [1.5], ["a"]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvtier.core.plan import PAGE_BYTES
-from kvtier.errors import ConfigError
+from kvtier.errors import CapacityError, ConfigError
 from kvtier.tiers.disk.format import HEADER_SLOTS, footer_pages
 
 MIN_RECORDS: Final = 8
@@ -41,13 +41,14 @@ def segment_pages_for(record_pages: int, capacity_bytes: int, segment_bytes: int
     ``record_pages`` is the largest raw record of the layout.
 
     Raises:
-        ConfigError: a segment would hold fewer than 8 records, or the capacity fewer than 4 segments or more than a
-            million.
+        CapacityError: the capacity is too small for 4 segments of 8 records.
+        ConfigError: a segment of ``segment_bytes`` would hold fewer than 8 records, or the capacity fewer than 4 of
+            them or more than a million.
     """
     capacity_pages = capacity_bytes // PAGE_BYTES
     least = max(pages_with(MIN_RECORDS, record_pages), -(-capacity_pages // MOST_SEGMENTS))
     if capacity_pages < MIN_SEGMENTS * least:
-        raise ConfigError(
+        raise CapacityError(
             f"disk.capacity = {capacity_bytes} per directory: too small for {MIN_SEGMENTS} segments of {MIN_RECORDS} "
             f"records of {record_pages * PAGE_BYTES} bytes; set it to at least {MIN_SEGMENTS * least * PAGE_BYTES} for "
             "each of disk.directories, or use fewer tokens per block"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtier.errors import ConfigError, TierError
+from kvtier.errors import CapacityError, TierError
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.directory import read_superblocks
 from kvtier.tiers.disk.format import Superblock
@@ -281,7 +281,7 @@ def test_on_a_file_system_smaller_than_the_capacity_the_tier_stays_smaller(
 
 
 def test_a_capacity_that_is_too_small_is_refused_before_anything_is_touched(workbench: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"disk\.capacity"):
+    with pytest.raises(CapacityError, match=r"disk\.capacity"):
         DiskTier(
             workbench().files, workbench().runtime, directory=str(tmp_path / "new"), layout=LAYOUT,
             capacity_bytes=10 * 4096, segment_bytes=None,
