@@ -173,12 +173,12 @@ class PlacementDirectory:
     # --- neighbours -------------------------------------------------------------------------------------------------
 
     def _warn_of_neighbours(self) -> None:
-        own = _without_ranks(json.dumps(self._layout.describe()))
+        own = _of_all_ranks(json.dumps(self._layout.describe()))
         strangers = [
             name
             for name in placements(self._files, self.base)
             if name != self._layout.placement
-            and _without_ranks(read_text(self._files, f"{self.base}/{name}/{LAYOUT}")) != own
+            and _of_all_ranks(read_text(self._files, f"{self.base}/{name}/{LAYOUT}")) != own
         ]
         if strangers:
             log.warning(
@@ -236,15 +236,19 @@ def _read_superblock(files: Files, path: str) -> Superblock | None:
         files.close(fd)
 
 
-def _without_ranks(text: str) -> str:
-    """A layout without its rank: directories of the other ranks of one model are no strangers."""
+def _of_all_ranks(text: str) -> str:
+    """A layout without its rank: directories of the other ranks of one model are no strangers.
+
+    Those of a model that was cut into another number of ranks are: nobody will read them any more.
+    """
     try:
         layout = json.loads(text)
     except ValueError:
         return ""
-    if not isinstance(layout, dict):
+    if not isinstance(layout, dict) or not isinstance(layout.get("ranks"), list):
         return ""
-    return json.dumps({name: layout[name] for name in sorted(layout) if name != "ranks"})
+    sizes = layout["ranks"][1::2]  # each rank is followed by how many there are
+    return json.dumps(layout | {"ranks": sizes}, sort_keys=True)
 
 
 @contextmanager

@@ -204,14 +204,28 @@ def test_blocks_of_another_placement_are_named_in_a_warning(
     assert f"kvtier stat {closed.directory}" in caplog.text
 
 
-def test_other_ranks_of_the_same_model_are_no_strangers(workbench: Make, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["tp", "pp"])
+def test_other_ranks_of_the_same_model_are_no_strangers(
+    workbench: Make, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     with caplog.at_level(logging.WARNING):
         for rank in range(3):
-            workbench(of=layout(tp_rank=rank, tp_size=3)).open()
+            workbench(of=layout(**{f"{kind}_rank": rank, f"{kind}_size": 3})).open()
     assert "other placement" not in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "null", json.dumps({"format": 1})])
+@pytest.mark.parametrize("kind", ["tp", "pp"])
+def test_ranks_of_a_model_that_was_cut_into_another_number_of_them_are_strangers(
+    workbench: Make, closed: Workbench, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Here it was one."""
+    with caplog.at_level(logging.WARNING):
+        workbench(of=layout(**{f"{kind}_size": 2})).open()
+    assert "1 other placement" in caplog.text
+    assert LAYOUT.placement in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "null", json.dumps({"format": 1}), '{"ranks": 0}'])
 def test_a_neighbour_with_a_broken_layout_file_is_a_stranger(
     workbench: Make, closed: Workbench, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
