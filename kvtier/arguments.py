@@ -91,7 +91,7 @@ def checked_start(keys: Keys, start: int) -> int:
 
 
 def checked_name(name: str, value: str) -> str:
-    """``value``, called ``name``: a tenant, an adapter.
+    """``value``, called ``name``: a tenant, an adapter, a version of the weights.
 
     Raises:
         ConfigError: it is no string of printable characters.
@@ -102,7 +102,7 @@ def checked_name(name: str, value: str) -> str:
 
 
 def checked_string(name: str, value: str) -> str:
-    """``value``, called ``name``: a version, a conversation.
+    """``value``, called ``name``: the name of a conversation.
 
     Raises:
         ConfigError: it is no string.

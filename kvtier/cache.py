@@ -388,7 +388,7 @@ class TieredCache:
         """From now on KV of any other version is a miss, in every tier, at once.
 
         Raises:
-            ConfigError: ``version`` is no string.
+            ConfigError: ``version`` is no string of printable characters.
             ClosedError: the cache is closed, or of another process.
         """
         checked = checked_name("weights_version", version)
@@ -439,8 +439,8 @@ class TieredCache:
     def close(self, timeout_s: float = 30.0) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
-        ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
-        when it is called again, with more of it. Any number of threads may close: they take turns.
+        ``timeout_s`` is for all of it; 0 or less does not wait. False: time ran out, and jobs may be under way still.
+        They end when it is called again, with more of it. Any number of threads may close: they take turns.
         In a child of the process that opened it nothing happens: all of it is the parent's.
 
         Raises:

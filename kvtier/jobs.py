@@ -129,7 +129,7 @@ class Job(Generic[R]):
         return self._source_free
 
     def result(self, timeout: float | None = None) -> R:
-        """Wait for the end: ``timeout`` seconds (0: look, and do not wait), or with None for as long as it takes.
+        """Wait for the end: ``timeout`` seconds (0 or less: look, do not wait), or with None for as long as it takes.
 
         Raises:
             TimeoutError: it has not ended in time; the job goes on.

@@ -146,9 +146,9 @@ class CacheManager:
     async def close(self, timeout_s: float = CLOSE_S) -> bool:
         """Write what the policy promised, end every job, close the tiers; True when nothing was left behind.
 
-        ``timeout_s`` is for all of it; 0 does not wait. False: time ran out, and jobs may be under way still. They end
-        when it is called again, with more of it. Any number of threads may close: they take turns. Whoever is inside
-        loses it; an opening under way is waited for first.
+        ``timeout_s`` is for all of it; 0 or less does not wait. False: time ran out, and jobs may be under way still.
+        They end when it is called again, with more of it. Any number of threads may close: they take turns.
+        Whoever is inside loses it; an opening under way is waited for first.
         In a child of the process that opened it nothing happens: all of it is the parent's.
 
         Raises:
@@ -348,7 +348,7 @@ class CacheManager:
         """From now on KV of any other version is a miss, in every tier, at once.
 
         Raises:
-            ConfigError: ``version`` is no string.
+            ConfigError: ``version`` is no string of printable characters.
             ClosedError: the cache is closed, or not open yet.
         """
         self.core.set_weights_version(version)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtier import CacheManager, ConfigError, TieredCache
+from kvtier import CacheManager, ClosedError, ConfigError, TieredCache
 from kvtier.core.memory import GroupPages, KVPages, PageTable
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
@@ -167,6 +167,18 @@ def test_a_timeout_may_be_any_number(value: Any) -> None:
     assert cache.submit_store([1] * SIZE, engine.pages).result(value).stored == SIZE
     cache.wait_attached(value)
     assert cache.close(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, -0.5, float("-inf")], ids=repr)
+def test_no_time_and_less_is_to_look_and_not_to_wait(value: Any) -> None:
+    """What is left until a deadline that has passed: closing goes on all the same, as waiting for a job does."""
+    cache, engine = TieredCache(SETTINGS, LAYOUT, "m"), PseudoEngine(LAYOUT, 1)
+    job = cache.submit_store([1] * SIZE, engine.pages)
+    assert job.result(30) == job.result(value)
+    cache.close(value)
+    with pytest.raises(ClosedError):
+        cache.match(TOKENS)
+    assert cache.close(30)
 
 
 @pytest.mark.parametrize("value", NO_TOKENS, ids=lambda value: repr(value)[:12])
