@@ -108,6 +108,11 @@ class TestWhatIsAccepted:
             config.host.capacity = 1
         assert hash(config) == hash(load_config({}))
 
+    def test_a_file_may_begin_with_a_byte_order_mark(self, tmp_path: Path) -> None:
+        """Editors of Windows write one."""
+        (tmp_path / "kvtier.toml").write_bytes(b"\xef\xbb\xbfblock_tokens = 32\n")
+        assert load_config(tmp_path / "kvtier.toml").block_tokens == 32
+
     def test_directories_become_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HOME", "/home/someone")

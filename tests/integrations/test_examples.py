@@ -8,10 +8,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def _run(name, *arguments):
+def _end_of(name, *arguments):
     command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def _run(name, *arguments):
+    done = _end_of(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,3 +49,10 @@ def test_a_model_with_its_tokenizer(tmp_path, monkeypatch):
     reports = [line for line in printed.splitlines() if "GenerationReport" in line]
     assert "'host': 0" in reports[0]
     assert "'host': 320" in reports[1]
+
+
+def test_without_its_arguments_it_says_what_they_are():
+    done = _end_of("generate.py", "path/to/model")
+    assert done.returncode == 1
+    assert "python examples/generate.py path/to/model path/to/document.txt" in done.stderr
+    assert "Traceback" not in done.stderr
