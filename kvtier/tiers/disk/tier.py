@@ -7,6 +7,7 @@ The tier never reads or writes a record itself, except to recover: lanes do, thr
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 from collections import Counter
@@ -32,6 +33,8 @@ from kvtier.tiers.disk.segment import Segment, Stage
 
 log = logging.getLogger(__name__)
 
+_NO_FILE: Final = frozenset({errno.ENOTSUP, errno.EISDIR, errno.ELOOP})
+"""What opening a FIFO, a directory or a link ends with: it has a segment's name, and takes nothing of the capacity."""
 _IDLE_THREAD_S: Final = 5.0
 """For a thread that has nothing left to do: it only has to be given a core to end on."""
 
@@ -86,7 +89,8 @@ class DiskTier:
         None chooses. ``owner`` says in the lock file, for people, who uses the directory.
 
         Raises:
-            ConfigError: the capacity or the segment is too small for the layout's records.
+            CapacityError: the capacity is too small for the layout's records.
+            ConfigError: a segment of ``segment_bytes`` is, or does not go with the capacity.
         """
         pages = segment_pages_for(max(layout.record_pages), capacity_bytes, segment_bytes)
         self.segment_bytes = pages * PAGE_BYTES
@@ -297,7 +301,8 @@ class DiskTier:
         except OSError as error:
             log.warning("segment %d cannot be read and is left alone in this life: %s", number, error)
             self.recovery.unreadable_segments += 1
-            found, segment = None, Segment(number, fd, self.segment_bytes // PAGE_BYTES, 0, 0, Stage.UNREADABLE)
+            pages = 0 if error.errno in _NO_FILE else self.segment_bytes // PAGE_BYTES
+            found, segment = None, Segment(number, fd, pages, 0, 0, Stage.UNREADABLE)
         return segment, found
 
     def _count(self, found: Found) -> None:

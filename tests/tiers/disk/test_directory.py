@@ -184,6 +184,23 @@ def test_a_fifo_that_is_called_like_a_segment_is_not_waited_for(
     assert "not a regular file" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["FIFO", "directory", "link"]
+)
+def test_what_is_called_like_a_segment_and_is_none_takes_nothing_of_the_capacity(
+    workbench: Make, closed: Workbench, make: Callable[[str], object]
+) -> None:
+    """Nor is it written over: segments that are made have other numbers."""
+    there = len(list(Path(closed.tier.path).glob("seg-*.kvs")))
+    for number in range(there, there + 3):
+        make(closed.segment_path(number))
+    again = workbench().open()
+    again.fill(range(100, 100 + RECORDS))
+    events = again.tier.take_events()
+    assert events is None or not events.reclaims_wanted
+    assert len(again.recovered()) == RECORDS + 1
+
+
 def test_a_directory_that_was_renamed_to_another_placement_is_refused(workbench: Make, closed: Workbench) -> None:
     other = layout(4096)
     shutil.move(closed.tier.path, str(Path(closed.directory) / other.placement))
