@@ -213,7 +213,9 @@ class Job(Generic[R]):
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:  # a stranger's code on a thread of ours, which has to go on
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # a stranger's code on a thread of ours, which has to go on
                 log.exception("a callback of %r failed", self)
         return self._client if ended else None
 

@@ -25,7 +25,8 @@ class Notifier:
         """Make it readable; nothing happens after ``close``."""
         with self._lock:
             if self._fd >= 0:
-                os.eventfd_write(self._fd, 1)
+                with suppress(OSError):  # a stranger closed it: that is no reason to end the thread that has news
+                    os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
         """Make it unreadable; clear first, then drain."""

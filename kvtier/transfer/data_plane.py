@@ -149,10 +149,7 @@ class DataPlane:
         with self._lock:
             for plan in plans:
                 self._begin(plan)
-            try:
-                self._equipment.kick()
-            except Exception as error:  # the plans are begun: who sent them must not take them for refused
-                self._equipment.faults.tell("handing requests to the disks failed", error)
+            self._equipment.kick()
         self._write_log()
 
     def call_back(self) -> bool:
@@ -252,8 +249,7 @@ class DataPlane:
     def _end_all(self) -> None:
         """End what no thread works on any more."""
         with self._lock:
-            for path in self._equipment.paths:
-                path.lane.reap()
+            self._equipment.reap()
             while len(self._equipment.work):  # what was reaped just now still has buffers to give back
                 self._equipment.work.give_up(ClosedError("the data plane is closed"))
             for run in list(self._runs.values()):
@@ -317,12 +313,12 @@ class DataPlane:
     def _step(self, wake: Event) -> bool:
         """One piece of work, if there is any."""
         with self._lock:
-            reaped = sum(path.lane.reap() for path in self._equipment.paths)
+            reaped = self._equipment.reap()
             self._equipment.kick()
             piece = self._equipment.work.take(wake)
             if piece is None:
                 # What ended before this thread was known to wait woke nobody: look once more.
-                reaped += sum(path.lane.reap() for path in self._equipment.paths)
+                reaped += self._equipment.reap()
             # Who only asked for a call waits for the piece: nearly always its bytes move without the interpreter.
             news = self._take_news() if piece is None else bool(self._equipment.outbox)
             self._busy_threads += piece is not None
@@ -392,8 +388,7 @@ class DataPlane:
             for run in list(self._runs.values()):
                 if run.plan.deadline_s is not None and run.plan.deadline_s <= now_s and not run.abandoned:
                     run.abandon(Reason.ABANDONED)
-            for path in self._equipment.paths:
-                path.lane.reap()
+            self._equipment.reap()
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)

@@ -84,11 +84,22 @@ class Equipment:
             return np.empty(max(span.nbytes for spans in self.layout.slices for span in spans), np.uint8)
 
     def kick(self) -> None:
-        """Let every lane submit what it may, and spills encode what there are buffers for.
+        """Let every lane submit what it may, and spills encode what there are buffers for; never raises.
 
         In that order: a write that a lane gives up leaves its buffers.
         """
-        for path in self.paths:
-            path.lane.submit()
-        while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
-            self.waiting_for_staging.popleft().encode_more()
+        try:
+            for path in self.paths:
+                path.lane.submit()
+            while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
+                self.waiting_for_staging.popleft().encode_more()
+        except Exception as error:  # a mistake of ours: what is behind it comes next time
+            self.faults.tell("handing on what waits for a disk failed", error)
+
+    def reap(self) -> int:
+        """Finish what the lanes are done with; returns how many. Never raises."""
+        try:
+            return sum([path.lane.reap() for path in self.paths])
+        except Exception as error:  # a mistake of ours: what is behind it comes next time
+            self.faults.tell("the end of a request to a disk failed", error)
+            return 1

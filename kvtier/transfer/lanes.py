@@ -94,6 +94,7 @@ class Lane:
         self._syncs: deque[Sync] = deque()
         self._cut: dict[Priority, deque[IORequest]] = {priority: deque() for priority in Priority}
         self._in_flight: dict[Priority, int] = dict.fromkeys(Priority, 0)
+        self._ended: deque[IODone] = deque()
 
     def put(self, move: Move) -> None:
         """Queue ``move``."""
@@ -120,11 +121,13 @@ class Lane:
                 self._hand_over(request)
 
     def reap(self) -> int:
-        """Finish what the engine is done with; returns how many."""
-        ended = self.engine.reap()
-        for done in ended:
-            self._end(done)
-        return len(ended)
+        """Finish what the engine is done with; returns how many. Where one raises, the others' turn comes next time."""
+        self._ended.extend(self.engine.reap())
+        reaped = 0
+        while self._ended:
+            reaped += 1
+            self._end(self._ended.popleft())
+        return reaped
 
     def _next(self, priority: Priority) -> IORequest | None:
         """The next request: of the move that was begun last, or of the first that is ready to begin."""
@@ -133,7 +136,11 @@ class Lane:
             return request
         while queue and not cut:
             move = queue[0]
-            request = move.prepare() if move.wanted else None
+            try:
+                request = move.prepare() if move.wanted else None
+            except BaseException:  # those behind it are others'
+                self._forget(queue.popleft())
+                raise
             if request is not None:
                 queue.popleft()
                 cut.extend(_Transfer(move, request).cut(self._request_bytes(priority)))
@@ -188,7 +195,9 @@ class Lane:
     @property
     def is_busy(self) -> bool:
         """Whether anything waits in it, or is on its way."""
-        return bool(self.in_flight or self._syncs or any(self._queues.values()) or any(self._cut.values()))
+        return bool(
+            self.in_flight or self._ended or self._syncs or any(self._queues.values()) or any(self._cut.values())
+        )
 
     def _has_room(self, priority: Priority) -> bool:
         # Writes and reads each have all of the depth: a full write queue never keeps a load from the disk.

@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from kvtier.codecs.chain import chain_of
-from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
-from kvtier.errors import CapacityError
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, Priority, Reason, Tier
+from kvtier.errors import CapacityError, CorruptBlockError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place
 from kvtier.transfer.equipment import Equipment
@@ -87,8 +87,7 @@ class SpillRun(Run):
 
         def finish(result: tuple[int, bool] | Exception) -> None:
             if isinstance(result, Exception):
-                self.equipment.staging.give_back(buffer, Priority.SPILL)
-                self.failed(row, Reason.DAMAGED)
+                self.damaged(Outgoing(row, out, buffer))
                 self.settle()
             else:
                 pages, coded = result
@@ -114,6 +113,17 @@ class SpillRun(Run):
         """``record`` is not on disk."""
         self._done_with(record)
         self.failed(record.row, reason)
+
+    def damaged(self, record: Outgoing) -> None:
+        """``record`` is not what was stored: nobody must find it in host memory either."""
+        table = np.zeros(1, LOST)
+        rows = self.plan.rows[record.row : record.row + 1]
+        table["key"], table["group"], table["page"] = rows["key"], rows["group"], rows["host_page"]
+        table["tier"], table["reason"], table["segment"] = Tier.HOST, Reason.DAMAGED, NOWHERE
+        equipment = self.equipment
+        equipment.metrics.add("lost_copies", tier=Tier.HOST.label)
+        equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
+        self.not_written(record, Reason.DAMAGED)
 
     def _done_with(self, record: Outgoing) -> None:
         if record.staged is not None:
@@ -177,11 +187,17 @@ class WriteMove:
             return None
         self._split(len(self._places))
         buffers: list[Buffer] = []
-        for record, place, header in zip(self._records, self._places, self._headers, strict=True):
+        for at, (record, place, header) in enumerate(zip(self._records, self._places, self._headers, strict=True)):
             page = run.equipment.headers.view(header)
             np.copyto(page, record.record[:PAGE_BYTES])
-            stamp(page, tier, place)
+            try:
+                stamp(page, tier, place)
+            except CorruptBlockError:
+                self._drop_damaged(at)
+                break
             buffers += [page, record.record[PAGE_BYTES:]]
+        if not buffers:
+            return None
         return IORequest(Op.WRITE, self._places[0].fd, self._places[0].page * PAGE_BYTES, buffers, self)
 
     def finish(self, done: IODone) -> None:
@@ -210,6 +226,15 @@ class WriteMove:
         records, self._records, self._places, self._headers = self._records, [], [], []
         for record in records:
             self._run.not_written(record, reason)
+        self._run.settle()
+
+    def _drop_damaged(self, at: int) -> None:
+        """Record ``at`` cannot be written; those behind it go with the next move."""
+        self._split(at + 1)
+        record, place, header = self._records.pop(), self._places.pop(), self._headers.pop()
+        self._path.tier.abandoned(place)
+        self._run.equipment.headers.give_back(header, Priority.SPILL)
+        self._run.damaged(record)
         self._run.settle()
 
     def _take_header(self) -> bool:

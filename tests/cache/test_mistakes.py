@@ -22,8 +22,9 @@ from kvtier.planner.recovery import Recovery
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 from kvtier.transfer import DataPlane
-from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.gathering import StoreRun
+from kvtier.transfer.lanes import Lane
+from kvtier.transfer.spilling import WriteMove
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -346,14 +347,30 @@ def test_a_plan_that_cannot_be_begun_is_refused_and_the_next_ones_go_on(
 
 
 def test_plans_that_were_begun_are_not_taken_for_refused_whatever_fails_behind_them(
-    cache: TieredCache, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their pages are being read: the engine must not be told that it may write to them."""
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=Simulation(1).machine())
     job = store(cache, 1)
-    once(monkeypatch, Equipment, "kick")
+    once(monkeypatch, Lane, "submit")
     cache._dispatch.decide(lambda: None)
     assert not job.source_free
     assert job.result(60).stored == 2 * SIZE
+
+
+@pytest.mark.parametrize("step", ["prepare", "finish"])
+def test_a_write_that_fails_by_a_mistake_leaves_its_lane_and_its_thread_to_the_others(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    world = Simulation(1)
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine())
+    world.run_for(1)
+    once(monkeypatch, WriteMove, step)
+    cache.submit_store([1] * SIZE, ENGINE.pages, durability="process")
+    world.run_for(1)
+    for number in range(2, 12):
+        assert cache.submit_store([number] * SIZE, ENGINE.pages, durability="process").result(60).stored == SIZE
+    assert cache.stats()["failed_pieces{error=Mistake}"] == 1
 
 
 def test_a_piece_of_work_whose_end_fails_leaves_its_thread_to_the_others(

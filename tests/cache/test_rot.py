@@ -112,3 +112,38 @@ def test_a_flipped_bit_is_a_miss_and_its_copy_is_forgotten(tmp_path: Path, verif
         assert cache.match(TOKENS) == DAMAGED * SIZE
         stored = cache.submit_store(TOKENS, PseudoEngine(LAYOUT, BLOCKS).pages).result(30)
         assert stored.stored == SIZE, "it can be stored again"
+
+
+@pytest.mark.parametrize("codec", ["raw", "raw+lz4"])
+@pytest.mark.parametrize("verify_memory", [True, False])
+def test_a_header_that_changes_in_host_memory_is_not_written_and_all_else_goes_on(
+    tmp_path: Path, codec: str, verify_memory: bool
+) -> None:
+    """Memory rots, too: of four blocks that are to be written together one is not what was stored."""
+    config = {
+        "host": {"capacity": "1MiB", "staging": "1MiB"},
+        "disk": {"directories": [str(tmp_path)], "capacity": "8MiB", "segment": "1MiB", "codec": codec},
+        "policy": {"write": "write_back"},
+        "read": {"verify_memory": verify_memory},
+    }
+    engine = PseudoEngine(LAYOUT, BLOCKS)
+    with TieredCache(config, LAYOUT, "m") as cache:
+        keys = cache.keys(TOKENS)
+        engine.write(keys, range(BLOCKS))
+        assert cache.submit_store(keys, engine.pages).result(30).stored == BLOCKS * SIZE
+        plane = cache._dispatch.channels[0]._plane  # type: ignore[attr-defined]
+        pages = plane._equipment.host.data.reshape(-1, PAGE_BYTES)
+        is_header = np.all(pages[:, :4] == np.frombuffer(b"KVTR", np.uint8), axis=1)
+        (page,) = (
+            at for at in np.flatnonzero(is_header) if RecordHeader.unpack(pages[at]).key == keys.digests[DAMAGED]
+        )
+        pages[page, 100] ^= 1
+        assert cache.submit_flush("process").result(30).reason == "damaged"
+        assert cache.match(TOKENS) == DAMAGED * SIZE, "its copy is forgotten"
+        assert cache.submit_store(keys, engine.pages, durability="durable").result(30).stored == SIZE
+        assert cache.close(30)
+        assert cache.stats()["write_backlog_entries"] == cache.stats()["pinned_entries"] == 0
+    with TieredCache(config, LAYOUT, "m") as cache, cache.lookup(TOKENS) as hit:
+        engine.wipe()
+        assert cache.submit_load(hit, engine.pages).result(30).ok_tokens == BLOCKS * SIZE
+        assert engine.wrong_blocks(keys, range(BLOCKS)) == []
