@@ -36,6 +36,7 @@ from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, St
 from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout, checked_layout
+from kvtier.pages.spans import check_groups
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
@@ -236,7 +237,8 @@ class TieredCache:
             ConfigError: the range is not within the hit, or the pages do not fit it.
             ClosedError: the cache is closed.
         """
-        self._check_hit(hit)
+        self._check_open()  # first: of the parent of a fork some thread may have held any lock
+        self._check_hit("hit", hit)
         if client is not None:
             _check_client(client)
         start = hit.start if start is None else whole("start", start)
@@ -273,6 +275,7 @@ class TieredCache:
             ConfigError: the pages do not fit, or a word is not known.
             ClosedError: the cache is closed.
         """
+        self._check_open()
         keys = self._keys(tokens, tenant, adapter)
         start, level = checked_start(keys, start), durability_of(durability)
         if session is not None:
@@ -281,7 +284,7 @@ class TieredCache:
             _check_client(client)
         lineage = Lineage.EXACT
         if derived_from is not None:
-            self._check_hit(derived_from)
+            self._check_hit("derived_from", derived_from)
             lineage = Lineage(derived_from.lease.lineage)
         first = -(-start // keys.block_tokens) * keys.block_tokens
         stop = len(keys)  # they may grow from here on
@@ -544,8 +547,11 @@ class TieredCache:
         memory = self._memories.find(table.memory_id) if isinstance(table.memory_id, int) else None
         if memory is None and self._is_local:
             raise ConfigError(f"pages: memory {table.memory_id} is not registered; see register()")
-        if memory is None or start >= stop:
+        if start >= stop:
             return EnginePages(table)
+        if memory is None:  # only the ranks know it, and compare the table with it
+            check_groups(table.groups, len(self.layout.groups))
+            return EnginePages(own_table(table))
         memory.check(table, start, stop)
         return EnginePages(own_table(table), is_paged=memory.is_paged)
 
@@ -555,9 +561,9 @@ class TieredCache:
             return None
         return prefetch.timeout_base_s + prefetch.timeout_per_1k_tokens_s * keys.num_tokens / 1024
 
-    def _check_hit(self, hit: Hit) -> None:
+    def _check_hit(self, name: str, hit: Hit) -> None:
         if not isinstance(hit, Hit) or hit.origin is not self:
-            raise ConfigError(f"hit = {hit!r}: want a hit that lookup() of this very cache returned")
+            raise ConfigError(f"{name} = {hit!r}: want a hit that lookup() of this very cache returned")
 
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Family:
             "lookup": lambda: cache.lookup(self.hit.keys),
             "load": lambda: cache.submit_load(self.hit, pages),
             "store": lambda: cache.submit_store(self.hit.keys, pages),
+            "store in a session": lambda: cache.submit_store(self.hit.keys, pages, session="s"),
             "prefetch": lambda: cache.submit_prefetch(self.hit.keys),
             "flush": lambda: cache.flush("process", 1),
             "register": lambda: cache.register(self.engine.memory),
@@ -94,11 +96,30 @@ class Family:
         }  # fmt: skip
 
 
+def fork_while_held(lock: Any) -> int:
+    """``os.fork`` while another thread holds ``lock``: in the child it is held for ever."""
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            forked.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if pid:
+        forked.set()
+        thread.join()
+    return pid
+
+
 def run(directory: Path) -> dict[str, Any]:
     family = Family(directory)
     from_child, to_parent = os.pipe()
     from_parent, to_child = os.pipe()
-    pid = os.fork()
+    pid = fork_while_held(family.cache._lock)
     if not pid:
         os.close(to_child)
         try:

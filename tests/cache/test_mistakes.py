@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
-from kvtier import TieredCache, load_config
+from kvtier import ConfigError, TieredCache, load_config
 from kvtier.channel import LocalChannel
+from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import Hello, Plan, PlanKind
 from kvtier.dispatch import Dispatch
 from kvtier.planner import state, stores
@@ -356,6 +358,33 @@ def test_plans_that_were_begun_are_not_taken_for_refused_whatever_fails_behind_t
     cache._dispatch.decide(lambda: None)
     assert not job.source_free
     assert job.result(60).stored == 2 * SIZE
+
+
+def test_page_ids_of_memory_that_only_a_rank_knows_are_the_jobs_own_from_submit_on() -> None:
+    """The engine fills the same array again for its next request, before any other thread has looked at it."""
+    config, machine = load_config({"host": {"capacity": "1MiB", "staging": "1MiB"}}), Simulation(1).machine()
+    news: list[TieredCache] = []
+    channel = LocalChannel(
+        lambda on_news: DataPlane(config, LAYOUT, machine, on_news=on_news), lambda: [one.pump() for one in news]
+    )
+    engine, ids = PseudoEngine(LAYOUT, 4), np.arange(2, dtype=np.int32)
+    number = channel.register(engine.memory)
+    cache = TieredCache(config, LAYOUT, "m", machine=machine, channels=[channel])
+    news.append(cache)
+    keys = cache.keys([1] * (2 * SIZE + 1))
+    engine.write(keys, range(2))
+    job = cache.submit_store(keys, PageTable(number, (GroupPages(0, ids),)))
+    ids += 2
+    assert job.result(60).stored == 2 * SIZE
+    with cache.lookup(keys) as hit:
+        engine.wipe()
+        ids -= 2
+        load = cache.submit_load(hit, PageTable(number, (GroupPages(0, ids),)))
+        ids += 2
+        assert load.result(60).ok_tokens == 2 * SIZE
+    assert engine.wrong_blocks(keys, range(2)) == []
+    with pytest.raises(ConfigError, match="has 0 groups"):
+        cache.submit_store(keys, PageTable(number, ()))
 
 
 @pytest.mark.parametrize("step", ["prepare", "finish"])
