@@ -131,6 +131,8 @@ class Planner:
         """Give the lease back; a second time is harmless."""
         for entries in self._state.leases.release(lease):
             self._state.unpinned(entries)
+        if self._upkeep.waits_for_segments:
+            self.follow_up()
 
     # --- moving -----------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class ControlState:
         self.plans: list[Plan] = []
         self.news: list[Ticket] = []
         self.counts: Counter[str] = Counter()
+        self.unpinned_entries = 0
         self.mistakes: list[tuple[str, BaseException]] = []
         self.in_flight_bytes: Counter[PlanKind] = Counter()
         self.is_plain = index.ranks == 1 and len(layout.groups) == 1
@@ -146,6 +147,7 @@ class ControlState:
         """Nobody holds ``entries`` any more: free what waited for that, forget those without copies and children."""
         if not len(entries):
             return
+        self.unpinned_entries += len(entries)
         index = self.index
         for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)

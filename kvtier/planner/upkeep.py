@@ -16,7 +16,7 @@ from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 
 _ENTRIES_LOOKED_AT: Final = 4096
-_NOTHING_SEEN: Final = (-1, -1)
+_NOTHING_SEEN: Final = (-1, -1, -1)
 _EVICTED_A_TURN: Final = 256
 """Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
@@ -46,12 +46,23 @@ class Upkeep:
                 while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
                     pass
 
+    @property
+    def waits_for_segments(self) -> bool:
+        """Whether a directory needs segments back that somebody may have held: who writes to it waits for them."""
+        return any(
+            directory.reclaims_wanted > len(directory.reclaiming)
+            for disk in self._state.disk.ranks.values()
+            for directory in disk.directories.values()
+        )
+
     def _drain(self) -> None:
         """Look at what may go, unless nothing went the last time and nothing has changed since.
 
-        A change is a write that ended, or so many blocks more or less that others may be queued or freed.
+        A change is a write that ended, or so many blocks more, less or unpinned that others may be queued or freed.
         """
-        seen = (self._state.disk.ended, len(self._state.host) // self._state.host.step_blocks)
+        state = self._state
+        step = state.host.step_blocks
+        seen = (state.disk.ended, len(state.host) // step, state.unpinned_entries // step)
         if seen != self._seen:
             self._seen = _NOTHING_SEEN if self._spill_to_low_watermark() else seen
 

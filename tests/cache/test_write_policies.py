@@ -8,7 +8,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from kvtier import TieredCache
+from kvtier.core.plan import PAGE_BYTES
 from kvtier.metrics.prometheus import PrometheusCollector
+from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
@@ -96,3 +98,33 @@ def test_prometheus_reads_what_stats_says(tmp_path: Path) -> None:
         assert registry.get_sample_value("kvtier_disk_entries") == 4
         assert registry.get_sample_value("kvtier_lane_queued_bytes", {"lane": "disk-0"}) == 0
         assert cache.stats()["lane_queued_bytes{lane=disk-0}"] == 0
+
+
+def test_room_that_a_lease_held_is_made_once_it_goes() -> None:
+    """All was pinned when there was a look at what may go; nothing is written, and no block comes or goes since.
+
+    The store that finds it full asks for room, and is the last one that does not get any.
+    """
+    layout = tiny_layout(dim=64)
+    size, pages = layout.block_tokens, layout.record_pages[0]
+    world, engine = Simulation(1), PseudoEngine(layout, 8)
+    config: dict[str, Any] = {
+        "host": {"capacity": 10 * pages * PAGE_BYTES, "staging": "1MiB"},
+        "disk": {"directories": ["/kv"], "capacity": "8MiB", "segment": "1MiB"},
+        "policy": {"write": "write_back"},
+    }
+    cache = TieredCache(config, layout, "m", machine=world.machine())
+    world.run_for(1)
+
+    def stored(number: int, blocks: int) -> int:
+        return cache.submit_store([number] * (blocks * size), engine.pages).result(60).stored
+
+    hits = []
+    for number, blocks in enumerate((8, 1, 1)):
+        assert stored(number, blocks) == blocks * size
+        hits.append(cache.lookup([number] * (blocks * size + 1)))
+    world.run_for(1)
+    hits[0].release()
+    stored(9, 1)
+    world.run_for(1)
+    assert [stored(number, 1) for number in range(10, 20)] == [size] * 10

@@ -122,6 +122,25 @@ def test_every_directory_gets_its_own_reclaims() -> None:
     bench.check_at_rest()
 
 
+def test_a_reclaim_that_waits_for_a_lease_follows_as_soon_as_that_goes() -> None:
+    """Whoever waits for a clean segment must not wait for the next store or completion, too."""
+    bench = Bench(segments=2, segment_blocks=2, host_blocks=20, clean_target=0)
+    keys = bench.keys(4)
+    bench.stored(keys)
+    lease = bench.lookup(keys)
+    assert lease.blocks == 4
+    plane = bench.planes[0]
+    plane.clean_target = 1
+    plane.disk_state()
+    bench.hear()
+    assert bench.plans(PlanKind.RECLAIM) == []
+    bench.planner.release(lease)
+    bench.send()
+    assert len(bench.plans(PlanKind.RECLAIM)) == 1
+    bench.run()
+    bench.check_at_rest()
+
+
 def test_what_waited_for_a_disk_that_is_gone_ends() -> None:
     bench = Bench(segments=4)
     keys = bench.keys(3)
