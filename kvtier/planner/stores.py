@@ -55,6 +55,7 @@ class Stores:
         self._state = state
         self._stages = stages
         self._next_cut = 0
+        self._least_free_entries = max(1, state.index.table.capacity >> 6)
 
     def store(self, wish: StoreWish) -> None:
         """Plan what is wished for: new blocks are gathered, pending ones are joined."""
@@ -84,21 +85,28 @@ class Stores:
         self._stages.advance(ticket)
 
     def _make_entries_free(self, count: int) -> None:
-        """Where fewer than ``count`` entries are free, forget those that stand for nothing but their children's links.
+        """Where hardly more than ``count`` entries are free, forget those that only stand for their children's links.
 
-        Copies that go leave such entries behind, so it is not worth a look before many have gone.
+        Copies that go leave such entries behind, so it is not worth a look before many have gone. Where that is not
+        enough, the disk holds more blocks than there are entries for: the oldest have to go before it is full.
         """
         index, counts = self._state.index, self._state.counts
-        if index.table.free >= count:
+        if self._spare_entries >= count:
             return
         gone = counts["removed_host_blocks"] + counts["removed_disk_blocks"]
         if gone >= self._next_cut:
             index.cut_ghosts()
-            self._next_cut = gone + max(1, index.table.capacity >> 6)
+            self._next_cut = gone + self._least_free_entries
+        self._state.lacks_entries = self._spare_entries < count
+
+    @property
+    def _spare_entries(self) -> int:
+        """Entries that may be taken before others have to go."""
+        return self._state.index.table.free - self._least_free_entries
 
     def has_room_for(self, blocks: int) -> bool:
         """Whether so many new blocks, of all groups, may be entered and be under way."""
-        return blocks <= min(self._state.index.table.free, self._store_room(self._state.block_bytes))
+        return blocks <= min(self._spare_entries, self._store_room(self._state.block_bytes))
 
     def before(self, keys: Keys, group: int, block: int) -> int:
         """The entry that ``block`` extends, or MISSING."""
@@ -121,7 +129,7 @@ class Stores:
         """The commonest store: one block that nobody knows, and there is room for it. False for any other."""
         state, index, keys, block = self._state, self._state.index, wish.keys, wish.ticket.first_block
         key = keys.digests[block]
-        if not state.is_plain or index.table.find_one(key, 0) >= 0 or not index.table.free:
+        if not state.is_plain or index.table.find_one(key, 0) >= 0 or self._spare_entries < 1:
             return False
         if self._store_room(state.block_bytes) < 1 or (page := state.host.take_one()) < 0:
             return False

@@ -41,9 +41,11 @@ class Upkeep:
             self._seen = _NOTHING_SEEN
         if self._state.disk.backlog:
             self._write()
+        lacks_entries, self._state.lacks_entries = self._state.lacks_entries, False
         for rank, disk in self._state.disk.ranks.items():
             for directory in disk.directories.values():
-                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
+                wanted = max(directory.reclaims_wanted, lacks_entries)
+                while wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
                     pass
 
     @property

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from kvtier.core.plan import PlanKind, Status, Tier
-from kvtier.planner import Outcome
+from kvtier.planner import Durability, Outcome, planner
 from tests.planner.bench import Bench
 
 
@@ -130,3 +132,14 @@ def test_no_more_segments_are_reclaimed_than_are_wanted() -> None:
     assert len(bench.plans(PlanKind.RECLAIM)) == 2, "one is clean"
     bench.run()
     assert sum(segment.state == "clean" for segment in plane.segments.values()) == 3
+
+
+def test_where_the_disk_holds_more_blocks_than_there_are_entries_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that compress well: no segment is wanted back before the disk is full, which it never would be."""
+    monkeypatch.setattr(planner, "max_entries", lambda config, layout: 16)
+    bench = Bench(segments=16, segment_blocks=4, host_blocks=6, clean_target=0)
+    for number in range(40):
+        assert bench.stored(bench.keys(1, number), durability=Durability.PROCESS).count(Outcome.DONE) == 1
+        assert bench.match(bench.keys(1, number)) == 1
+    assert len(bench.plans(PlanKind.RECLAIM)) >= 5
+    bench.check_at_rest()
