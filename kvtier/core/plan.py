@@ -185,7 +185,7 @@ Table: TypeAlias = npt.NDArray[np.void]
 # Plans and completions are values that nobody changes; a frozen dataclass takes three times as long to make.
 @dataclass(slots=True, eq=False)
 class Plan:
-    """One hop for one rank: control -> data.
+    """One hop for one rank, in the life ``incarnation`` of it and in no other: control -> data.
 
     ``[start, stop)`` are absolute token positions, for LOAD and STORE. ``deadline_s`` is on the clock of the sender
     (CLOCK_MONOTONIC, which processes of one machine share); None waits as long as the tier's own limits. Whoever asked
@@ -205,6 +205,7 @@ class Plan:
     deadline_s: float | None = None
     segment: int = NOWHERE
     generation: int = 0
+    incarnation: int = 1
 
 
 @dataclass(slots=True, eq=False)

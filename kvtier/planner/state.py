@@ -9,7 +9,7 @@ import numpy as np
 
 from kvtier.config import Config
 from kvtier.core.memory import PageTable
-from kvtier.core.plan import Plan, PlanKind, Priority, Reason, Tier
+from kvtier.core.plan import NOWHERE, Plan, PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import Cells
 from kvtier.index.entries import EntryRows, Mask
 from kvtier.models.layout import KVLayout
@@ -126,6 +126,7 @@ class ControlState:
                 plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
                 rows=plan_rows(self.index, hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
                 durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
+                incarnation=self.incarnations.get(rank, NOWHERE),
             )
             for rank in hop.unanswered
         ]  # fmt: skip

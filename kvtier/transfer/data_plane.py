@@ -168,6 +168,8 @@ class DataPlane:
         run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
         if self._closed:
             run.end(Reason.CLOSED)
+        elif plan.incarnation != self._equipment.incarnation:  # it was on its way when an earlier life ended
+            run.end(Reason.GONE)
         elif not self._tables_are_checked and not table_fits(self._equipment, plan):
             run.end(Reason.REFUSED)
         else:

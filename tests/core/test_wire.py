@@ -71,6 +71,7 @@ MESSAGES: st.SearchStrategy[Plan | Message] = st.one_of(
         deadline_s=st.none() | FLOAT,
         segment=INT,
         generation=LONG,
+        incarnation=LONG,
     ),
     st.builds(
         Completion,

@@ -271,3 +271,18 @@ def test_loops_that_do_not_stop_share_the_time_of_closing() -> None:
     opened = Opened(replace(world.machine(), runtime=runtime), host=settings)
     assert not opened.plane.close(5)
     assert runtime.given_s == [5, 0, 0, 0]
+
+
+@pytest.mark.parametrize("incarnation", [0, 2])
+def test_a_plan_of_another_life_of_the_rank_is_not_run(incarnation: int) -> None:
+    """It was on its way when the rank died: its pages are the engine's again, its room another block's."""
+    world = Simulation(1)
+    engine = PseudoEngine(LAYOUT, 1)
+    opened = Opened(world.machine())
+    plane = opened.plane
+    before = plane._equipment.host.data.copy()
+    plane.submit([replace(store(plane, engine.memory, engine), incarnation=incarnation)])
+    world.run_for(1)
+    assert opened.ends() == [(1, Counter({(Status.FAILED, Reason.GONE): 1}))]
+    assert np.array_equal(plane._equipment.host.data, before)
+    assert plane.close(PATIENCE_S)
