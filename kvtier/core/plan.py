@@ -274,7 +274,7 @@ class DiskState:
     """How one directory of a rank is: segments sealed since the last report, clean ones left, reclaims it waits for.
 
     ``sealed`` is int64 ``[n, 2]``: (segment, generation), oldest first. ``usable`` false: the tier is off.
-    ``writable`` false: it is only read, in all of this life.
+    ``writable`` false: it is only read, in all of this life or until it says otherwise.
     """
 
     rank: int

@@ -29,9 +29,9 @@ class DiskPath:
     chores: Event
     assigned_bytes: int = 0
 
-    def reluctance(self) -> tuple[bool, bool, int, int]:
+    def reluctance(self) -> tuple[bool, int, int]:
         """Least where the next write should go: what works, has little queued, and has been given least so far."""
-        return not self.tier.writable, not self.tier.takes_writes, self.lane.queued_bytes, self.assigned_bytes
+        return not self.tier.takes_writes, self.lane.queued_bytes, self.assigned_bytes
 
     def take_news(self, rank: int, incarnation: int) -> tuple[list[int], list[Message]]:
         """Segments whose reclaim ended, by their global numbers, and what control is to be told; once."""
@@ -42,7 +42,7 @@ class DiskPath:
         sealed[:, 0] += global_segment(self.number, 0)
         state = DiskState(
             rank, incarnation, events.usable, events.clean_segments, events.reclaims_wanted, sealed, events.reason,
-            self.number, self.tier.writable,
+            self.number, self.tier.takes_writes,
         )  # fmt: skip
         rate = LaneRate(rank, incarnation, self.lane.name, self.lane.bytes_per_s, self.lane.queued_bytes)
         return [global_segment(self.number, segment) for segment in events.reclaimed], [state, rate]

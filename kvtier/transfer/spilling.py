@@ -170,8 +170,8 @@ class WriteMove:
     def prepare(self) -> IORequest | None:
         """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move."""
         run, tier = self._run, self._path.tier
-        if run.abandoned or not tier.writable or self._late():
-            reason = Reason.NO_SPACE if tier.writable else Reason.NO_DISK
+        if run.abandoned or not tier.takes_writes or self._late():
+            reason = Reason.NO_SPACE if tier.takes_writes else Reason.NO_DISK
             self._give_up(Reason.CLOSED if run.abandoned else reason)
             return None
         while len(self._places) < len(self._records):

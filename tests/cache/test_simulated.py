@@ -10,8 +10,11 @@ import pytest
 
 from kvtier import PrefetchResult, TieredCache
 from kvtier.core.keys import Keys, Root
+from kvtier.runtime.seam import IORequest, Op
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from kvtier.testing.simfile import Snapshot
+from kvtier.tiers.disk.health import POISONED_IN_A_ROW, WRITE_PAUSE_S
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -241,3 +244,37 @@ def test_a_deadline_of_its_own_is_how_long_a_prefetch_may_take(policy: str) -> N
     world = Prefetching(policy)
     assert world.prefetch(deadline_s=3.0) == PrefetchResult(0, 0, {"abandoned": SIZE * BLOCKS})
     assert 3.0 < world.took_s() < 4.0
+
+
+def test_a_disk_that_fails_segment_after_segment_leaves_host_memory_in_use_and_is_tried_again_later() -> None:
+    world = Simulation(1)
+    config = {"host": {"capacity": "256KiB", "staging": "1MiB"}, "disk": SETTINGS["disk"]}
+    cache = TieredCache(config, LAYOUT, "sim", machine=world.machine())
+    world.run_for(1)
+    engine, finish = PseudoEngine(LAYOUT, BLOCKS), world.disk.finish
+
+    def fail_writes(request: IORequest, snapshot: Snapshot | None) -> None:
+        if request.op is Op.WRITE:
+            raise OSError(errno.EIO, "broken")
+        finish(request, snapshot)
+
+    def stored(number: int, durability: str) -> dict[str, int]:
+        keys = cache.keys([number] * (SIZE * BLOCKS))
+        return cache.submit_store(keys, engine.pages, durability=durability).result(600).failed
+
+    world.disk.finish = fail_writes  # type: ignore[method-assign]
+    for number in range(POISONED_IN_A_ROW):
+        assert stored(number, "process") == {"io_error": SIZE * BLOCKS}
+    world.run_for(0.1)
+    started_s = world.clock.monotonic()
+    for number in range(100, 200):
+        assert stored(number, "memory") == {}
+        assert cache.match([number] * (SIZE * BLOCKS + 1)) == SIZE * BLOCKS
+    assert stored(300, "process") == {"no_disk": SIZE * BLOCKS}
+    assert world.clock.monotonic() - started_s < 1, "nobody waits for it"
+    world.disk.finish = finish  # type: ignore[method-assign]
+    world.run_for(WRITE_PAUSE_S + 1)
+    stored(400, "process")  # finds host memory full of what was never written, until that is on disk
+    world.run_for(1)
+    assert stored(401, "process") == {}
+    assert cache.close(600)

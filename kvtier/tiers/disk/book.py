@@ -406,14 +406,13 @@ class SegmentBook:
         if segment in self._full:
             self._full.remove(segment)
         segment.stage = Stage.POISONED
-        self.health.poisoned()
+        if self.health.poisoned():
+            self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
         self._wake()
         return True
 
     def _tell_poisoned(self, segment: Segment, why: str) -> None:
         self.remarks.add(logging.WARNING, f"segment {segment.number} is not written any more: {why}")
-        if not self.health.takes_writes:
-            self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
 
     def _in_life(self, target: SyncTarget) -> Segment | None:
         segment = self.segments.get(target.segment)

@@ -42,18 +42,20 @@ class Health:
         if self.standing_reason:
             return self.standing_reason
         if not self.takes_writes:
-            return f"takes no writes: {self._poisoned_in_a_row} segments in a row failed"
+            return f"takes no writes for {WRITE_PAUSE_S:g} s: segment after segment failed"
         return self.why_not_growing
 
     def went_well(self) -> None:
         """A sync or a seal succeeded."""
         self._poisoned_in_a_row = 0
 
-    def poisoned(self) -> None:
-        """One segment more takes no writes."""
+    def poisoned(self) -> bool:
+        """One segment more takes no writes; True when it is the one with which a pause begins."""
+        took_writes = self.takes_writes
         self._poisoned_in_a_row += 1
         if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
             self._no_writing_until_s = self._clock.monotonic() + WRITE_PAUSE_S
+        return took_writes and not self.takes_writes
 
     def could_not_grow(self, reason: str) -> None:
         """Making a segment failed."""

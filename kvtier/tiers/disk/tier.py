@@ -189,8 +189,8 @@ class DiskTier:
 
     @property
     def takes_writes(self) -> bool:
-        """False while it is left alone, because segment after segment failed."""
-        return self._book.health.takes_writes
+        """False where it is not writable, or is left alone for a while because segment after segment failed."""
+        return self.writable and self._book.health.takes_writes
 
     def place(self, pages: int) -> Place | None:
         """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
