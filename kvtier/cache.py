@@ -366,7 +366,7 @@ class TieredCache:
             raise ConfigError(f"memory = {memory!r}: want engine memory, such as PagedTensors or DenseKV")
         self._check_open()
         with self._lock:
-            return self._memories.use(memory)
+            return self._memories.register(memory)
 
     def unregister(self, memory: KVMemory) -> None:
         """Forget ``memory`` once no job uses it that was given ``KVPages``; jobs that name it by number end first.
@@ -376,7 +376,7 @@ class TieredCache:
         """
         self._check_here()
         with self._lock:
-            self._memories.let_go(memory)
+            self._memories.unregister(memory)
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 

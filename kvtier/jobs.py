@@ -164,7 +164,8 @@ class Job(Generic[R]):
     def cancel(self) -> None:
         """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it.
 
-        A small one that shares a plan with others ends when they do, as if nothing had been said.
+        A small one that shares a plan with others ends when they do, as if nothing had been said. So does what only
+        waits for the disk: a store whose pages are free already, and a flush.
         """
         self._control.cancel(self)
 

@@ -49,7 +49,7 @@ class AsyncJob(Generic[R]):
         return self.job.source_free
 
     def cancel(self) -> None:
-        """Nobody wants it any more: the job ends as soon as nothing touches engine memory for it."""
+        """Nobody wants it any more: it ends as soon as nothing touches engine memory for it; see ``Job.cancel``."""
         self.job.cancel()
 
     async def wait_source_free(self) -> None:

@@ -24,11 +24,12 @@ class EnginePages(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Registered:
-    """Memory that ``users`` jobs, or the caller, use. Held, so that its id stays its own."""
+    """Memory that ``users`` use: jobs, and callers that registered it. Held, so that its id stays its own."""
 
     memory: KVMemory
     memory_id: int
     users: int = 0
+    registrations: int = 0
 
 
 class Memories:
@@ -55,6 +56,19 @@ class Memories:
             self._numbered[known.memory_id] = memory
         known.users += 1
         return known.memory_id
+
+    def register(self, memory: KVMemory) -> int:
+        """As ``use``, until ``unregister`` was called as often."""
+        memory_id = self.use(memory)
+        self._known[id(memory)].registrations += 1
+        return memory_id
+
+    def unregister(self, memory: KVMemory) -> None:
+        """Take one ``register`` back; jobs go on using it. Harmless for what was not registered."""
+        known = self._known.get(id(memory))
+        if known is not None and known.registrations:
+            known.registrations -= 1
+            self.let_go(memory)
 
     def find(self, memory_id: int) -> KVMemory | None:
         """The memory that has this number, if it is known here."""

@@ -498,3 +498,18 @@ def test_a_hello_of_a_rank_too_many_or_of_another_layout_is_logged_and_passed_ov
     assert why in caplog.text
     assert cache.stats()["failed_messages"] == 1
     assert store(cache, 1).result(60).stored == 2 * SIZE
+
+
+def test_unregistering_memory_that_was_never_registered_takes_it_from_no_job(cache: TieredCache) -> None:
+    job = store(cache, 1)
+    cache.unregister(ENGINE.memory)
+    assert job.result(60).stored == 2 * SIZE
+    assert cache.stats()["memories"] == 0
+
+
+def test_memory_that_was_registered_twice_is_known_until_it_is_unregistered_twice(cache: TieredCache) -> None:
+    numbers = {cache.register(ENGINE.memory) for _ in range(2)}
+    for left in (1, 0, 0):
+        cache.unregister(ENGINE.memory)
+        assert cache.stats()["memories"] == left
+    assert len(numbers) == 1
