@@ -66,13 +66,18 @@ class SegmentBook:
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
-    def begin_life(self, life: int) -> None:
-        """Every segment that was found is in: from now on records are placed, and the oldest segment goes first."""
+    def begin_life(self, life: int, highest: int) -> None:
+        """Every segment that was found is in: from now on records are placed, and the oldest segment goes first.
+
+        ``highest`` is the highest number found, of a generation or a sequence: one of a later life, where the
+        superblocks were lost or restored, is left behind, too.
+        """
         with self._lock:
             for queue in (self._started, self._clean, self._full):
                 ordered = sorted(queue, key=lambda segment: segment.generation)
                 queue.clear()
                 queue.extend(ordered)
+            life = max(life, (highest >> _OF_A_LIFE) + 1)
             self._next_generation = self._next_sequence = life << _OF_A_LIFE
             self._placing = True
         self._wake()

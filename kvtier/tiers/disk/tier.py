@@ -277,18 +277,21 @@ class DiskTier:
 
     def _recover(self, numbers: list[int]) -> Iterator[Table]:
         reader = SegmentReader(self._files, self._directory.superblock, self._layout)
+        highest = 0
         for number in numbers:
             segment, found = self._read_segment(reader, number)
             self._book.add(segment)
+            highest = max(highest, segment.generation)
             if found is not None:
                 self._count(found)
                 if len(found.entries):
+                    highest = max(highest, int(found.entries["sequence"].max()))
                     yield found.entries.copy()
         if self._directory.read_only:
             self._book.health.standing_reason = "made by a newer version of kvtier: it is read, and not written"
         else:
             self._directory.remove_unfinished()
-            self._book.begin_life(self._directory.superblock.sequence)
+            self._book.begin_life(self._directory.superblock.sequence, highest)
 
     def _read_segment(self, reader: SegmentReader, number: int) -> tuple[Segment, Found | None]:
         """Open one file. One that the device cannot read is left alone: it may be able to next time."""

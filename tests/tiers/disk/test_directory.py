@@ -320,6 +320,19 @@ def test_a_capacity_that_is_too_small_is_refused_before_anything_is_touched(work
     assert not (tmp_path / "new").exists()
 
 
+def test_numbers_are_used_once_also_where_older_superblocks_are_put_back(workbench: Make, closed: Workbench) -> None:
+    """A life is counted twice then: what is written in the second one is newer all the same."""
+    sequences = []
+    for _ in range(3):
+        rewrite_superblocks(closed, sequence=0)
+        again = workbench().open()
+        sequences.append(again.put(3).sequence)
+        assert again.recovered()[3]["sequence"] < sequences[-1]
+        again.tier.close()
+    assert sequences == sorted(set(sequences))
+    assert workbench().open().recovered()[3]["sequence"] == sequences[-1]
+
+
 def test_superblocks_begin_a_new_life_at_every_opening(workbench: Make) -> None:
     lives = []
     for _ in range(3):
