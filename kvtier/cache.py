@@ -567,7 +567,7 @@ class TieredCache:
 
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens
-        if not low <= start <= stop <= max(hit.num_tokens, start):
+        if not low <= start <= stop <= max(hit.num_tokens, hit.start):
             raise ConfigError(f"load [{start}, {stop}): the hit holds tokens [{low}, {hit.num_tokens})")
 
     def _check_here(self) -> None:

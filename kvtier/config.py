@@ -85,6 +85,10 @@ def _clean_segments(value: object) -> object:
 def _directory(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError("not a directory; name one as a string")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError("not a directory; its name has characters that no file system takes") from None
     return os.path.abspath(os.path.expanduser(value))
 
 
@@ -269,6 +273,8 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: no path: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: not a configuration: its lists or tables lie in each other too deeply") from None
     return _validated(table, where=f"{path}: ")

@@ -161,6 +161,10 @@ class TestWhatIsRefused:
             ({"disk": 3}, "disk = 3: must be a table of keys, [disk] in TOML"),
             ({"disk": {"directories": "/a"}}, "disk.directories = '/a': must be a list"),
             ({"disk": {"directories": [""]}}, "disk.directories[0] = '': not a directory; name one as a string"),
+            (
+                {"disk": {"directories": ["/\ud800"]}},
+                r"disk.directories[0] = '/\ud800': not a directory; its name has characters that no file system takes",
+            ),
             ({"disk": {"directories": ["/a", "/a/"]}}, "disk.directories = ['/a', '/a']: names one directory twice"),
             (
                 {"disk": {"directories": ["/a", "/b"], "capacity": "100MiB", "segment": "16MiB"}},

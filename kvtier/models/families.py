@@ -14,6 +14,8 @@ Settings: TypeAlias = Mapping[str, Any]
 PageShape: TypeAlias = tuple[tuple[Axis, ...], int]
 """Order of the axes in one engine page, and its tokens."""
 
+_MOST: Final = 1 << 16
+"""Of anything that a configuration counts: more is a mistake, and would take all memory to describe."""
 EXAMPLE: Final = (
     'Part(layer=0, kind="k", dtype="bfloat16", axes=("head", "token", "dim"), shape=(kv_heads, page_tokens, head_dim))'
 )
@@ -83,6 +85,8 @@ def _text_settings(hf_config: Any) -> Settings:
 def _count(settings: Settings, key: str, *, default: int | None = None) -> int:
     value = settings.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"config of {settings.get('model_type')!r}: {key} = {value!r}, want a positive integer")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _MOST:
+        raise ConfigError(
+            f"config of {settings.get('model_type')!r}: {key} = {value!r}, want a positive integer, at most {_MOST}"
+        )
     return value

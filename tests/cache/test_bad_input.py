@@ -115,10 +115,13 @@ def test_something_else_than_pages_is_refused(memory_cache: TieredCache) -> None
         memory_cache.submit_load(hit, [1, 2, 3])  # type: ignore[arg-type]
 
 
-def test_a_range_outside_the_hit_is_refused(memory_cache: TieredCache) -> None:
+@pytest.mark.parametrize(
+    "tokens", [{"stop": 65}, {"start": 65}, {"start": 2**70}, {"start": -1}, {"start": 9, "stop": 8}]
+)
+def test_a_range_outside_the_hit_is_refused(memory_cache: TieredCache, tokens: dict[str, int]) -> None:
     engine = stored(memory_cache)
     with memory_cache.lookup(TOKENS) as hit, pytest.raises(ConfigError, match=r"the hit holds tokens \[0, 64\)"):
-        memory_cache.submit_load(hit, engine.pages, stop=65)
+        memory_cache.submit_load(hit, engine.pages, **tokens)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_an_unknown_architecture_is_named_and_told_what_to_do():
     ("change", "message"),
     [
         ({"num_hidden_layers": None}, "num_hidden_layers = None"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, want a positive integer, at most 65536"),
         ({"num_key_value_heads": 0}, "num_key_value_heads = 0"),
         ({"head_dim": "64"}, "head_dim = '64'"),
     ],
