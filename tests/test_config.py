@@ -108,6 +108,11 @@ class TestWhatIsAccepted:
             config.host.capacity = 1
         assert hash(config) == hash(load_config({}))
 
+    @pytest.mark.parametrize("path", ["a\0b", "/\ud800"])
+    def test_what_no_file_can_be_called_is_no_configuration(self, path: str) -> None:
+        with pytest.raises(ConfigError, match="no path"):
+            load_config(path)
+
     def test_a_file_may_begin_with_a_byte_order_mark(self, tmp_path: Path) -> None:
         """Editors of Windows write one."""
         (tmp_path / "kvtier.toml").write_bytes(b"\xef\xbb\xbfblock_tokens = 32\n")
