@@ -297,24 +297,30 @@ class Dispatch:
             tell(news.jobs)
 
     def _send(self, plans: Sequence[Plan]) -> None:
-        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers."""
+        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers.
+
+        Nor does Ctrl-C: nobody knows then what the rank has begun, so its plans are left to it.
+        """
+        interrupt = None
         for rank, channel in enumerate(self.channels):
             mine = plans if len(self.channels) == 1 else [plan for plan in plans if plan.rank == rank]
             if not mine:
                 continue
             try:
                 channel.send(mine)
-                for plan in mine if self._cancelled else ():
-                    if plan.plan_id in self._cancelled:  # before there was anything to be cancelled
-                        channel.cancel(plan.plan_id)
-            except BaseException as error:
+            except Exception:
                 log.exception("rank %d did not take %d plans; whoever waits for them is refused", rank, len(mine))
                 with self.lock:
                     self.planner.disown(mine)
                     news = self._collect()
                 self._deliver(news)
-                if not isinstance(error, Exception):
-                    raise
+            except BaseException as error:
+                interrupt = error
+        for plan in plans if self._cancelled else ():
+            if plan.plan_id in self._cancelled:  # before there was anything to be cancelled
+                self.channels[plan.rank].cancel(plan.plan_id)
+        if interrupt is not None:
+            raise interrupt
 
     def _cancel(self, job: AnyJob) -> None:
         self._check_here()

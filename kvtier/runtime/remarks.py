@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 _MOST: Final = 1024
@@ -29,4 +30,5 @@ class Remarks:
                 level, message, error = self._waiting.popleft()
             except IndexError:
                 return  # another thread was faster
-            self._log.log(level, "%s", message, exc_info=error)
+            with suppress(Exception):  # a stranger's handler, on the way of somebody who has other things to do
+                self._log.log(level, "%s", message, exc_info=error)

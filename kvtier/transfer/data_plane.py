@@ -7,6 +7,7 @@ keeps it going; what is past its deadline ends by a loop that waits for no devic
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -27,7 +28,7 @@ from kvtier.core.plan import (
     Reason,
     Recovered,
 )
-from kvtier.errors import CapacityError, ClosedError, ConfigError
+from kvtier.errors import CapacityError, ClosedError, ConfigError, CorruptBlockError
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
@@ -145,12 +146,28 @@ class DataPlane:
     # --- plans ------------------------------------------------------------------------------------------------------
 
     def submit(self, plans: Iterable[Plan]) -> None:
-        """Begin plans; never blocks, and moves nothing itself. After ``close`` their rows fail."""
+        """Begin plans; never blocks, and moves nothing itself. After ``close`` their rows fail.
+
+        Where Ctrl-C comes between, those that were not begun are refused: what raises leaves none without an answer.
+        """
+        left = deque(plans)
+        try:
+            with self._lock:
+                while left:
+                    self._begin(left[0])
+                    left.popleft()
+                self._equipment.kick()
+        finally:
+            if left:
+                self._refuse(left)
+        self._write_log()
+
+    def _refuse(self, plans: Iterable[Plan]) -> None:
         with self._lock:
             for plan in plans:
-                self._begin(plan)
-            self._equipment.kick()
-        self._write_log()
+                if plan.plan_id not in self._runs:
+                    run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
+                    run.end(Reason.REFUSED)
 
     def call_back(self) -> bool:
         """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then.
@@ -336,7 +353,8 @@ class DataPlane:
         try:
             result = piece.work()
         except BaseException as error:  # the one boundary: what a codec or engine memory throws is a failed row
-            result = RuntimeError(f"a piece of work failed: {error!r}")
+            is_damage = isinstance(error, CorruptBlockError)
+            result = error if is_damage else RuntimeError(f"a piece of work failed: {error!r}")
             self._equipment.faults.tell("a piece of work failed", error)
         with self._lock:
             try:

@@ -15,6 +15,7 @@ from kvtier.errors import CapacityError, CorruptBlockError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place
 from kvtier.transfer.equipment import Equipment
+from kvtier.transfer.faults import reason_of
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment
 from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.records import encode_record, stamp
@@ -86,8 +87,11 @@ class SpillRun(Run):
             return encode_record(self._host_record(row), self.plan.chains[0], out)
 
         def finish(result: tuple[int, bool] | Exception) -> None:
-            if isinstance(result, Exception):
+            if isinstance(result, CorruptBlockError):
                 self.damaged(Outgoing(row, out, buffer))
+                self.settle()
+            elif isinstance(result, Exception):
+                self.not_written(Outgoing(row, out, buffer), reason_of(result))
                 self.settle()
             else:
                 pages, coded = result

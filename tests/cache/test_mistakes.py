@@ -328,15 +328,32 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     assert cache.close(60)
 
 
-def test_an_interrupt_while_plans_are_sent_refuses_them() -> None:
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_an_interrupt_while_plans_are_begun_refuses_the_others_and_no_more(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch, begun: int
+) -> None:
+    """What was begun reads and writes: its pages and its room are in use until it has ended."""
+    jobs = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(3)]  # of three memories: three plans
+    left = iter(range(begun))
+    once(monkeypatch, DataPlane, "_begin", KeyboardInterrupt, when=lambda *_: next(left, None) is None)
+    with pytest.raises(KeyboardInterrupt):
+        cache.lookup([9] * SIZE)
+    assert not any(job.done for job in jobs[:begun])
+    assert [job.result(60).stored for job in jobs] == [2 * SIZE] * begun + [0] * (3 - begun)
+    assert [job.result(60).failed for job in jobs[begun:]] == [{"refused": 2 * SIZE}] * (3 - begun)
+    assert cache.close(60)
+
+
+def test_an_interrupt_in_a_channel_leaves_it_all_that_it_may_have_begun() -> None:
     cache, channel = over_a_broken_channel()
     channel.breaks_on, channel.error = PlanKind.STORE, KeyboardInterrupt()
     job = store(cache, 1)
     with pytest.raises(KeyboardInterrupt):
         cache.lookup([9] * SIZE)
-    assert job.result(60).failed == {"refused": 2 * SIZE}
-    assert store(cache, 2).result(60).stored == 2 * SIZE
+    assert not job.done
+    assert store(cache, 2, PseudoEngine(LAYOUT, 2)).done is False
     assert cache.close(60)
+    assert job.result(0).failed == {"closed": 2 * SIZE}
 
 
 def test_a_plan_that_cannot_be_begun_is_refused_and_the_next_ones_go_on(
