@@ -45,6 +45,12 @@ def check_dropout(model: Any) -> None:
     """
     if not model.training:
         return
+    for name, share in vars(model.config).items():  # models that drop by a function of torch's have no module for it
+        if "drop" in name and isinstance(share, (int, float)) and not isinstance(share, bool) and share > 0:
+            raise ConfigError(
+                f"model: is in training mode, where it drops activations at random ({name} = {share:g}), and random KV"
+                " would be found again by later generations; call model.eval() first"
+            )
     for name, module in model.named_modules():
         share = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
         if module.training and isinstance(share, (int, float)) and share > 0:

@@ -51,8 +51,8 @@ class ControlState:
         self.news: list[Ticket] = []
         self.counts: Counter[str] = Counter()
         self.unpinned_entries = 0
-        self.lacks_entries = False
-        """Whether a store found too few entries free, and nothing has been done about it."""
+        self.missing_entries = 0
+        """So many more a store would have taken than may be; nothing has been done about it."""
         self.mistakes: list[tuple[str, BaseException]] = []
         self.in_flight_bytes: Counter[PlanKind] = Counter()
         self.is_plain = index.ranks == 1 and len(layout.groups) == 1

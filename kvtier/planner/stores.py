@@ -68,8 +68,9 @@ class Stores:
         is_short = len(ticket.outcome) == 1 and ticket.durability == Durability.MEMORY
         if is_short and self._store_one(wish):
             return
-        self._make_entries_free(len(ticket.outcome) * len(state.layout.groups))
         span = slice(first, wish.stop)
+        if len(ticket.outcome) * len(state.layout.groups) > self._spare_entries:
+            self._make_entries_free(keys, span)
         new: list[_NewRows] = []
         shields: list[EntryRows] = []
         for group in range(len(state.layout.groups)):
@@ -84,20 +85,25 @@ class Stores:
             state.unpinned(state.index.unpin(shield))
         self._stages.advance(ticket)
 
-    def _make_entries_free(self, count: int) -> None:
-        """Where hardly more than ``count`` entries are free, forget those that only stand for their children's links.
+    def _make_entries_free(self, keys: Keys, span: slice) -> None:
+        """Where the new ones of those blocks find too few entries, forget those that only stand for children's links.
 
         Copies that go leave such entries behind, so it is not worth a look before many have gone. Where that is not
         enough, the disk holds more blocks than there are entries for: the oldest have to go before it is full.
         """
         index, counts = self._state.index, self._state.counts
+        found = [
+            index.find_blocks(keys.rows()[span], keys.digests[span], group)
+            for group in range(len(self._state.layout.groups))
+        ]
+        count = sum(int(np.count_nonzero(entries == MISSING)) for entries in found)
         if self._spare_entries >= count:
             return
         gone = counts["removed_host_blocks"] + counts["removed_disk_blocks"]
         if gone >= self._next_cut:
             index.cut_ghosts()
             self._next_cut = gone + self._least_free_entries
-        self._state.lacks_entries = self._spare_entries < count
+        self._state.missing_entries = max(0, count - self._spare_entries)
 
     @property
     def _spare_entries(self) -> int:

@@ -18,6 +18,7 @@ from kvtier.planner.state import ControlState
 _ENTRIES_LOOKED_AT: Final = 4096
 _NOTHING_SEEN: Final = (-1, -1, -1)
 _EVICTED_A_TURN: Final = 256
+_RECLAIMS_IN_VAIN: Final = 8
 """Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
 
@@ -41,12 +42,27 @@ class Upkeep:
             self._seen = _NOTHING_SEEN
         if self._state.disk.backlog:
             self._write()
-        lacks_entries, self._state.lacks_entries = self._state.lacks_entries, False
         for rank, disk in self._state.disk.ranks.items():
             for directory in disk.directories.values():
-                wanted = max(directory.reclaims_wanted, lacks_entries)
-                while wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
+                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
                     pass
+        self._make_entries_free()
+
+    def _make_entries_free(self) -> None:
+        """Give segments back, the oldest of each directory, until a store gets the entries that it did not get.
+
+        But not many whose blocks are all in host memory, too: that makes no entry free.
+        """
+        table = self._state.index.table
+        wanted = table.free + self._state.missing_entries
+        self._state.missing_entries = 0
+        for rank, disk in self._state.disk.ranks.items():
+            for directory in disk.directories.values():
+                free, in_vain = table.free, 0
+                while free < wanted and in_vain < _RECLAIMS_IN_VAIN and directory.writable:
+                    if not self._reclaim(rank, directory):
+                        break
+                    free, in_vain = table.free, in_vain + 1 if table.free == free else 0
 
     @property
     def waits_for_segments(self) -> bool:

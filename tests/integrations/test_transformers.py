@@ -399,6 +399,14 @@ def test_a_model_that_drops_activations_stores_nothing_until_it_is_told_to_evalu
     assert generator.generate(_prompt(40), **GREEDY).report.stored_tokens == 48
 
 
+def test_a_model_whose_config_says_that_it_drops_activations_is_refused_in_training_mode(cache):
+    """It may do so by a function of torch's, without a module that could be found."""
+    model = _in_training()
+    model.config.hidden_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"training mode.*hidden_dropout = 0\.1.*model\.eval\(\)"):
+        CachedGenerator(model, cache).generate(_prompt(40), **GREEDY)
+
+
 def test_a_model_in_training_mode_without_dropout_is_served(cache):
     generator = CachedGenerator(_in_training(), cache)
     generator.generate(_prompt(40), **GREEDY)

@@ -143,3 +143,24 @@ def test_where_the_disk_holds_more_blocks_than_there_are_entries_the_oldest_go(m
         assert bench.match(bench.keys(1, number)) == 1
     assert len(bench.plans(PlanKind.RECLAIM)) >= 5
     bench.check_at_rest()
+
+
+def test_prompts_longer_than_a_segment_get_the_entries_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "max_entries", lambda config, layout: 64)
+    bench = Bench(segments=64, segment_blocks=2, host_blocks=12, clean_target=0)
+    done = [bench.stored(bench.keys(10, seed), durability=Durability.PROCESS).count(Outcome.DONE) for seed in range(30)]
+    assert sum(done) > 250
+    bench.check_at_rest()
+
+
+def test_storing_what_exists_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few entries are free."""
+    monkeypatch.setattr(planner, "max_entries", lambda config, layout: 64)
+    bench = Bench(segments=64, segment_blocks=2, host_blocks=40, clean_target=0)
+    keys = bench.keys(30)
+    bench.stored(keys, durability=Durability.PROCESS)
+    for seed in range(25):
+        bench.stored(bench.keys(1, 1 + seed), durability=Durability.PROCESS)
+    for _ in range(5):
+        assert bench.stored(keys).count(Outcome.EXISTING) == 30
+    assert bench.plans(PlanKind.RECLAIM) == []

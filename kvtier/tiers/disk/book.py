@@ -118,6 +118,8 @@ class SegmentBook:
         """The directory cannot be used any more, for reading or writing."""
         with self._lock:
             self._placing, self.health.usable, self.health.standing_reason = False, False, reason
+            while self._reclaiming:  # nobody will clean them
+                self._news.reclaim_ended(self._reclaiming.popleft().number)
         self.remarks.add(logging.ERROR, f"disk tier off: {reason}")
 
     # --- what the lanes ask for -------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ class SegmentBook:
         """Control has unpublished this life of a segment: it may be written anew. Ends with a ``reclaimed`` event."""
         with self._lock:
             segment = self.segments.get(number)
-            if segment is None or segment.generation != generation:
+            if segment is None or segment.generation != generation or not self.health.usable:
                 self._news.reclaim_ended(number)
             elif segment.stage in (Stage.SEALED, Stage.POISONED):
                 segment.stage = Stage.RECLAIMING

@@ -366,3 +366,16 @@ def test_a_step_of_housekeeping_writes_no_more_than_8_mib(workbench: Make, fault
         if not more:
             break
     assert bench.tier.place(RECORD_PAGES) is not None
+
+
+def test_reclaims_end_with_the_directory(workbench: Make, runtime: HandRuntime) -> None:
+    """Whoever waits for one, or asks for one afterwards, is told: nobody will clean the segment any more."""
+    bench = workbench(segments=8).open()
+    bench.fill(range(3 * RECORDS))
+    before, after, *_ = events_of(bench).sealed
+    bench.tier.reclaim(*before)
+    shutil.rmtree(bench.tier.path)
+    advance(runtime, HEALTH_S)
+    bench.keep_house()
+    bench.tier.reclaim(*after)
+    assert set(events_of(bench).reclaimed) == {before[0], after[0]}
