@@ -44,6 +44,11 @@ class RankDisk:
         return self.capacity_bytes > 0 and (any(working) or not working)
 
     @property
+    def is_there(self) -> bool:
+        """Whether there is a directory that can be read and synced, if not written to."""
+        return self.capacity_bytes > 0 and len(self.gone) < max(1, len(self.directories))
+
+    @property
     def gone(self) -> set[int]:
         """Directories that were given up."""
         return {number for number, directory in self.directories.items() if not directory.usable}
@@ -94,6 +99,11 @@ class DiskBook:
     def usable(self) -> bool:
         """Whether every rank can write to its disk."""
         return bool(self.ranks) and all(disk.usable for disk in self.ranks.values())
+
+    @property
+    def is_there(self) -> bool:
+        """Whether every rank can sync what is on its disk."""
+        return bool(self.ranks) and all(disk.is_there for disk in self.ranks.values())
 
     def enqueue(self, entry: int, *, first: bool = False) -> None:
         """``entry`` must reach the disk; ``first``: before those for which nobody waits."""

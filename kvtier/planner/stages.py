@@ -71,7 +71,7 @@ class Stages:
                 ticket.fail(block, Reason.NO_DISK)
 
     def _sync(self, ticket: Ticket) -> None:
-        if not self._state.attached or not self._state.disk.usable:  # one that is not there would never answer
+        if not self._state.attached or not self._state.disk.is_there:  # one that is not there would never answer
             for at in range(len(ticket.outcome)):
                 ticket.fail(ticket.first_block + at, Reason.NO_DISK)
             return

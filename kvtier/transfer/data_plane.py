@@ -388,7 +388,11 @@ class DataPlane:
 
     def _keep_house(self, path: DiskPath) -> bool:
         """One bounded step for a directory, and what it has to say."""
-        busy = path.tier.housekeep()
+        busy = False
+        try:
+            busy = path.tier.housekeep()
+        except Exception as error:  # a mistake of ours: the directory still has to be looked after
+            self._equipment.faults.tell("housekeeping failed", error)
         with self._lock:
             reclaimed, messages = path.take_news(self.rank, self._equipment.incarnation)
             for segment in reclaimed:
@@ -407,12 +411,18 @@ class DataPlane:
             now_s = self._equipment.clock.monotonic()
             for run in list(self._runs.values()):
                 if run.plan.deadline_s is not None and run.plan.deadline_s <= now_s and not run.abandoned:
-                    run.abandon(Reason.ABANDONED)
+                    self._give_up(run)
             self._equipment.reap()
             self._equipment.kick()
             news = self._take_news()
         self._tell(news)
         return False
+
+    def _give_up(self, run: Run) -> None:
+        try:
+            run.abandon(Reason.ABANDONED)
+        except Exception as error:  # a mistake of ours: others' deadlines pass, too
+            self._equipment.faults.tell("giving up what is past its deadline failed", error)
 
     def wake(self) -> None:
         """Let a copy thread look for finished I/O."""

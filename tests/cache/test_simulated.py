@@ -262,6 +262,7 @@ def test_a_disk_that_fails_segment_after_segment_leaves_host_memory_in_use_and_i
         keys = cache.keys([number] * (SIZE * BLOCKS))
         return cache.submit_store(keys, engine.pages, durability=durability).result(600).failed
 
+    assert stored(50, "process") == {}
     world.disk.finish = fail_writes  # type: ignore[method-assign]
     for number in range(POISONED_IN_A_ROW):
         assert stored(number, "process") == {"io_error": SIZE * BLOCKS}
@@ -271,6 +272,7 @@ def test_a_disk_that_fails_segment_after_segment_leaves_host_memory_in_use_and_i
         assert stored(number, "memory") == {}
         assert cache.match([number] * (SIZE * BLOCKS + 1)) == SIZE * BLOCKS
     assert stored(300, "process") == {"no_disk": SIZE * BLOCKS}
+    assert stored(50, "durable") == {}, "it is on disk, and only has to be synced"
     assert world.clock.monotonic() - started_s < 1, "nobody waits for it"
     world.disk.finish = finish  # type: ignore[method-assign]
     world.run_for(WRITE_PAUSE_S + 1)

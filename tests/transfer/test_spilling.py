@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 
-from kvtier.core.plan import Completion, Plan, PlanKind, Priority, Reason, Status
+from kvtier.core.plan import Completion, Lost, Plan, PlanKind, Priority, Reason, Status
+from kvtier.errors import CorruptBlockError
 from kvtier.testing import Simulation
 from kvtier.testing.contents import PseudoEngine
 from kvtier.transfer import spilling
@@ -73,13 +75,22 @@ def test_spills_that_wait_for_a_buffer_get_those_of_a_write_that_is_given_up() -
     assert coding.at_ends == [coding.share]
 
 
-def test_a_record_that_cannot_be_encoded_leaves_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason", "lost"),
+    [(CorruptBlockError("a checksum"), Reason.DAMAGED, True), (MemoryError(), Reason.IO_ERROR, False)],
+    ids=["damage", "mistake"],
+)
+def test_a_record_that_cannot_be_encoded_leaves_its_buffer(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: Reason, *, lost: bool
+) -> None:
+    """Only what is damaged is forgotten: of anything else the copy in host memory is as good as before."""
     coding = Coding()
     with monkeypatch.context() as patched:
-        patched.setattr(spilling, "encode_record", lambda *_: int("no number"))
+        patched.setattr(spilling, "encode_record", Mock(side_effect=error))
         coding.spill(2, 2 * coding.share)
-        damaged = Counter({(Status.FAILED, Reason.DAMAGED): 2 * coding.share})
-        assert coding.ends_after(1) == [(2, damaged)]
+        coding.world.run_for(1)
+        assert any(isinstance(message, Lost) for message in coding.messages) is lost
+        assert coding.ends_after(0) == [(2, Counter({(Status.FAILED, reason): 2 * coding.share}))]
     assert coding.at_ends[-1] == 0
     coding.spill(3, 2 * coding.share)
     assert coding.ends_after(1) == all_well(3, 2 * coding.share)
