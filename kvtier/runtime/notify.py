@@ -30,7 +30,7 @@ class Notifier:
 
     def clear(self) -> None:
         """Make it unreadable; clear first, then drain."""
-        with self._lock, suppress(BlockingIOError):  # nobody set it since the last time
+        with self._lock, suppress(OSError):  # nobody set it since the last time, or a stranger closed it
             if self._fd >= 0:
                 os.eventfd_read(self._fd)
 
@@ -38,4 +38,5 @@ class Notifier:
         """Close the descriptor; idempotent."""
         with self._lock:
             self._fd = -1
-            self._close()
+            with suppress(OSError):  # a stranger closed it
+                self._close()

@@ -48,3 +48,12 @@ def test_one_that_was_closed_leaves_the_number_to_whoever_has_it_next() -> None:
         os.fstat(stranger)
     finally:
         os.close(stranger)
+
+
+def test_one_that_a_stranger_closed_raises_nothing() -> None:
+    """Whoever has news goes on with its other work."""
+    notifier = Notifier()
+    os.close(notifier.fileno())
+    notifier.set()
+    notifier.clear()
+    notifier.close()
