@@ -172,7 +172,17 @@ class WriteMove:
         return bool(self._records)
 
     def prepare(self) -> IORequest | None:
-        """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move."""
+        """Take adjacent places and stamp the headers; what does not fit the segment goes with the next move.
+
+        What raises, by a mistake of ours or for want of memory, gives the move up.
+        """
+        try:
+            return self._prepared()
+        except Exception:
+            self._give_up(Reason.IO_ERROR)
+            raise
+
+    def _prepared(self) -> IORequest | None:
         run, tier = self._run, self._path.tier
         if run.abandoned or not tier.takes_writes or self._late():
             reason = Reason.NO_SPACE if tier.takes_writes else Reason.NO_DISK

@@ -23,7 +23,7 @@ from kvtier.planner.planner import Planner
 from kvtier.planner.recovery import Recovery
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine, tiny_layout
-from kvtier.transfer import DataPlane
+from kvtier.transfer import DataPlane, spilling
 from kvtier.transfer.gathering import StoreRun
 from kvtier.transfer.lanes import Lane
 from kvtier.transfer.spilling import WriteMove
@@ -417,6 +417,20 @@ def test_a_write_that_fails_by_a_mistake_leaves_its_lane_and_its_thread_to_the_o
     for number in range(2, 12):
         assert cache.submit_store([number] * SIZE, ENGINE.pages, durability="process").result(60).stored == SIZE
     assert cache.stats()["failed_pieces{error=Mistake}"] == 1
+
+
+def test_a_write_that_cannot_be_prepared_is_refused_and_gives_back_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Simulation(1)
+    cache = TieredCache(WITH_DISK, LAYOUT, "m", machine=world.machine())
+    world.run_for(1)
+    once(monkeypatch, spilling, "stamp", MemoryError)
+    assert cache.submit_store([1] * SIZE, ENGINE.pages, durability="process").result(60).failed == {"io_error": SIZE}
+    stats = cache.stats()
+    assert (stats["hops"], stats["pinned_entries"], stats["lane_queued_bytes{lane=disk-0}"]) == (0, 0, 0)
+    headers = cache._dispatch.channels[0]._plane._equipment.headers  # type: ignore[attr-defined]
+    assert headers.free == headers.count
+    assert cache.submit_store([2] * SIZE, ENGINE.pages, durability="durable").result(60).stored == SIZE
+    assert cache.close(60)
 
 
 def test_a_piece_of_work_whose_end_fails_leaves_its_thread_to_the_others(
