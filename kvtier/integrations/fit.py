@@ -37,6 +37,10 @@ def layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
     return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
 
 
+_OF_HEADS: Final = ("classifier_", "summary_")
+"""Settings of heads that no KV depends on."""
+
+
 def check_dropout(model: Any) -> None:
     """Refuse a model whose KV is a matter of chance: what is stored of it would be found again as if it were computed.
 
@@ -46,7 +50,13 @@ def check_dropout(model: Any) -> None:
     if not model.training:
         return
     for name, share in vars(model.config).items():  # models that drop by a function of torch's have no module for it
-        if "drop" in name and isinstance(share, (int, float)) and not isinstance(share, bool) and share > 0:
+        if (
+            "drop" in name
+            and not name.startswith(_OF_HEADS)
+            and isinstance(share, (int, float))
+            and not isinstance(share, bool)
+            and share > 0
+        ):
             raise ConfigError(
                 f"model: is in training mode, where it drops activations at random ({name} = {share:g}), and random KV"
                 " would be found again by later generations; call model.eval() first"

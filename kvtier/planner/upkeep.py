@@ -49,20 +49,23 @@ class Upkeep:
         self._make_entries_free()
 
     def _make_entries_free(self) -> None:
-        """Give segments back, the oldest of each directory, until a store gets the entries that it did not get.
+        """Give segments back, the oldest of every directory in turn, until a store gets the entries that it lacked.
 
-        But not many whose blocks are all in host memory, too: that makes no entry free.
+        In turn, because an entry is free when no rank has a copy of it. But not many whose blocks are all in host
+        memory, too: that makes no entry free.
         """
-        table = self._state.index.table
-        wanted = table.free + self._state.missing_entries
-        self._state.missing_entries = 0
-        for rank, disk in self._state.disk.ranks.items():
-            for directory in disk.directories.values():
-                free, in_vain = table.free, 0
-                while free < wanted and in_vain < _RECLAIMS_IN_VAIN and directory.writable:
-                    if not self._reclaim(rank, directory):
-                        break
-                    free, in_vain = table.free, in_vain + 1 if table.free == free else 0
+        state, in_vain = self._state, 0
+        wanted, state.missing_entries = state.index.table.free + state.missing_entries, 0
+        directories = [
+            (rank, directory)
+            for rank, disk in state.disk.ranks.items()
+            for directory in disk.directories.values()
+            if directory.writable
+        ]
+        while (free := state.index.table.free) < wanted and in_vain < _RECLAIMS_IN_VAIN:
+            if not sum(self._reclaim(rank, directory) for rank, directory in directories):
+                return
+            in_vain = in_vain + 1 if state.index.table.free == free else 0
 
     @property
     def waits_for_segments(self) -> bool:

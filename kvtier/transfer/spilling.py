@@ -178,7 +178,7 @@ class WriteMove:
         """
         try:
             return self._prepared()
-        except Exception:
+        except BaseException:
             self._give_up(Reason.IO_ERROR)
             raise
 

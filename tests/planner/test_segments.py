@@ -145,11 +145,14 @@ def test_where_the_disk_holds_more_blocks_than_there_are_entries_the_oldest_go(m
     bench.check_at_rest()
 
 
-def test_prompts_longer_than_a_segment_get_the_entries_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_prompts_longer_than_a_segment_get_the_entries_of_several(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every rank alike: a block is found as long as all of them have it."""
     monkeypatch.setattr(planner, "max_entries", lambda config, layout: 64)
-    bench = Bench(segments=64, segment_blocks=2, host_blocks=12, clean_target=0)
+    bench = Bench(segments=64, segment_blocks=2, host_blocks=12, clean_target=0, ranks=ranks)
     done = [bench.stored(bench.keys(10, seed), durability=Durability.PROCESS).count(Outcome.DONE) for seed in range(30)]
     assert sum(done) > 250
+    assert sum(bench.match(bench.keys(10, seed)) for seed in range(27, 30)) >= 20
     bench.check_at_rest()
 
 
