@@ -317,7 +317,7 @@ class SegmentBook:
             self.health.went_well()
             self._news.may_be_reclaimed(segment)
 
-    def could_not_seal(self, segment: Segment, error: OSError) -> None:
+    def could_not_seal(self, segment: Segment, error: Exception) -> None:
         """A sync or a write of the seal failed."""
         with self._lock:
             segment.syncing = False

@@ -78,7 +78,7 @@ class Housekeeper:
             else:
                 slot = self._write_header(segment, SegmentState.SEALED, segment.generation)
                 self._book.sealed(segment, slot)
-        except OSError as error:
+        except Exception as error:  # of the disk, or for want of memory: it must not be left in our hands
             self._book.could_not_seal(segment, error)
         return True
 
@@ -130,7 +130,7 @@ class Housekeeper:
                 slot = self._write_header(segment, SegmentState.OPEN, generation)
                 self._book.cleaned(segment, generation, slot)
                 return True
-        except OSError as error:
+        except Exception as error:  # of the disk, or for want of memory: control waits for it
             log.warning("segment %d cannot be written again and is removed: %s", segment.number, error)
         self._remove(segment)
         return True

@@ -6,13 +6,14 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 
 from kvtier.core.plan import Reason
 from kvtier.tiers.disk import DiskEvents
 from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
-from kvtier.tiers.disk.housekeeping import HEALTH_S
+from kvtier.tiers.disk.housekeeping import HEALTH_S, Housekeeper
 from tests.tiers.disk.conftest import HandClock, HandRuntime
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, FaultyFiles, Workbench
 
@@ -379,3 +380,32 @@ def test_reclaims_end_with_the_directory(workbench: Make, runtime: HandRuntime) 
     bench.keep_house()
     bench.tier.reclaim(*after)
     assert set(events_of(bench).reclaimed) == {before[0], after[0]}
+
+
+@pytest.mark.parametrize("step", ["_write_header", "_is_reusable"])
+def test_a_segment_whose_cleaning_raises_is_given_up_and_not_left_half_way(
+    workbench: Make, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of memory, say: control waits for it."""
+    bench = workbench(segments=8).open()
+    bench.fill(range(2 * RECORDS))
+    life, *_ = events_of(bench).sealed
+    bench.tier.reclaim(*life)
+    with monkeypatch.context() as patched:
+        patched.setattr(Housekeeper, step, Mock(side_effect=MemoryError))
+        bench.keep_house()
+    bench.keep_house()
+    assert life[0] in events_of(bench).reclaimed
+    assert bench.tier.stages()["reclaiming"] == 0
+
+
+def test_a_segment_whose_footer_cannot_be_made_keeps_no_close_waiting(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = workbench(segments=8).open()
+    with monkeypatch.context() as patched:
+        patched.setattr(Housekeeper, "_write_footer", Mock(side_effect=MemoryError))
+        bench.fill(range(RECORDS + 1))
+    assert bench.tier.stages()["poisoned"] == 1
+    assert bench.tier.close()
+    assert len(workbench().open().recovered()) == RECORDS + 1, "what is in it was written"
