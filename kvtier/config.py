@@ -268,13 +268,15 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         raise ConfigError(f"load_config takes a path or a dict, not {type(source).__name__}")
     path = Path(source)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{str(path)!r}: no path: {error}") from error
+    try:
+        table = tomllib.loads(text.decode("utf-8-sig"))
+    except ValueError as error:  # of TOML, of UTF-8, or of an integer that is too long
+        raise ConfigError(f"{path}: not TOML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: not a configuration: its lists or tables lie in each other too deeply") from None
     return _validated(table, where=f"{path}: ")

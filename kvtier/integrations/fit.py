@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 from torch.nn.modules.dropout import _DropoutNd
@@ -49,25 +50,23 @@ def check_dropout(model: Any) -> None:
     """
     if not model.training:
         return
-    for name, share in vars(model.config).items():  # models that drop by a function of torch's have no module for it
-        if (
-            "drop" in name
-            and not name.startswith(_OF_HEADS)
-            and isinstance(share, (int, float))
-            and not isinstance(share, bool)
-            and share > 0
-        ):
+    for what, share in _dropouts(model):
+        if isinstance(share, (int, float)) and share > 0:
             raise ConfigError(
-                f"model: is in training mode, where it drops activations at random ({name} = {share:g}), and random KV"
+                f"model: is in training mode, where {what} drops {share:g} of its activations at random, and random KV"
                 " would be found again by later generations; call model.eval() first"
             )
+
+
+def _dropouts(model: Any) -> Iterator[tuple[str, Any]]:
+    """What may drop activations, and which share; models that do so by a function of torch's say it in their config."""
     for name, module in model.named_modules():
-        share = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
-        if module.training and isinstance(share, (int, float)) and share > 0:
-            raise ConfigError(
-                f"model: is in training mode, where {name or type(module).__name__} drops {share:g} of its activations"
-                " at random, and random KV would be found again by later generations; call model.eval() first"
-            )
+        if module.training:
+            share = module.p if isinstance(module, _DropoutNd) else getattr(module, "attention_dropout", 0.0)
+            yield name or type(module).__name__, share
+    for name, share in vars(model.config).items():
+        if "drop" in name and not name.startswith(_OF_HEADS):
+            yield name, share
 
 
 def sizes_of(part: Part) -> dict[str, int]:

@@ -28,6 +28,11 @@ class Directory:
     reclaiming: set[int] = field(default_factory=set)
     sealed: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
+    @property
+    def waits_for_segments(self) -> bool:
+        """Whether more have to be given back than are on their way."""
+        return self.reclaims_wanted > len(self.reclaiming)
+
 
 @dataclass(slots=True)
 class RankDisk:

@@ -44,7 +44,7 @@ class Upkeep:
             self._write()
         for rank, disk in self._state.disk.ranks.items():
             for directory in disk.directories.values():
-                while directory.reclaims_wanted > len(directory.reclaiming) and self._reclaim(rank, directory):
+                while directory.waits_for_segments and self._reclaim(rank, directory):
                     pass
         self._make_entries_free()
 
@@ -55,6 +55,8 @@ class Upkeep:
         memory, too: that makes no entry free.
         """
         state, in_vain = self._state, 0
+        if not state.missing_entries:
+            return
         wanted, state.missing_entries = state.index.table.free + state.missing_entries, 0
         directories = [
             (rank, directory)
@@ -71,7 +73,7 @@ class Upkeep:
     def waits_for_segments(self) -> bool:
         """Whether a directory needs segments back that somebody may have held: who writes to it waits for them."""
         return any(
-            directory.reclaims_wanted > len(directory.reclaiming)
+            directory.waits_for_segments
             for disk in self._state.disk.ranks.values()
             for directory in disk.directories.values()
         )

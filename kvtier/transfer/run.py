@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Plan, Priority, Reason, Status, Table, Tier
+from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Lost, Plan, Priority, Reason, Status, Table, Tier
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.shapes import RecordShape
 from kvtier.transfer.work import PIECE_BYTES
@@ -110,6 +110,12 @@ class Run:
         if not self._source_free and not self.final:
             self._source_free = True
             self._tell(source_free=True)
+
+    def tell_lost(self, table: Table, tier: Tier) -> None:
+        """Tell the index to forget the copies in ``table`` (dtype ``LOST``), all of them in ``tier``."""
+        equipment = self.equipment
+        equipment.metrics.add("lost_copies", len(table), tier=tier.label)
+        equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
 
     def settle(self) -> None:
         """Report what ended since the last report once every row has, and again when the last quarantine is over."""

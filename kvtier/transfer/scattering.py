@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from kvtier.codecs.headers import Places
-from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, PlanKind, Priority, Reason, Tier, direct_members
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Tier, direct_members
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
@@ -272,9 +272,7 @@ class LoadRun(Run):
             table["segment"][at] = self.segment[row] if on_disk else NOWHERE
             table["page"][at] = self.disk_page[row] if on_disk else self.host_page[row]
             table["generation"][at] = self.generation[row] if on_disk else 0
-        equipment = self.equipment
-        equipment.metrics.add("lost_copies", len(rows), tier=tier.label)
-        equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
+        self.tell_lost(table, tier)
 
     def _next_source(self, row: int) -> Tier | None:
         """The copy to read next: the first one twice, then the other one once."""

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from kvtier.codecs.chain import chain_of
-from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Lost, Plan, Priority, Reason, Tier
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier
 from kvtier.errors import CapacityError, CorruptBlockError
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
 from kvtier.tiers.disk import Place
@@ -124,9 +124,7 @@ class SpillRun(Run):
         rows = self.plan.rows[record.row : record.row + 1]
         table["key"], table["group"], table["page"] = rows["key"], rows["group"], rows["host_page"]
         table["tier"], table["reason"], table["segment"] = Tier.HOST, Reason.DAMAGED, NOWHERE
-        equipment = self.equipment
-        equipment.metrics.add("lost_copies", tier=Tier.HOST.label)
-        equipment.outbox.append(Lost(equipment.rank, equipment.incarnation, table))
+        self.tell_lost(table, Tier.HOST)
         self.not_written(record, Reason.DAMAGED)
 
     def _done_with(self, record: Outgoing) -> None:
