@@ -181,8 +181,10 @@ class CachedGenerator:
                 attention_mask=torch.ones_like(prompt)[None],
                 **{**kwargs, "past_key_values": past, "stopping_criteria": criteria},
             )
+        sequences = _sequences(output)
+        _check_prompt(prompt, sequences)
         if copies == 1:  # of several sequences only the prompt is known to be alike
-            keys.append(_computed(_sequences(output)[0], past)[len(prompt) :])
+            keys.append(_computed(sequences[0], past)[len(prompt) :])
         stored = self._store(keys, past, start, hit, session)  # the hit is let go: its blocks may make room
         ttft_s = first_token.first_token_s - started_s
         return output, _report(len(prompt), ttft_s, loaded, stored)
@@ -231,6 +233,14 @@ def _filled(keys: torch.Tensor, values: torch.Tensor, tokens: int, device: torch
     return layer
 
 
+def _check_prompt(prompt: torch.Tensor, sequences: torch.Tensor) -> None:
+    if not torch.equal(sequences[:, : len(prompt)], prompt.expand(len(sequences), -1)):
+        raise KVTierError(
+            "transformers generated from another prompt than the one that was passed: nothing of it is stored, because"
+            " KV under the wrong tokens would be found again"
+        )
+
+
 def _computed(sequence: torch.Tensor, past: DynamicCache) -> torch.Tensor:
     """The tokens of ``sequence`` whose KV is in ``past``: all but the last one, which was chosen and never fed back."""
     tokens = past.get_seq_length()
@@ -255,6 +265,11 @@ def _check(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
         )
     if settings.use_cache is False:
         raise ConfigError("use_cache = False: generation without KV has nothing to reuse; call model.generate")
+    if settings.token_healing:
+        raise ConfigError(
+            "token_healing: the end of the prompt is replaced, and KV under the wrong tokens would be found again; heal"
+            " the prompt first, or call model.generate"
+        )
     mode = settings.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in MODES:
         raise ConfigError(

@@ -349,6 +349,8 @@ def test_a_hit_is_released_when_generation_fails(model, cache, monkeypatch):
         ({"position_ids": torch.arange(40)[None]}, "position_ids: a tensor beside input_ids"),
         ({"use_cache": False}, "use_cache = False"),
         ({"generation_config": GenerationConfig(use_cache=False)}, "use_cache = False"),
+        ({"token_healing": True}, "token_healing: the end of the prompt is replaced"),
+        ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation: this way to generate cannot start from a filled"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "assisted_generation"),
     ],
@@ -356,6 +358,19 @@ def test_a_hit_is_released_when_generation_fails(model, cache, monkeypatch):
 def test_arguments_that_a_filled_cache_cannot_serve_are_refused(model, cache, arguments, message):
     with pytest.raises(ConfigError, match=message):
         CachedGenerator(model, cache).generate(_prompt(40), **arguments)
+
+
+def test_what_was_generated_from_another_prompt_is_not_stored(model, cache, monkeypatch):
+    """As by a new kind of arguments of transformers that changes the prompt on the way."""
+    generate = model.generate
+
+    def changed(prompt, **arguments):
+        return generate(torch.cat((prompt[:, :-1], (prompt[:, -1:] + 1) % VOCABULARY), dim=1), **arguments)
+
+    monkeypatch.setattr(model, "generate", changed)
+    with pytest.raises(KVTierError, match="generated from another prompt"):
+        CachedGenerator(model, cache).generate(_prompt(40), **GREEDY)
+    assert cache.match(_prompt(41)[0]) == 0
 
 
 def _other_layout(**sizes):
