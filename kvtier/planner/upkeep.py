@@ -100,11 +100,13 @@ class Upkeep:
         if gone == _EVICTED_A_TURN or not state.disk.usable:
             return bool(gone)
         surplus = free_pages - state.host.free_pages
-        for entry in islice(state.host.candidates(), _ENTRIES_LOOKED_AT):
+        pins = state.index.pins_at
+        unpinned = (entry for entry in state.host.candidates() if not pins[entry])
+        for entry in islice(unpinned, _ENTRIES_LOOKED_AT):
             if surplus <= 0:
                 break
             if not state.disk.awaits_write(entry):
-                if state.index.pins[entry] or state.may_go(entry):
+                if state.may_go(entry):
                     continue
                 state.disk.enqueue(entry)
             surplus -= int(state.index.host_pages[0, entry])

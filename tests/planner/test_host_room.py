@@ -28,6 +28,19 @@ def test_over_the_watermark_blocks_are_spilled_and_freed_the_oldest_first() -> N
     bench.check()
 
 
+def test_pinned_blocks_keep_none_behind_them_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.planner.upkeep._ENTRIES_LOOKED_AT", 4)
+    bench = Bench(segments=4, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.5}, **BACK)
+    pinned, free = bench.keys(6, 0), bench.keys(8, 1)
+    bench.stored(pinned)
+    lease = bench.lookup(pinned)
+    bench.stored(free)
+    bench.stored(bench.keys(4, 2))
+    assert set(bench.written()) >= set(free.digests[4:])
+    bench.planner.release(lease)
+    bench.check()
+
+
 def test_what_is_on_disk_is_freed_without_being_written_again() -> None:
     bench = Bench(segments=4, host_blocks=10, host={"high_watermark": 0.8, "low_watermark": 0.5})
     bench.stored(bench.keys(5, 0))
