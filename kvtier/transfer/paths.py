@@ -21,13 +21,17 @@ IDLE_THREADS_S: Final = 5.0
 
 @dataclass(slots=True, eq=False)
 class DiskPath:
-    """Directory ``number`` and the lane to it; ``chores`` is set when its housekeeping has something to do."""
+    """Directory ``number`` and the lane to it; ``chores`` is set when its housekeeping has something to do.
+
+    ``starved_since_s`` is when a write first found no clean segment, unless one has found some since.
+    """
 
     number: int
     tier: DiskTier
     lane: Lane
     chores: Event
     assigned_bytes: int = 0
+    starved_since_s: float | None = None
 
     def reluctance(self) -> tuple[bool, int, int]:
         """Least where the next write should go: what works, has little queued, and has been given least so far."""

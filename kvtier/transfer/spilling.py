@@ -23,7 +23,7 @@ from kvtier.transfer.run import Run
 from kvtier.transfer.work import Piece, Service
 
 _WRITE_PATIENCE_S: Final = 10.0
-"""How long a write waits for a clean segment before it is refused."""
+"""So long a write waits for a clean segment before it is refused; time in the queue of a slow disk is none of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -154,7 +154,7 @@ class WriteMove:
     ) -> None:
         """Places are taken when the lane has room, so that segments fill in the order of writing.
 
-        ``since_s`` is when the waiting for them began; ``places`` and ``headers`` are what is taken already.
+        ``since_s`` is when the move was queued; ``places`` and ``headers`` are what is taken already.
         """
         self.nbytes = sum(record.record.nbytes for record in records)
         self._run = run
@@ -182,9 +182,8 @@ class WriteMove:
 
     def _prepared(self) -> IORequest | None:
         run, tier = self._run, self._path.tier
-        if run.abandoned or not tier.takes_writes or self._late():
-            reason = Reason.NO_SPACE if tier.takes_writes else Reason.NO_DISK
-            self._give_up(Reason.CLOSED if run.abandoned else reason)
+        if run.abandoned or not tier.takes_writes:
+            self._give_up(Reason.CLOSED if run.abandoned else Reason.NO_DISK)
             return None
         while len(self._places) < len(self._records):
             if len(self._headers) == len(self._places) and not self._take_header():
@@ -196,6 +195,8 @@ class WriteMove:
             if len(self._places) > 1 and not _adjacent(*self._places[-2:]):
                 self._split(len(self._places) - 1)
         if not self._places:
+            if self._late():
+                self._give_up(Reason.NO_SPACE)
             return None
         self._split(len(self._places))
         buffers: list[Buffer] = []
@@ -228,7 +229,9 @@ class WriteMove:
         run.settle()
 
     def _late(self) -> bool:
-        return not self._places and self._run.equipment.clock.monotonic() - self._since_s > _WRITE_PATIENCE_S
+        starved_s = self._path.starved_since_s
+        now_s = self._run.equipment.clock.monotonic()
+        return starved_s is not None and now_s - max(starved_s, self._since_s) > _WRITE_PATIENCE_S
 
     def _give_up(self, reason: Reason) -> None:
         for place in self._places:
@@ -256,11 +259,16 @@ class WriteMove:
         return header is not None
 
     def _next_place(self) -> Place | None:
-        record = self._records[len(self._places)].record
+        record, path = self._records[len(self._places)].record, self._path
         try:
-            return self._path.tier.place(record.nbytes // PAGE_BYTES)
+            place = path.tier.place(record.nbytes // PAGE_BYTES)
         except CapacityError:
-            return None
+            place = None
+        if place is not None:
+            path.starved_since_s = None
+        elif path.starved_since_s is None:
+            path.starved_since_s = self._run.equipment.clock.monotonic()
+        return place
 
     def _split(self, at: int) -> None:
         """Leave the records from ``at`` on, with what is taken for them, to a move of their own right behind."""

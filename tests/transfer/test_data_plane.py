@@ -120,6 +120,23 @@ def test_a_write_waits_for_a_clean_segment_and_not_for_ever() -> None:
     assert plane.close(PATIENCE_S)
 
 
+def test_the_queue_of_a_slow_disk_takes_none_of_a_write_s_patience() -> None:
+    world = Simulation(1)
+    disk = SimDisk(world)
+    settings = {"directories": ["/kv"], "capacity": "4MiB", "segment": "1MiB", "io_threads": 1}
+    opened = Opened(world.machine(disk), disk=settings)
+    plane, engine = opened.plane, PseudoEngine(LAYOUT, 1)
+    plane.submit([store(plane, engine.memory, engine)])
+    world.run_for(1)
+    assert opened.ends() == all_well(1, 1)
+    disk.latency_s = _WRITE_PATIENCE_S / 2
+    for number in range(2, 8):
+        plane.submit([spill(number, 1)])
+    world.run_for(8 * _WRITE_PATIENCE_S)
+    assert opened.ends() == [end for number in range(2, 8) for end in all_well(number, 1)]
+    assert plane.close(PATIENCE_S)
+
+
 class Failing(SimDisk):
     """Operations of ``fails`` fail once each; a sync takes a second."""
 
