@@ -58,6 +58,8 @@ class TieredCache:
     """A cache for synchronous callers, in as many threads as they like. A context manager that closes.
 
     Close it: until then its threads go on, and what the write policy kept back from the disk is lost with the process.
+    Call it from any thread, but not from a signal handler, which runs in the middle of what its thread does, perhaps
+    here.
     It belongs to the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
     """
 
@@ -419,9 +421,7 @@ class TieredCache:
             ClosedError: this is another process than that of the cache.
         """
         self._check_here()
-        with self._lock:
-            counters, levels = self._planner.counters(), self._planner.levels()
-            levels |= self._dispatch.levels()
+        counters, levels = self._dispatch.decide(self._counts)
         found = [Sample("counter", name, {}, value) for name, value in counters.items()]
         found += [Sample("gauge", name, {}, value) for name, value in levels.items()]
         channels = self._dispatch.channels
@@ -430,6 +430,9 @@ class TieredCache:
                 labels = {"rank": str(rank)} if len(channels) > 1 else {}
                 found.append(replace(sample, labels=sample.labels | labels))
         return sorted(found, key=lambda sample: sample.name)
+
+    def _counts(self) -> tuple[dict[str, float], dict[str, float]]:
+        return self._planner.counters(), self._planner.levels() | self._dispatch.levels()
 
     def stats(self) -> dict[str, float]:
         """``samples`` as one dict; names end in their unit, labels stand in braces.
@@ -509,7 +512,7 @@ class TieredCache:
 
     def _release(self, lease: Lease) -> None:
         if self._process.is_here:
-            self._dispatch.decide(lambda: self._planner.release(lease))
+            self._dispatch.release(lease)
 
     def _root(self, tenant: str, adapter: str) -> Root:
         self._check_here()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier.channel import Channel
@@ -20,7 +20,7 @@ from kvtier.errors import ClosedError
 from kvtier.jobs import AnyJob, Client, Job, JobControl, R, tell
 from kvtier.memories import Memories
 from kvtier.models.layout import KVLayout
-from kvtier.planner import Planner, Ticket, Wish
+from kvtier.planner import Lease, Planner, Ticket, Wish
 from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Event, Runtime
 from kvtier.turn import Turn
@@ -46,6 +46,8 @@ class _News(NamedTuple):
     jobs: Sequence[AnyJob] = ()
     arrived: Sequence[Event] = ()
     mistakes: Sequence[tuple[str, BaseException]] = ()
+    memories: Sequence[KVMemory] = ()
+    """Of the jobs that ended: perhaps the last references to them, whose finalizers may call any verb."""
 
 
 class Dispatch:
@@ -71,7 +73,7 @@ class Dispatch:
         parts = sum(len(group.parts) for group in layout.groups)
         self._control = JobControl(runtime, self._cancel, check_here, parts)
         self._jobs: dict[Ticket, AnyJob] = {}
-        self._wishes: deque[Wish] = deque()
+        self._wishes: deque[Wish | Lease] = deque()
         self._heard: deque[Message] = deque()
         self._cancelled: set[int] = set()
         """Plans that nobody wants, of jobs that have not ended."""
@@ -100,6 +102,22 @@ class Dispatch:
         elif self.closed or len(self._wishes) > _MOST_WISHES or not self.channels[0].call_back():
             self.pump()
         return job
+
+    def release(self, lease: Lease) -> None:
+        """Unpin ``lease``, behind all that was wished for before: at once, or else by whoever decides next.
+
+        Waits for no lock: garbage collection calls it in the middle of anything, also of what is done under ours.
+        """
+        self._wishes.append(lease)
+        if self.lock.acquire(blocking=False):
+            try:
+                self._plan_wishes(list(self._all_wishes()))
+            finally:
+                self.lock.release()
+            if not self.planner.has_news:
+                return
+        if not self.closed:
+            self.channels[0].call_back()
 
     def decide(self, verb: Callable[[], T]) -> T:
         """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows.
@@ -193,7 +211,7 @@ class Dispatch:
         try:
             with self.lock:  # it is polled under the lock, too: then nobody has a message in hand that others wait for
                 self._poll()
-                if not self._heard and not self._wishes:
+                if not self._heard and not self._wishes and not self.planner.has_news:
                     return False
                 try:
                     if self._heard:  # what follows from it is sent before anything new is planned
@@ -216,22 +234,22 @@ class Dispatch:
                 self._poll()
                 try:
                     self._hear()
-                    self._wishes.clear()
+                    self._plan_wishes([lease for lease in self._all_wishes() if isinstance(lease, Lease)])
                     self.planner.end([job.ticket for job in list(self._jobs.values())])
                 finally:
                     news = self._collect()
         finally:
             self._deliver(news)
 
-    def _all_wishes(self) -> Iterator[Wish]:
+    def _all_wishes(self) -> Iterator[Wish | Lease]:
         for _ in range(len(self._wishes)):  # not those that come meanwhile
             yield self._wishes.popleft()
 
-    def _wishes_of_a_turn(self) -> Iterator[Wish]:
+    def _wishes_of_a_turn(self) -> Iterator[Wish | Lease]:
         blocks = 0
         for wish in islice(self._all_wishes(), _WISHES_A_TURN):
             yield wish
-            blocks += len(wish.ticket.outcome)
+            blocks += 0 if isinstance(wish, Lease) else len(wish.ticket.outcome)
             if blocks >= self._blocks_a_turn:
                 return
 
@@ -241,14 +259,24 @@ class Dispatch:
         for channel in self.channels:
             self._heard.extend(channel.poll())
 
-    def _plan_wishes(self, wishes: list[Wish]) -> None:
-        try:
-            if wishes:
-                self.planner.plan(wishes)
-        except BaseException as error:  # Ctrl-C, or a mistake of ours: nobody may wait for ever because of it
-            self.planner.give_up(wishes, error)
-            if not isinstance(error, Exception):
-                raise
+    def _plan_wishes(self, queue: Iterable[Wish | Lease]) -> None:
+        """Plan what is wished for and let go of leases, in order, whatever comes of one of them."""
+        interrupt = None
+        for _, alike in groupby(queue, _is_lease):
+            wishes: list[Wish] = []
+            try:
+                for each in alike:
+                    if isinstance(each, Lease):
+                        self.planner.release(each)
+                    else:
+                        wishes.append(each)
+                if wishes:
+                    self.planner.plan(wishes)
+            except BaseException as error:  # Ctrl-C, or a mistake of ours: nobody may wait for ever because of it
+                self.planner.give_up(wishes, error)
+                interrupt = interrupt if isinstance(error, Exception) else error
+        if interrupt is not None:
+            raise interrupt
 
     def _hear(self) -> None:
         """Take all of what was polled in, whatever comes of one message: the thread that brings it has to go on."""
@@ -266,9 +294,12 @@ class Dispatch:
 
     def _collect(self) -> _News:
         arrived, self._on_attach = self._on_attach, []
-        return _News(self.planner.take_plans(), self._jobs_with_news(), arrived, self.planner.take_mistakes())
+        memories: list[KVMemory] = []
+        jobs = self._jobs_with_news(memories)
+        return _News(self.planner.take_plans(), jobs, arrived, self.planner.take_mistakes(), memories)
 
-    def _jobs_with_news(self) -> list[AnyJob]:
+    def _jobs_with_news(self, memories: list[KVMemory]) -> list[AnyJob]:
+        """Jobs that have news; the memories of those that ended are added to ``memories``."""
         jobs = []
         for ticket in self.planner.take_finished():
             job = self._jobs.get(ticket)
@@ -280,6 +311,7 @@ class Dispatch:
                     self._cancelled.difference_update(ticket.plan_ids)
                 del self._jobs[ticket]
                 if job.memory is not None:
+                    memories.append(job.memory)
                     self.memories.let_go(job.memory)
                     job.memory = None
         return jobs
@@ -333,3 +365,7 @@ class Dispatch:
         for plan_id in self.decide(plans):
             for channel in self.channels:
                 channel.cancel(plan_id)
+
+
+def _is_lease(wish: Wish | Lease) -> bool:
+    return isinstance(wish, Lease)

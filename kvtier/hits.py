@@ -18,7 +18,8 @@ from kvtier.planner.sessions import SessionHints
 class Hit:
     """The longest stored prefix of a sequence, pinned until released; a context manager that releases.
 
-    Leaving ``with`` while a load of it is under way is allowed: the load holds what it needs itself.
+    Leaving ``with`` while a load of it is under way is allowed: the load holds what it needs itself. One that has no
+    owner and is dropped lets go as well.
     """
 
     def __init__(self, lease: Lease, start: int, release: Callable[[Lease], None], origin: object) -> None:
@@ -62,8 +63,12 @@ class Hit:
         return self.lease.lineage == Lineage.EXACT
 
     def release(self) -> None:
-        """Let go; harmless a second time."""
+        """Let go, behind all that was submitted before; harmless a second time, and in a finalizer: it never waits."""
         self._release(self.lease)
+
+    def __del__(self) -> None:
+        if self.lease.owner is None and not self.lease.released:
+            self._release(self.lease)
 
     def __enter__(self) -> Hit:
         return self

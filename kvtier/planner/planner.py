@@ -330,6 +330,12 @@ class Planner:
         return finished
 
     @property
+    def has_news(self) -> bool:
+        """Whether any of ``take_plans``, ``take_finished`` and ``take_mistakes`` has something."""
+        state = self._state
+        return bool(state.plans or state.news or state.mistakes)
+
+    @property
     def events(self) -> ControlEvents:
         """Stored and removed blocks."""
         return self._state.events

@@ -46,6 +46,12 @@ class Event(Protocol):
 class Lock(Protocol):
     """A mutual exclusion lock, as a context manager."""
 
+    def acquire(self, blocking: bool = True) -> bool:
+        """Acquire; False where another has it, and ``blocking`` is off."""
+
+    def release(self) -> None:
+        """Let the next one have it."""
+
     def __enter__(self) -> Any:
         """Acquire."""
 

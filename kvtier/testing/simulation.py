@@ -71,18 +71,29 @@ class SimLock:
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
 
+    def acquire(self, blocking: bool = True) -> bool:
+        """Acquire; when held SimulationError, or False without ``blocking``."""
+        if self in self._simulation.held_locks:
+            if blocking:
+                raise SimulationError("a lock is taken that is held already")
+            return False
+        self._simulation.held_locks.append(self)
+        return True
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        self._simulation.held_locks.remove(self)
+
     def __enter__(self) -> SimLock:
         """Acquire; SimulationError when held."""
-        if self in self._simulation.held_locks:
-            raise SimulationError("a lock is taken that is held already")
-        self._simulation.held_locks.append(self)
+        self.acquire()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         """Release."""
-        self._simulation.held_locks.remove(self)
+        self.release()
 
 
 @dataclass(slots=True, eq=False)

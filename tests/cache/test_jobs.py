@@ -147,6 +147,48 @@ async def test_no_part_has_fewer_tokens_than_one_before_it(runtime: CountingRunt
     assert found == [2 * BLOCK] * 6
 
 
+def test_a_hit_that_nobody_holds_any_more_is_let_go() -> None:
+    with TieredCache(SETTINGS, LAYOUT, "m") as cache:
+        assert cache.submit_store(TOKENS, PseudoEngine(LAYOUT, 4).pages).result(60).refused == 0
+        assert cache.lookup(TOKENS).num_tokens == 4 * BLOCK
+        cache.lookup([0] * len(TOKENS)).release()
+        assert (cache.stats()["leases"], cache.stats()["pinned_entries"]) == (0, 0)
+
+
+def test_a_hit_of_an_owner_stays_until_it_is_released() -> None:
+    with TieredCache(SETTINGS, LAYOUT, "m") as cache:
+        assert cache.submit_store(TOKENS, PseudoEngine(LAYOUT, 4).pages).result(60).refused == 0
+        assert cache.lookup(TOKENS, owner="request 1").num_tokens == 4 * BLOCK
+        cache.lookup([0] * len(TOKENS)).release()
+        assert cache.stats()["leases"] == 1
+        cache.lookup(TOKENS, owner="request 1").release()
+        assert cache.stats()["leases"] == 0
+
+
+def test_a_load_is_planned_before_its_hit_is_let_go() -> None:
+    world, engine = Simulation(1), PseudoEngine(LAYOUT, 4)
+    cache = TieredCache(SETTINGS, LAYOUT, "m", machine=world.machine())
+    assert cache.submit_store(TOKENS, engine.pages).result(60).refused == 0
+    job = cache.submit_load(cache.lookup(TOKENS), engine.pages)  # dropped here, before anybody plans the load
+    assert (cache.stats()["leases"], cache.stats()["pinned_entries"]) == (0, 4)
+    assert job.result(60).ok_tokens == 4 * BLOCK
+    assert cache.stats()["pinned_entries"] == 0
+    assert cache.close(60)
+
+
+def test_garbage_collection_lets_go_of_a_hit_in_the_middle_of_a_decision() -> None:
+    """As of an abandoned coroutine, whose ``with`` ends on whichever thread collects it."""
+    with TieredCache(SETTINGS, LAYOUT, "m") as cache:
+        assert cache.submit_store(TOKENS, PseudoEngine(LAYOUT, 4).pages).result(60).refused == 0
+        hit = cache.lookup(TOKENS)
+        with cache._lock:
+            hit.release()
+            assert not hit.lease.released
+        cache.lookup(TOKENS).release()
+        assert hit.lease.released
+        assert (cache.stats()["leases"], cache.stats()["pinned_entries"]) == (0, 0)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_cancel_counts_also_while_the_plans_are_on_their_way(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """One thread sends what it planned while another gives it up, before there is anything to give up, or after."""

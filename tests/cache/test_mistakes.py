@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from kvtier import ConfigError, TieredCache, load_config
+from kvtier import ConfigError, PagedTensors, TieredCache, load_config
 from kvtier.channel import LocalChannel
-from kvtier.core.memory import GroupPages, PageTable
+from kvtier.core.memory import GroupPages, KVPages, PageTable
 from kvtier.core.plan import Hello, Plan, PlanKind
 from kvtier.dispatch import Dispatch
 from kvtier.planner import state, stores
@@ -208,6 +208,24 @@ def test_an_interrupt_during_a_turn_hands_on_what_others_asked_for_meanwhile(
         with pytest.raises(KeyboardInterrupt):
             cache.pump()
     assert jobs[0].result(60).stored == 2 * SIZE
+
+
+def test_engine_memory_that_only_a_job_holds_is_let_go_with_no_lock_held(cache: TieredCache) -> None:
+    """Its finalizer may call any verb."""
+    freed = []
+
+    class Mine(PagedTensors):
+        def __del__(self) -> None:
+            freed.append(cache.stats()["jobs"])
+
+    def pages() -> KVPages:
+        parts = [np.zeros((2, *part.shape), part.dtype) for part in LAYOUT.groups[0].parts]
+        return Mine(LAYOUT, parts).pages([0, 1])
+
+    job = cache.submit_store([1] * (2 * SIZE), pages())
+    assert freed == []
+    assert job.result(60).stored == 2 * SIZE
+    assert freed == [0]
 
 
 def test_what_a_mistake_says_in_the_log_is_said_with_no_lock_held(

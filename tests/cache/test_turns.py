@@ -104,6 +104,17 @@ def test_without_copy_threads_whoever_submits_plans_all_of_it(count: int) -> Non
     assert _planned(wishes) == count
 
 
+def test_a_lease_is_let_go_behind_what_was_wished_for_before_it() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    wishes = _submit(dispatch, A_TURN)
+    lease = dispatch.decide(lambda: dispatch.planner.lookup(wishes[0].keys, now_s=0.0))
+    later = _submit(dispatch, 1)
+    channel.calls = 0
+    dispatch.release(lease)
+    assert (lease.released, _planned(later), channel.calls) == (True, 1, 1), "whose end a copy thread tells"
+
+
 def test_whoever_decides_comes_behind_all_that_was_wished_for() -> None:
     dispatch = _dispatch(_Channel(has_threads=True), BLOCK_BYTES)
     wishes = _submit(dispatch, 2 * A_TURN + 1)
