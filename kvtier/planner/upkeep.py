@@ -100,12 +100,13 @@ class Upkeep:
         if gone == _EVICTED_A_TURN or not state.disk.usable:
             return bool(gone)
         surplus = free_pages - state.host.free_pages
-        pins = state.index.pins_at
-        unpinned = (entry for entry in state.host.candidates() if not pins[entry])
-        for entry in islice(unpinned, _ENTRIES_LOOKED_AT):
+        pins, awaits_write = state.index.pins_at, state.disk.awaits_write
+        # A write under way pins, too; what else is pinned cannot go, and must not use up the looks.
+        movable = (entry for entry in state.host.candidates() if not pins[entry] or awaits_write(entry))
+        for entry in islice(movable, _ENTRIES_LOOKED_AT):
             if surplus <= 0:
                 break
-            if not state.disk.awaits_write(entry):
+            if not awaits_write(entry):
                 if state.may_go(entry):
                     continue
                 state.disk.enqueue(entry)
