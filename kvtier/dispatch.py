@@ -32,6 +32,8 @@ _WISHES_A_TURN: Final = 128
 """Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
 _MOST_WISHES: Final = 8192
 """That wait for a copy thread; over it whoever submits plans some, unless another thread is at it."""
+_ROUNDS_A_TURN: Final = 8
+"""For one thread, which has other things to do; each takes in all that was heard, or plans so many wishes."""
 _BYTES_A_TURN: Final = 64 << 20
 """Of what they move: the bytes of large wishes are on their way before the next ones are planned."""
 
@@ -99,8 +101,10 @@ class Dispatch:
         self._wishes.append(wish)
         if self._ended:
             self._end_jobs()
-        elif self.closed or len(self._wishes) > _MOST_WISHES or not self.channels[0].call_back():
+        elif len(self._wishes) > _MOST_WISHES:
             self.pump()
+        else:
+            self._ask()
         return job
 
     def release(self, lease: Lease) -> None:
@@ -120,22 +124,17 @@ class Dispatch:
             self.channels[0].call_back()
 
     def decide(self, verb: Callable[[], T]) -> T:
-        """Run ``verb`` under the lock, behind all that was wished for before; send and tell what follows.
+        """Run ``verb`` under the lock, behind all that was wished for before; a copy thread sends and tells the rest.
 
-        Also where ``verb`` raises: what was planned before it is of others, who wait for it.
+        The caller goes on: of news there may be more than it has time for.
         """
-        news = _News()
         try:
             with self.lock:
-                try:
-                    self._plan_wishes(list(self._all_wishes()))
-                    return verb()
-                finally:
-                    news = self._collect()
+                self._plan_wishes(list(self._all_wishes()))
+                return verb()
         finally:
-            self._deliver(news)
-            if news.plans:
-                self.pump()
+            if self.planner.has_news:
+                self._ask()
 
     def pump(self) -> None:
         """Commit what data planes report, plan wishes, send what follows, tell callers; with no lock held.
@@ -195,11 +194,23 @@ class Dispatch:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
+    def _ask(self) -> None:
+        """See to it that somebody pumps soon: a copy thread, or where there is none that could, whoever asks."""
+        if self.closed or not self.channels[0].call_back():
+            self.pump()
+
     def _take_turn(self) -> None:
+        """Look until nobody asks any more; after some rounds a copy thread goes on, if there is one."""
+        rounds, more = 0, False
         try:
-            while self._turn.goes_on():
-                while self._take_in():
-                    pass
+            while more or self._turn.goes_on():
+                if rounds >= _ROUNDS_A_TURN:
+                    self._turn.give_up()
+                    if self.channels[0].call_back() or not self._turn.ask():
+                        return
+                    rounds = 0
+                rounds += 1
+                more = self._take_in()
         except BaseException:
             if self._turn.give_up() or self._wishes:
                 self.channels[0].call_back()  # whoever asked meanwhile relies on us

@@ -174,7 +174,7 @@ def answered(cache: TieredCache, world: Simulation, jobs: int) -> list[Any]:
     plane = cache._dispatch.channels[0]._plane  # type: ignore[attr-defined]
     plane._on_news, news = lambda: None, plane._on_news
     waiting = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(jobs)]
-    cache._dispatch.decide(lambda: None)
+    cache.pump()
     world.run_for(1)
     plane._on_news = news
     assert not any(job.done for job in waiting)
@@ -355,7 +355,7 @@ def test_an_interrupt_while_plans_are_begun_refuses_the_others_and_no_more(
     left = iter(range(begun))
     once(monkeypatch, DataPlane, "_begin", KeyboardInterrupt, when=lambda *_: next(left, None) is None)
     with pytest.raises(KeyboardInterrupt):
-        cache.lookup([9] * SIZE)
+        cache.pump()
     assert not any(job.done for job in jobs[:begun])
     assert [job.result(60).stored for job in jobs] == [2 * SIZE] * begun + [0] * (3 - begun)
     assert [job.result(60).failed for job in jobs[begun:]] == [{"refused": 2 * SIZE}] * (3 - begun)
@@ -367,7 +367,7 @@ def test_an_interrupt_in_a_channel_leaves_it_all_that_it_may_have_begun() -> Non
     channel.breaks_on, channel.error = PlanKind.STORE, KeyboardInterrupt()
     job = store(cache, 1)
     with pytest.raises(KeyboardInterrupt):
-        cache.lookup([9] * SIZE)
+        cache.pump()
     assert not job.done
     assert store(cache, 2, PseudoEngine(LAYOUT, 2)).done is False
     assert cache.close(60)
@@ -464,7 +464,7 @@ def test_closing_does_not_wait_for_what_only_a_mistake_left_open(monkeypatch: py
     world = Simulation(1)
     cache = TieredCache({"host": {"capacity": "1MiB", "staging": "1MiB"}}, LAYOUT, "m", machine=world.machine())
     job = store(cache, 1)
-    cache._dispatch.decide(lambda: None)
+    cache.pump()
     once(monkeypatch, StoreRun, "settle")
     started_s = world.clock.monotonic()
     assert cache.close(600)

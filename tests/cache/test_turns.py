@@ -53,14 +53,16 @@ def _dispatch(channel: _Channel, block_bytes: int) -> Dispatch:
     )  # fmt: skip
 
 
+def _wish(number: int) -> StoreWish:
+    keys = Keys.from_tokens(Root("m", ""), np.full(16, number, np.int32), 16)
+    table = PageTable(0, (GroupPages(0, np.zeros(1, np.int32)),))
+    return StoreWish.of(keys, 1, table, start=0, lineage=Lineage.EXACT, durability=Durability.MEMORY)
+
+
 def _submit(dispatch: Dispatch, count: int) -> list[StoreWish]:
-    wishes = []
-    for number in range(count):
-        keys = Keys.from_tokens(Root("m", ""), np.full(16, number, np.int32), 16)
-        table = PageTable(0, (GroupPages(0, np.zeros(1, np.int32)),))
-        wish = StoreWish.of(keys, 1, table, start=0, lineage=Lineage.EXACT, durability=Durability.MEMORY)
+    wishes = [_wish(number) for number in range(count)]
+    for wish in wishes:
         dispatch.submit(wish, range(0), None, None)
-        wishes.append(wish)
     return wishes
 
 
@@ -119,3 +121,47 @@ def test_whoever_decides_comes_behind_all_that_was_wished_for() -> None:
     dispatch = _dispatch(_Channel(has_threads=True), BLOCK_BYTES)
     wishes = _submit(dispatch, 2 * A_TURN + 1)
     assert dispatch.decide(lambda: _planned(wishes)) == len(wishes)
+
+
+def test_whoever_decides_leaves_what_follows_to_a_copy_thread() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    job = dispatch.submit(_wish(0), range(0), None, None)
+    channel.calls = 0
+    dispatch.decide(lambda: None)
+    assert (job.ticket.finished, job.done, channel.calls) == (True, False, 1)
+    dispatch.pump()
+    assert job.done
+
+
+def test_whoever_decides_wakes_nobody_where_nothing_follows() -> None:
+    channel = _Channel(has_threads=True)
+    _dispatch(channel, BLOCK_BYTES).decide(lambda: None)
+    assert channel.calls == 0
+
+
+def test_without_copy_threads_whoever_decides_tells_all_of_it() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    job = dispatch.submit(_wish(0), range(0), None, None)
+    channel.has_threads = False
+    dispatch.decide(lambda: None)
+    assert job.done
+
+
+@pytest.mark.parametrize("has_threads", [True, False])
+def test_a_thread_that_pumps_hands_on_after_some_rounds_where_there_is_somebody(*, has_threads: bool) -> None:
+    """Others bring news as fast as it is taken in."""
+    channel = _Channel(has_threads=has_threads)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    busy = iter(range(20))
+
+    def poll() -> Sequence[Message]:
+        if next(busy, None) is not None:
+            dispatch.pump()
+        return []
+
+    channel.poll = poll  # type: ignore[method-assign]
+    dispatch.pump()
+    left = len(list(busy))
+    assert (left, channel.calls) == ((12, 1) if has_threads else (0, 2))
