@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _WISHES_A_TURN: Final = 128
 """Planned at once: enough to share what a plan costs, few enough that nobody waits a millisecond for the lock."""
-_MOST_WISHES: Final = 8192
+_MOST_WISHES: Final = 1024
 """That wait for a copy thread; over it whoever submits plans some, unless another thread is at it."""
 _ROUNDS_A_TURN: Final = 8
 """For one thread, which has other things to do; each takes in all that was heard, or plans so many wishes."""

@@ -112,10 +112,11 @@ class DiskBook:
 
     def enqueue(self, entry: int, *, first: bool = False) -> None:
         """``entry`` must reach the disk; ``first``: before those for which nobody waits."""
-        if not self._queued[entry]:
-            self._queued[entry] = _WAITING
+        queued = self._queued_at[entry]
+        if not queued:
+            self._queued_at[entry] = _WAITING
             self._backlog += 1
-        elif not first or self._queued[entry] == _UNDER_WAY:
+        elif not first or queued == _UNDER_WAY:
             return
         (self._awaited if first else self._queue).append(entry)
 

@@ -31,7 +31,6 @@ class Lease:
     tiers: npt.NDArray[np.uint8]
     pending_blocks: int
     lineage: int
-    since_s: float
     released: bool = False
 
 

@@ -115,7 +115,7 @@ class Planner:
         lease = Lease(
             number=0, owner=owner, keys=keys, first_block=wanted.start, last_block=wanted.stop, blocks=blocks,
             groups=groups, tiers=self._tiers(groups, blocks), pending_blocks=self._pending_after(keys, wanted, blocks),
-            lineage=self._lineage(groups), since_s=now_s,
+            lineage=self._lineage(groups),
         )  # fmt: skip
         for entries in groups:
             state.host.touch(entries)

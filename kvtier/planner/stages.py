@@ -62,13 +62,19 @@ class Stages:
         else:
             entries, blocks = self._kept(ticket)
         dirty = ~state.index.on_disk(entries)
-        for entry, block in zip(entries[dirty].tolist(), blocks[dirty].tolist(), strict=True):
-            if state.disk.usable:
-                state.disk.enqueue(entry, first=ticket.kind == TicketKind.STORE)
-                state.row_waiters.setdefault(entry, []).append((ticket, block, state.index.cells.key(entry)))
-                ticket.waits += 1
-            else:
+        waiting, of_blocks = entries[dirty].tolist(), blocks[dirty].tolist()
+        if not state.disk.usable:
+            for block in of_blocks:
                 ticket.fail(block, Reason.NO_DISK)
+            return
+        ticket.waits += len(waiting)
+        first, waiters = ticket.kind == TicketKind.STORE, state.row_waiters
+        for entry, block, key in zip(waiting, of_blocks, map(state.index.cells.key, waiting), strict=True):
+            state.disk.enqueue(entry, first=first)
+            if entry in waiters:
+                waiters[entry].append((ticket, block, key))
+            else:
+                waiters[entry] = [(ticket, block, key)]
 
     def _sync(self, ticket: Ticket) -> None:
         if not self._state.attached or not self._state.disk.is_there:  # one that is not there would never answer

@@ -17,8 +17,8 @@ from kvtier.planner.state import ControlState
 
 _ENTRIES_LOOKED_AT: Final = 4096
 _NOTHING_SEEN: Final = (-1, -1, -1)
-_EVICTED_A_TURN: Final = 256
 _RECLAIMS_IN_VAIN: Final = 8
+_EVICTED_A_TURN: Final = 256
 """Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
 
