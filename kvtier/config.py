@@ -255,6 +255,9 @@ class Config(_Section):
     metrics: MetricsConfig = MetricsConfig()
 
 
+_MOST_CONFIG_BYTES: Final = 1 << 20
+
+
 def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
     """The configuration in a TOML file, or in a dict of the same shape. What is not set keeps its default.
 
@@ -268,11 +271,14 @@ def load_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Config:
         raise ConfigError(f"load_config takes a path or a dict, not {type(source).__name__}")
     path = Path(source)
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(_MOST_CONFIG_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{str(path)!r}: no path: {error}") from error
+    if len(text) > _MOST_CONFIG_BYTES:
+        raise ConfigError(f"{path}: not a configuration: longer than {_MOST_CONFIG_BYTES} bytes")
     try:
         table = tomllib.loads(text.decode("utf-8-sig"))
     except ValueError as error:  # of TOML, of UTF-8, or of an integer that is too long

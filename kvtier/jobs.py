@@ -48,6 +48,7 @@ class StoreResult:
 
     ``engine_error``: the engine's own memory raised when it was read; the log has the traceback. ``no_disk``: more than
     host memory was asked for, and no directory is configured, or works; host memory may hold the blocks all the same.
+    What is ``existing`` keeps its place on disk: it goes with the blocks that were written beside it, the oldest first.
     ``nbytes`` is what was moved to host memory: whole records in 4 KiB pages, with their header pages.
     """
 

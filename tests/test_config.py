@@ -316,3 +316,11 @@ class TestConfigFiles:
 def test_a_device_tier_is_refused_as_long_as_there_is_none() -> None:
     with pytest.raises(ConfigError, match=r"device\.capacity = 1073741824: this version has no device tier"):
         load_config({"device": {"capacity": "1GiB"}})
+
+
+def test_what_is_too_long_for_a_configuration_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "endless.toml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"endless.toml: not a configuration: longer than 1048576 bytes"):
+        load_config(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -81,6 +82,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             _print_object(str(error))
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:  # such as a full disk behind standard output, which gets no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except SystemExit as end:
         # Typer tells people of wrong usage and exits while it handles an error, of a class that it keeps to itself.
         said = getattr(end.__context__, "format_message", None)

@@ -1,7 +1,8 @@
 """The record: one block of one group as it lies on disk and in host memory, a header page and then its slices.
 
 Every slice begins at a 4 KiB page, so that one read lands header and payload in place. Host memory holds the same image
-with ``segment`` = -1. ``docs/format.md`` has the byte layout in a table; the structs below are its only other copy.
+with ``segment`` = -1. ``docs/format.md`` has the byte layout in a table; the structs below say it again, and
+``headers`` as much of it as differs from one raw record to the next.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ MAGIC: Final = b"KVTREC01"
 FORMAT: Final = 1
 HEADER_PAGES: Final = 1
 NONCE_BYTES: Final = 16
-CHAIN_BYTES: Final = 32
 NO_NONCE: Final = bytes(NONCE_BYTES)
 """Stands in the header of a record in host memory, which belongs to no store."""
 

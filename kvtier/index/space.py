@@ -85,7 +85,7 @@ class Space:
             self.give_back(first, last - first)
 
     def free_runs(self) -> list[tuple[int, int]]:
-        """(first page, pages) of every free run in order: for checks and for ``stat``."""
+        """(first page, pages) of every free run in order: for checks."""
         return sorted(self._length_at.items())
 
     def _find(self, pages: int) -> int:

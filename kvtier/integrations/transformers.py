@@ -100,11 +100,13 @@ class CachedGenerator:
         """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
 
         Raises:
-            ConfigError: ``cache`` is none, its layout is not that of the model, or the model's KV of a prefix depends
+            ConfigError: ``cache`` or ``model`` is none, its layout is not that of the model, or the model's KV of a prefix depends
                 on what follows (``rope_type`` dynamic or longrope).
         """
         if not isinstance(cache, (TieredCache, CacheManager)):
             raise ConfigError(f"cache: got {type(cache).__name__}, want a kvtier.TieredCache or a kvtier.CacheManager")
+        if not hasattr(model, "config") or not hasattr(model, "generate"):
+            raise ConfigError(f"model: got {type(model).__name__}, want a model of transformers that generates")
         self.model = model
         self.cache = cache.core if isinstance(cache, CacheManager) else cache
         self.timeout_s = timeout_s

@@ -15,6 +15,9 @@ from typing import Any, Final, TypeAlias
 from kvtier.errors import ConfigError
 
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin")
+CODE_SUFFIX: Final = ".py"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""Beside weights: what some models compute with, and how others apply an adapter."""
 MAX_CACHED_DIGESTS: Final = 4096
 SETTLED_NS: Final = 2_000_000_000
 """A file changed less than this ago may change again within one tick of its mtime; its digest is not cached."""
@@ -29,10 +32,11 @@ Cached: TypeAlias = dict[str, tuple[int, int, str]]
 def model_id(path_or_model: Any) -> str:
     """An opaque id that changes whenever the KV of the model would: other weights, another config, another dtype.
 
-    A path is a directory as ``save_pretrained`` writes it; its config.json and weight files are hashed, once for every
-    (path, size, mtime_ns): digests are remembered in ``$XDG_CACHE_HOME/kvtier/digests.json``. A model is hashed in
-    memory: its config and the names, dtypes, shapes and bytes of its state_dict. A path and the model that was loaded
-    from it have different ids.
+    A path is a directory as ``save_pretrained`` writes it; its config.json, weight files, code of its own (*.py) and
+    adapter_config.json are hashed, once for every (path, size, mtime_ns): digests are remembered in
+    ``$XDG_CACHE_HOME/kvtier/digests.json``. A model is hashed in memory: its config and the names, dtypes, shapes and
+    bytes of its state_dict. A path and the model that was loaded from it have different ids. What no file of a model
+    says is left to whoever names it: another attention implementation rounds differently.
 
     Raises:
         ConfigError: there is no config or no weights at the path, the config is not one, or the weights of the model
@@ -52,14 +56,16 @@ def _digest_of_files(directory: Path) -> str:
     config = directory / "config.json"
     if not config.is_file():
         raise ConfigError(f"{directory}: no config.json there; pass the local directory that holds config and weights")
-    weights = sorted(path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    weights = [path for path in files if path.suffix in WEIGHT_SUFFIXES]
+    others = [path for path in files if path.suffix == CODE_SUFFIX or path.name == ADAPTER_CONFIG]
     if not weights:
         raise ConfigError(f"{directory}: no weights there ({' or '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})")
     cache_path = _cache_path()
     cached = _load_cache(cache_path)
     known = dict(cached)
     fields = [b"kvtier-model-files-1", _config_bytes(_settings_in(config))]
-    for path in weights:
+    for path in weights + others:
         fields += [path.name.encode(), bytes.fromhex(_file_digest(path, cached))]
     if cached != known:
         _save_cache(cache_path, cached)

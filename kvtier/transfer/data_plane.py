@@ -217,12 +217,6 @@ class DataPlane:
                     self._runs.pop(message.plan_id, None)
             return news
 
-    def part_ready(self, plan_id: int, part: int) -> bool:
-        """Whether ``part`` of every row of a load is in engine memory; True for plans that are over."""
-        with self._lock:
-            run = self._runs.get(plan_id)
-            return run is None or run.part_ready(part)
-
     def samples(self) -> list[Sample]:
         """What happened to the bytes, and the levels of now."""
         with self._lock:

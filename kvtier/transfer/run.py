@@ -48,11 +48,6 @@ class Run:
             self.failed_as_a_whole(reason)
         self.settle()
 
-    def part_ready(self, part: int) -> bool:
-        """Whether every row's ``part`` is where it has to be: coarse, all parts come at once."""
-        del part
-        return not self._open
-
     # --- how rows end -----------------------------------------------------------------------------------------------
 
     def ok(

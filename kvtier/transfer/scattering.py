@@ -42,7 +42,6 @@ class LoadRun(Run):
         """The rows' columns become lists once: scalar access to them is many times faster."""
         super().__init__(plan, equipment)
         rows = plan.rows
-        self.block = rows["block"].tolist()
         self.host_page = rows["host_page"].tolist()
         self.host_pages = rows["host_pages"].tolist()
         self.segment = rows["disk_segment"].tolist()

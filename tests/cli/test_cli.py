@@ -44,6 +44,17 @@ def test_help_imports_neither_torch_nor_a_command() -> None:
     assert done.stderr.strip() == "[]"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", [("config", "keys"), ("stat", ".", "--json")])
+def test_output_that_cannot_be_written_is_one_line_of_error(command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvtier", *command],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
 def test_an_unknown_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "confg")
     assert status == 2

@@ -389,6 +389,14 @@ def test_a_model_whose_prefixes_depend_on_what_follows_is_refused(model, cache, 
         CachedGenerator(other, cache)
 
 
+@pytest.mark.parametrize(
+    ("what", "message"), [(None, "model: got NoneType"), (torch.nn.Linear(1, 1), "model: got Linear")]
+)
+def test_what_is_no_model_is_refused(cache, what, message):
+    with pytest.raises(ConfigError, match=message):
+        CachedGenerator(what, cache)
+
+
 def test_past_key_values_may_be_none(model, cache):
     with_none = CachedGenerator(model, cache).generate(_prompt(20), past_key_values=None, **GREEDY)
     assert torch.equal(with_none.sequences, model.generate(_prompt(20), **GREEDY))

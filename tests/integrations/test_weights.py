@@ -58,6 +58,8 @@ def test_the_id_of_a_path_is_the_same_every_time_and_everywhere(directory, tmp_p
         lambda path: (path / "model-2.safetensors").unlink(),
         lambda path: (path / "model-2.safetensors").rename(path / "model-3.safetensors"),
         lambda path: _write(path / "pytorch_model.bin", b"more"),
+        lambda path: _write(path / "modeling_own.py", b"code that the model brings along"),
+        lambda path: _write(path / "adapter_config.json", b"{}"),
         lambda path: _change_setting(path, "rope_theta", 500000.0),
         lambda path: _change_setting(path, "dtype", "bfloat16"),
     ],
