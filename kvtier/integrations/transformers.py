@@ -100,8 +100,8 @@ class CachedGenerator:
         """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
 
         Raises:
-            ConfigError: ``cache`` or ``model`` is none, its layout is not that of the model, or the model's KV of a prefix depends
-                on what follows (``rope_type`` dynamic or longrope).
+            ConfigError: ``cache`` or ``model`` is none, the layout is not that of the model, or the model's KV of a
+                prefix depends on what follows (``rope_type`` dynamic or longrope).
         """
         if not isinstance(cache, (TieredCache, CacheManager)):
             raise ConfigError(f"cache: got {type(cache).__name__}, want a kvtier.TieredCache or a kvtier.CacheManager")
