@@ -430,6 +430,8 @@ class DataPlane:
         for number in range(len(directories)):
             path, found = open_path(self._config, layout, self._machine, number, held)
             equipment.paths.append(path)
+            for name, count in path.tier.recovery.samples().items():
+                equipment.metrics.add(name, count, lane=path.lane.name)
             recovered.extend(Recovered(self.rank, equipment.incarnation, rows) for rows in found)
         if directories:
             recovered.append(Recovered(self.rank, equipment.incarnation, np.empty(0, RECOVERED), final=True))

@@ -114,6 +114,22 @@ def test_a_flipped_bit_is_a_miss_and_its_copy_is_forgotten(tmp_path: Path, verif
         assert stored.stored == SIZE, "it can be stored again"
 
 
+def test_damage_that_is_found_at_opening_is_counted(tmp_path: Path) -> None:
+    """Nobody looks such a block up in vain: its miss is counted here or nowhere."""
+    world = OnDisk(tmp_path)
+    assert world.cache.stats()["recovered_records{lane=disk-0}"] == BLOCKS
+    assert world.cache.stats()["damaged_records{lane=disk-0}"] == 0
+    assert world.cache.close(30)
+    page = world.page(1)
+    page[77] ^= 1
+    world.change(1, page)
+    with world.open() as cache:
+        cache.wait_attached(30)
+        assert cache.match(TOKENS) == DAMAGED * SIZE
+        assert cache.stats()["recovered_records{lane=disk-0}"] == BLOCKS - 1
+        assert cache.stats()["damaged_records{lane=disk-0}"] == 1
+
+
 @pytest.mark.parametrize("codec", ["raw", "raw+lz4"])
 @pytest.mark.parametrize("verify_memory", [True, False])
 def test_a_header_that_changes_in_host_memory_is_not_written_and_all_else_goes_on(

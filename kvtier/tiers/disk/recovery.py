@@ -40,16 +40,21 @@ _TAIL_PAGES: Final = 16
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """What is in one segment. ``header`` None: neither copy of it is whole, and nothing in it can be trusted."""
+    """What is in one segment. ``header`` None: no copy of it is whole and of this place; nothing in it can be trusted.
+
+    No crash does that: the copies are written one after the other, and a file has its name once one is durable.
+    """
 
     header: SegmentHeader | None = None
     slot: int = 0
     entries: Table = field(default_factory=lambda: np.empty(0, ENTRY))
     footed: bool = False
     """It is sealed and its footer is whole."""
+    cut_off: bool = False
+    """The file is shorter than its segment."""
     scanned: bool = False
     damaged: int = 0
-    """Records that begin well and do not end so: torn by a crash, or rotten."""
+    """Records that are not whole, or not of this place though they begin so: torn by a crash, or rotten."""
 
     @property
     def sealed(self) -> bool:
@@ -61,6 +66,60 @@ class Found:
         """The first page behind all records."""
         ends = self.entries["page"].astype(np.int64) + self.entries["pages"]
         return int(ends.max(initial=HEADER_SLOTS))
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What opening a directory found, counted."""
+
+    segments: int = 0
+    records: int = 0
+    scanned: int = 0
+    """Segments without a good footer, read from end to end: in one that is open there is none."""
+    damaged_records: int = 0
+    """In segments that were scanned. What a crash tore in an open one cannot be told from rot."""
+    damaged_segments: int = 0
+    """No copy of the header is whole and of this store and place, so that nothing in them is found."""
+    damaged_tails: int = 0
+    """Sealed without a whole footer, or shorter than the header says: no crash does that."""
+    unreadable_segments: int = 0
+    first_error: str = ""
+    """Why the first of them cannot be read."""
+
+    def add(self, found: Found) -> None:
+        """One segment that could be read."""
+        self.segments += 1
+        self.records += len(found.entries)
+        self.scanned += found.scanned
+        self.damaged_records += found.damaged
+        self.damaged_tails += found.cut_off or (found.sealed and not found.footed)
+        self.damaged_segments += found.header is None
+
+    def add_unreadable(self, number: int, error: OSError) -> None:
+        """One segment that the device did not read."""
+        self.unreadable_segments += 1
+        self.first_error = self.first_error or f"segment {number}: {error}"
+
+    def samples(self) -> dict[str, int]:
+        """What a cache shows of it, by the names of its counters."""
+        return {
+            "recovered_segments": self.segments,
+            "recovered_records": self.records,
+            "damaged_records": self.damaged_records,
+            "damaged_segments": self.damaged_segments,
+            "damaged_tails": self.damaged_tails,
+            "unreadable_segments": self.unreadable_segments,
+        }
+
+    def complaint(self, *, read_only: bool) -> str:
+        """What a person should know of, empty after an ordinary crash. Nothing was written yet."""
+        fate = "left alone" if read_only else "written over now, so that only a copy of the directory has their blocks"
+        parts = (
+            (self.damaged_segments, f"have no whole header of this store, and are {fate}"),
+            (self.damaged_tails, "are cut off or have lost their footer, and were read from end to end"),
+            (self.unreadable_segments, f"cannot be read and are left alone in this life ({self.first_error})"),
+        )
+        return "; ".join(f"{count} segments {what}" for count, what in parts if count)
 
 
 class SegmentReader:
@@ -85,6 +144,7 @@ class SegmentReader:
         if found.header is None:
             return found
         pages = min(found.header.pages, self._files.size(fd) // PAGE_BYTES)
+        found.cut_off = pages < found.header.pages
         if found.sealed:  # before that a footer may be there and its records not: both become durable with one sync
             with suppress(CorruptBlockError):
                 found.entries = self._read_footer(fd, found.header, pages)
@@ -142,7 +202,10 @@ class SegmentReader:
                 page = first + candidate
                 image = window[candidate * PAGE_BYTES :]
                 header = self._header(image[:PAGE_BYTES], found.header, page, stop)
-                if header is None or page < past:
+                if page < past:
+                    continue
+                if header is None:
+                    found.damaged += 1
                     continue
                 if page + header.pages > end:
                     next_first = page  # its end comes with the next window

@@ -28,7 +28,7 @@ from kvtier.tiers.disk.directory import PlacementDirectory, explained
 from kvtier.tiers.disk.geometry import clean_pool_for, segment_pages_for
 from kvtier.tiers.disk.housekeeping import Housekeeper
 from kvtier.tiers.disk.places import DiskEvents, Place, SyncTarget
-from kvtier.tiers.disk.recovery import Found, SegmentReader
+from kvtier.tiers.disk.recovery import Found, Recovery, SegmentReader
 from kvtier.tiers.disk.segment import Segment, Stage
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,6 @@ _NO_FILE: Final = frozenset({errno.ENOTSUP, errno.EISDIR, errno.ELOOP})
 """What opening a FIFO, a directory or a link ends with: it has a segment's name, and takes nothing of the capacity."""
 _IDLE_THREAD_S: Final = 5.0
 """For a thread that has nothing left to do: it only has to be given a core to end on."""
-
-
-@dataclass(slots=True)
-class Recovery:
-    """What opening found, counted."""
-
-    segments: int = 0
-    records: int = 0
-    scanned: int = 0
-    """Segments without a good footer, read from end to end."""
-    damaged_records: int = 0
-    damaged_segments: int = 0
-    unreadable_segments: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +108,8 @@ class DiskTier:
         """Lock the directory and recover what is in it, in batches of rows (dtype ``RECOVERED``), writable copies.
 
         All of them must be taken before the first record is placed. A key may come more than once: which copy wins is
-        the caller's to say. Damage and unreadable segments are counted in ``recovery``, never raised.
+        the caller's to say. What is damaged, foreign or cannot be read is counted in ``recovery`` and told in the log
+        before anything is written over, never raised.
 
         Raises:
             TierError: the directory cannot be used; nothing that was in it is changed.
@@ -283,10 +271,12 @@ class DiskTier:
             self._book.add(segment)
             highest = max(highest, segment.generation)
             if found is not None:
-                self._count(found)
+                self.recovery.add(found)
                 if len(found.entries):
                     highest = max(highest, int(found.entries["sequence"].max()))
                     yield found.entries.copy()
+        if complaint := self.recovery.complaint(read_only=self._directory.read_only):
+            log.warning("disk directory %s: not all of its blocks are found: %s", self.path, complaint)
         if self._directory.read_only:
             self._book.health.standing_reason = "made by a newer version of kvtier: it is read, and not written"
         else:
@@ -302,18 +292,10 @@ class DiskTier:
             found = reader.read(fd, number)
             segment = _segment_of(found, number, fd, self._files.size(fd) // PAGE_BYTES)
         except OSError as error:
-            log.warning("segment %d cannot be read and is left alone in this life: %s", number, error)
-            self.recovery.unreadable_segments += 1
+            self.recovery.add_unreadable(number, error)
             pages = 0 if error.errno in _NO_FILE else self.segment_bytes // PAGE_BYTES
             found, segment = None, Segment(number, fd, pages, 0, 0, Stage.UNREADABLE)
         return segment, found
-
-    def _count(self, found: Found) -> None:
-        self.recovery.segments += 1
-        self.recovery.records += len(found.entries)
-        self.recovery.scanned += found.scanned
-        self.recovery.damaged_records += found.damaged
-        self.recovery.damaged_segments += found.header is None
 
     @property
     def _owed(self) -> int:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,16 @@ from kvtier.errors import CapacityError, TierError
 from kvtier.tiers.disk import DiskTier
 from kvtier.tiers.disk.directory import read_superblocks
 from kvtier.tiers.disk.format import Superblock
-from tests.tiers.disk.workbench import LAYOUT, RECORD_PAGES, RECORDS, SEGMENT_BYTES, FaultyFiles, Workbench, layout
+from tests.tiers.disk.workbench import (
+    LAYOUT,
+    RECORD_PAGES,
+    RECORDS,
+    SEGMENT_BYTES,
+    FaultyFiles,
+    Workbench,
+    layout,
+    rewrite_superblocks,
+)
 
 Make = Callable[..., Workbench]
 
@@ -27,14 +35,6 @@ Make = Callable[..., Workbench]
 def snapshot(path: str) -> dict[str, bytes]:
     """All bytes in a directory, the lock file excepted."""
     return {entry.name: entry.read_bytes() for entry in Path(path).iterdir() if entry.name != "LOCK"}
-
-
-def rewrite_superblocks(bench: Workbench, **changes: int | bytes) -> None:
-    found = read_superblocks(bench.files, bench.tier.path)
-    assert found is not None
-    page = replace(found, **changes).pack()
-    for name in ("superblock.a", "superblock.b"):
-        (Path(bench.tier.path) / name).write_bytes(page.tobytes())
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_fifo_that_is_called_like_a_segment_is_not_waited_for(
     found = again.recovered()
     assert all(again.read(number, row) for number, row in found.items())
     assert len(found) == RECORDS + 1
-    assert "segment 7 cannot be read and is left alone in this life: " in caplog.text
+    assert "1 segments cannot be read and are left alone in this life (segment 7: " in caplog.text
     assert "not a regular file" in caplog.text
 
 

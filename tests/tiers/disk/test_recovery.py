@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.tiers.disk.workbench import (
     Workbench,
     layout,
     record,
+    rewrite_superblocks,
 )
 
 Make = Callable[..., Workbench]
@@ -92,7 +94,7 @@ class TestUnsealedSegment:
         again = workbench().open()
         assert readable(again) == set(range(0, RECORDS, 2))
 
-    def test_holes_and_torn_records_are_written_over(self, workbench: Make) -> None:
+    def test_holes_and_torn_records_are_written_over(self, workbench: Make, caplog: pytest.LogCaptureFixture) -> None:
         bench = workbench().open()
         kept = bench.put(0)
         torn = bench.tier.place(RECORD_PAGES)
@@ -103,6 +105,7 @@ class TestUnsealedSegment:
         again = workbench().open()
         assert readable(again) == {0}
         assert again.tier.recovery.damaged_records == 1
+        assert not caplog.records, "a crash does that"
         assert again.put(2).page == kept.page + kept.pages
         again.fill(range(3, 12))
         again.tier.close()
@@ -114,7 +117,9 @@ class TestUnsealedSegment:
         places = bench.fill(range(5))
         abandon(bench)
         change(bench, places[2].segment, (places[2].page + page) * PAGE + 77)
-        assert readable(workbench().open()) == {0, 1, 3, 4}
+        again = workbench().open()
+        assert readable(again) == {0, 1, 3, 4}
+        assert again.tier.recovery.damaged_records == 1
 
     def test_a_record_in_another_place_is_not_taken(self, workbench: Make) -> None:
         bench = workbench().open()
@@ -345,6 +350,96 @@ class TestDevice:
         assert len(list(batches)) < 3
         again.tier.close()
         assert readable(workbench().open()) == set(range(3 * RECORDS))
+
+
+class Witness(logging.Handler):
+    """What is in a file at every warning."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.WARNING)
+        self.path = path
+        self.texts: list[str] = []
+        self.seen: list[bytes] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        self.seen.append(Path(self.path).read_bytes())
+
+
+@pytest.fixture
+def witness(workbench: Make) -> Iterator[Witness]:
+    """Looks at a sealed segment, of blocks 0 to 7, of a closed tier whose other blocks are 8 to 10."""
+    bench = workbench().open()
+    places = bench.fill(range(RECORDS + 3))
+    bench.tier.close()
+    handler = Witness(bench.segment_path(places[0].segment))
+    logging.getLogger("kvtier").addHandler(handler)
+    yield handler
+    logging.getLogger("kvtier").removeHandler(handler)
+
+
+def spoil(path: str, *offsets: int) -> bytes:
+    """Flip bits from outside; what the file is then."""
+    data = bytearray(Path(path).read_bytes())
+    for offset in offsets:
+        data[offset] ^= 1
+    Path(path).write_bytes(data)
+    return bytes(data)
+
+
+class TestWhatIsTold:
+    """Damage that no crash does is told once, in one line for the directory, before anything is written over."""
+
+    def test_a_directory_that_is_whole_is_not_spoken_of(self, workbench: Make, witness: Witness) -> None:
+        again = workbench().open()
+        assert witness.texts == []
+        assert again.tier.recovery.samples() == {
+            "recovered_segments": 3, "recovered_records": RECORDS + 3, "damaged_records": 0, "damaged_segments": 0,
+            "damaged_tails": 0, "unreadable_segments": 0,
+        }  # fmt: skip
+
+    def test_a_segment_without_a_whole_header(self, workbench: Make, witness: Witness) -> None:
+        spoiled = spoil(witness.path, 20, PAGE + 20)
+        again = workbench().open()
+        [text] = witness.texts
+        assert text.startswith(f"disk directory {again.tier.path}: not all of its blocks are found: 1 segments have no")
+        assert "written over" in text
+        assert witness.seen == [spoiled]
+        assert Path(witness.path).read_bytes() != spoiled
+        assert again.tier.recovery.samples()["damaged_segments"] == 1
+
+    def test_a_sealed_segment_without_a_whole_footer(self, workbench: Make, witness: Witness) -> None:
+        spoil(witness.path, SEGMENT_BYTES - 50, 3 * PAGE + 50)
+        again = workbench().open()
+        [text] = witness.texts
+        assert "1 segments are cut off or have lost their footer" in text
+        assert again.tier.recovery.samples()["damaged_tails"] == 1
+        assert again.tier.recovery.samples()["damaged_records"] == 1
+
+    def test_an_open_segment_that_was_cut_off(self, workbench: Make, witness: Witness) -> None:
+        opened = next(path for path in Path(witness.path).parent.glob("seg-*") if str(path) != witness.path)
+        os.truncate(opened, SEGMENT_BYTES - PAGE)
+        assert workbench().open().tier.recovery.damaged_tails == 1
+        assert len(witness.texts) == 1
+
+    def test_segments_that_cannot_be_read_are_told_of_together(self, workbench: Make, witness: Witness) -> None:
+        again = workbench()
+        for number in (70, 71, 72):
+            os.mkfifo(again.segment_path(number))
+        again.open()
+        [text] = witness.texts
+        assert "3 segments cannot be read and are left alone in this life (segment 70: " in text
+        assert "not a regular file" in text
+        assert again.tier.recovery.samples()["unreadable_segments"] == 3
+
+    def test_what_is_only_read_is_not_said_to_be_written_over(self, workbench: Make, witness: Witness) -> None:
+        bench = workbench()
+        spoil(witness.path, 20, PAGE + 20)
+        rewrite_superblocks(bench, ro_compat=1)
+        bench.open()
+        told = " ".join(witness.texts)
+        assert "1 segments have no whole header of this store, and are left alone" in told
+        assert "written over" not in told
 
 
 def test_segments_that_were_not_finished_are_removed(workbench: Make) -> None:

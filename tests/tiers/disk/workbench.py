@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from kvtier.errors import CorruptBlockError
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.runtime.seam import Buffer, Files, Runtime
 from kvtier.tiers.disk import DiskTier, Place
+from kvtier.tiers.disk.directory import read_superblocks
 from kvtier.tiers.disk.format import new_pages
 from kvtier.tiers.disk.geometry import pages_with
 from kvtier.tiers.disk.traffic import QUIET_S
@@ -176,6 +179,15 @@ class Workbench:
 
     def segment_path(self, number: int) -> str:
         return f"{self.tier.path}/seg-{number:06d}.kvs"
+
+
+def rewrite_superblocks(bench: Workbench, **changes: int | bytes) -> None:
+    """Change both superblocks from outside, as another version or an earlier copy would have them."""
+    found = read_superblocks(bench.files, bench.tier.path)
+    assert found is not None
+    page = replace(found, **changes).pack()
+    for name in ("superblock.a", "superblock.b"):
+        (Path(bench.tier.path) / name).write_bytes(page.tobytes())
 
 
 class FaultyFiles:
