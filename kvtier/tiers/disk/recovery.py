@@ -46,6 +46,8 @@ class Found:
     """
 
     header: SegmentHeader | None = None
+    foreign: bool = False
+    """It has a whole header, of another store or of another segment."""
     slot: int = 0
     entries: Table = field(default_factory=lambda: np.empty(0, ENTRY))
     footed: bool = False
@@ -79,9 +81,11 @@ class Recovery:
     damaged_records: int = 0
     """In segments that were scanned. What a crash tore in an open one cannot be told from rot."""
     damaged_segments: int = 0
-    """No copy of the header is whole and of this store and place, so that nothing in them is found."""
+    """Neither copy of the header is whole, so that nothing in them is found."""
     damaged_tails: int = 0
     """Sealed without a whole footer, or shorter than the header says: no crash does that."""
+    foreign_segments: int = 0
+    """Of another store or another place, so that nothing in them is found."""
     unreadable_segments: int = 0
     first_error: str = ""
     """Why the first of them cannot be read."""
@@ -93,7 +97,9 @@ class Recovery:
         self.scanned += found.scanned
         self.damaged_records += found.damaged
         self.damaged_tails += found.cut_off or (found.sealed and not found.footed)
-        self.damaged_segments += found.header is None
+        if found.header is None:
+            self.foreign_segments += found.foreign
+            self.damaged_segments += not found.foreign
 
     def add_unreadable(self, number: int, error: OSError) -> None:
         """One segment that the device did not read."""
@@ -108,14 +114,16 @@ class Recovery:
             "damaged_records": self.damaged_records,
             "damaged_segments": self.damaged_segments,
             "damaged_tails": self.damaged_tails,
+            "foreign_segments": self.foreign_segments,
             "unreadable_segments": self.unreadable_segments,
         }
 
     def complaint(self, *, read_only: bool) -> str:
         """What a person should know of, empty after an ordinary crash. Nothing was written yet."""
-        fate = "left alone" if read_only else "written over now, so that only a copy of the directory has their blocks"
+        fate = "are left alone" if read_only else "are now written over or removed: only a copy has them still"
         parts = (
-            (self.damaged_segments, f"have no whole header of this store, and are {fate}"),
+            (self.foreign_segments, f"are of another store, or of another number in this one, and {fate}"),
+            (self.damaged_segments, f"have no whole header, and {fate}"),
             (self.damaged_tails, "are cut off or have lost their footer, and were read from end to end"),
             (self.unreadable_segments, f"cannot be read and are left alone in this life ({self.first_error})"),
         )
@@ -162,6 +170,7 @@ class SegmentReader:
                 own = (header.uuid, header.nonce, header.placement, header.segment) == (
                     self._store.uuid, self._store.nonce, self._store.placement, number,
                 )  # fmt: skip
+                found.foreign |= not own
                 if own and (found.header is None or header.rank > found.header.rank):
                     found.header, found.slot = header, slot
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -291,7 +292,7 @@ class TestSealedSegment:
         Path(bench.segment_path(other)).write_bytes(data)
         again = workbench().open()
         assert readable(again) == set(range(RECORDS))
-        assert again.tier.recovery.damaged_segments == 1
+        assert again.tier.recovery.foreign_segments == 1
 
     def test_a_file_of_another_store_is_not_believed(self, workbench: Make) -> None:
         bench, segment = self.sealed(workbench)
@@ -302,7 +303,7 @@ class TestSealedSegment:
         Path(bench.segment_path(segment)).write_bytes(data)
         again = workbench().open()
         assert readable(again) == {RECORDS}
-        assert again.tier.recovery.damaged_segments == 1
+        assert again.tier.recovery.foreign_segments == 1
 
     @pytest.mark.parametrize("pages", [0, 1, 2, 10, SEGMENT_PAGES - 1])
     def test_a_file_that_was_cut_off_keeps_what_is_left_and_is_made_anew(self, workbench: Make, pages: int) -> None:
@@ -395,7 +396,7 @@ class TestWhatIsTold:
         assert witness.texts == []
         assert again.tier.recovery.samples() == {
             "recovered_segments": 3, "recovered_records": RECORDS + 3, "damaged_records": 0, "damaged_segments": 0,
-            "damaged_tails": 0, "unreadable_segments": 0,
+            "damaged_tails": 0, "foreign_segments": 0, "unreadable_segments": 0,
         }  # fmt: skip
 
     def test_a_segment_without_a_whole_header(self, workbench: Make, witness: Witness) -> None:
@@ -407,6 +408,33 @@ class TestWhatIsTold:
         assert witness.seen == [spoiled]
         assert Path(witness.path).read_bytes() != spoiled
         assert again.tier.recovery.samples()["damaged_segments"] == 1
+
+    def test_segments_of_another_store(self, workbench: Make, witness: Witness) -> None:
+        """The superblocks of another directory were copied over: all segments are whole, and none is of this store."""
+        bench, stranger = workbench(), workbench(directory=workbench().directory + "-other").open()
+        for name in ("superblock.a", "superblock.b"):
+            shutil.copy(f"{stranger.tier.path}/{name}", f"{bench.tier.path}/{name}")
+        before = Path(witness.path).read_bytes()
+        bench.open()
+        [text] = witness.texts
+        assert "3 segments are of another store" in text
+        assert witness.seen == [before]
+        assert bench.rows == []
+        samples = bench.tier.recovery.samples()
+        assert (samples["foreign_segments"], samples["damaged_segments"]) == (3, 0)
+
+    def test_a_file_of_somebody_that_is_called_like_a_segment(self, workbench: Make, witness: Witness) -> None:
+        """It has no place in the capacity, and goes; files with other names stay."""
+        bench = workbench()
+        stranger, notes = Path(bench.segment_path(999_999)), Path(bench.tier.path) / "notes.kvs"
+        stranger.write_bytes(bytes(2 * SEGMENT_BYTES))
+        notes.write_text("mine")
+        bench.open()
+        [text] = witness.texts
+        assert "1 segments have no whole header, and are now written over or removed" in text
+        assert not stranger.exists()
+        assert notes.exists()
+        assert set(bench.recovered()) == set(range(RECORDS + 3))
 
     def test_a_sealed_segment_without_a_whole_footer(self, workbench: Make, witness: Witness) -> None:
         spoil(witness.path, SEGMENT_BYTES - 50, 3 * PAGE + 50)
@@ -438,7 +466,7 @@ class TestWhatIsTold:
         rewrite_superblocks(bench, ro_compat=1)
         bench.open()
         told = " ".join(witness.texts)
-        assert "1 segments have no whole header of this store, and are left alone" in told
+        assert "1 segments have no whole header, and are left alone" in told
         assert "written over" not in told
 
 
