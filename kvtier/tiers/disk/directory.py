@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -123,6 +123,7 @@ class PlacementDirectory:
             return
         self.superblock = replace(found, sequence=found.sequence + 1)
         self._write_superblocks()
+        self._mend_layout()
 
     def _create(self, now_s: float) -> None:
         if numbers := self.segment_numbers():
@@ -156,6 +157,21 @@ class PlacementDirectory:
         for name in SUPERBLOCKS:
             self._write_file(f"{self.path}/{name}", page)
 
+    def _mend_layout(self) -> None:
+        """Write the description anew where it was lost: only tools miss it, and its digest names the directory."""
+        found = _described(read_text(self._files, f"{self.path}/{LAYOUT}"))
+        if all(found.get(name) == value for name, value in self._layout.describe().items()):
+            return
+        try:
+            self._write_layout()
+            self._files.sync_directory(self.path)
+        except OSError as error:
+            log.warning(
+                "disk directory %s: %s is missing or damaged and cannot be written anew: %s. Blocks are found all the "
+                "same; `kvtier stat` needs it",
+                self.path, LAYOUT, error,
+            )  # fmt: skip
+
     def _write_layout(self) -> None:
         text = json.dumps(self._layout.describe(), indent=1).encode()
         unfinished = f"{self.path}/{LAYOUT}{UNFINISHED}"
@@ -166,6 +182,7 @@ class PlacementDirectory:
         fd = self._files.open(path, create=True, direct=False)
         try:
             self._files.write_at(fd, 0, data)
+            self._files.truncate(fd, data.nbytes)
             self._files.sync(fd)
         finally:
             self._files.close(fd)
@@ -241,14 +258,20 @@ def _of_all_ranks(text: str) -> str:
 
     Those of a model that was cut into another number of ranks are: nobody will read them any more.
     """
-    try:
-        layout = json.loads(text)
-    except ValueError:
-        return ""
-    if not isinstance(layout, dict) or not isinstance(layout.get("ranks"), list):
+    layout = _described(text)
+    if not isinstance(layout.get("ranks"), list):
         return ""
     sizes = layout["ranks"][1::2]  # each rank is followed by how many there are
     return json.dumps(layout | {"ranks": sizes}, sort_keys=True)
+
+
+def _described(text: str) -> dict[str, Any]:
+    """What ``KVLayout.describe`` wrote down; nothing of anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -242,11 +242,57 @@ def test_ranks_of_a_model_that_was_cut_into_another_number_of_them_are_strangers
     assert LAYOUT.placement in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"x"', "null", json.dumps({"format": 1}), '{"ranks": 0}'])
+BROKEN = ["", "{", "[]", "7", '"x"', "null", json.dumps({"format": 1}), '{"ranks": 0}', "[" * 100_000, "\udcff"]
+"""What may be found in the place of a description."""
+
+
+@pytest.mark.parametrize("text", [None, *BROKEN], ids=lambda text: "missing" if text is None else text[:8])
+def test_a_description_that_was_lost_is_written_anew(workbench: Make, closed: Workbench, text: str | None) -> None:
+    """``kvtier stat`` could else never again say what is in the directory."""
+    described = Path(closed.tier.path) / "layout.json"
+    whole = described.read_bytes()
+    described.unlink()
+    if text is not None:
+        described.write_bytes(text.encode(errors="surrogateescape"))
+    (described.parent / "layout.json.new").write_bytes(bytes(10_000))  # of a crash in the middle of it
+    assert len(workbench().open().recovered()) == RECORDS + 1
+    assert described.read_bytes() == whole
+
+
+def test_a_description_with_more_in_it_than_we_know_is_kept(workbench: Make, closed: Workbench) -> None:
+    """A newer version wrote it: its placement is the same, so that what we know is in it."""
+    described = Path(closed.tier.path) / "layout.json"
+    text = json.dumps(json.loads(described.read_text()) | {"hint": 1})
+    described.write_text(text)
+    workbench().open()
+    assert described.read_text() == text
+
+
+def test_what_is_only_read_keeps_a_lost_description(workbench: Make, closed: Workbench) -> None:
+    rewrite_superblocks(closed, ro_compat=1)
+    (Path(closed.tier.path) / "layout.json").unlink()
+    workbench().open()
+    assert not (Path(closed.tier.path) / "layout.json").exists()
+
+
+@pytest.mark.parametrize("operation", ["rename", "sync_directory"])
+def test_a_description_that_cannot_be_written_anew_costs_no_blocks(
+    workbench: Make, closed: Workbench, operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes room on a file system that the segments may have filled."""
+    (Path(closed.tier.path) / "layout.json").unlink()
+    faulty = FaultyFiles(closed.files)
+    faulty.fail(operation, errno.ENOSPC)
+    again = workbench(files=faulty).open()
+    assert len(again.recovered()) == RECORDS + 1
+    assert "layout.json is missing or damaged and cannot be written anew: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:8])
 def test_a_neighbour_with_a_broken_layout_file_is_a_stranger(
     workbench: Make, closed: Workbench, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (Path(closed.tier.path) / "layout.json").write_text(text)
+    (Path(closed.tier.path) / "layout.json").write_bytes(text.encode(errors="surrogateescape"))
     with caplog.at_level(logging.WARNING):
         workbench(of=layout(4096), segment_bytes=None, segments=100).open()
     assert LAYOUT.placement in caplog.text

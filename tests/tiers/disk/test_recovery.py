@@ -332,7 +332,7 @@ class TestDevice:
         places = bench.fill(range(RECORDS + 1))
         bench.tier.close()
         faulty = FaultyFiles(bench.files)
-        faulty.fail("read_at", errno.EIO, after=2 + after)  # the first two are the superblocks
+        faulty.fail("read_at", errno.EIO, after=3 + after)  # the first three are the superblocks and the layout
         again = workbench(files=faulty).open()
         assert again.tier.recovery.unreadable_segments == 1
         assert again.tier.locate(places[0].segment, places[0].generation) is None
