@@ -78,9 +78,9 @@ class TieredCache:
         ``channels`` lead to data planes elsewhere, one per rank; without them there is one, in this process.
 
         Raises:
-            ConfigError: a setting does not fit the layout.
+            ConfigError: a setting does not fit the layout, or the memory that is free.
             CapacityError: a block is larger than a tier.
-            TierError: a directory cannot be used.
+            TierError: a directory cannot be used, or the operating system refuses memory, threads or descriptors.
         """
         self.config = config if isinstance(config, Config) else load_config(config)
         check_codecs(self.config)

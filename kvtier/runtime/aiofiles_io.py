@@ -7,13 +7,16 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from functools import partial
 from queue import SimpleQueue
+from selectors import DefaultSelector
+from socket import socketpair
 from typing import Any, ParamSpec, TypeVar
 
 import aiofiles.os
 
-from kvtier.errors import ClosedError
+from kvtier.errors import ClosedError, TierError
 from kvtier.runtime.blocking import cancelled, perform
 from kvtier.runtime.seam import Event, IODone, IORequest
 from kvtier.runtime.system import SystemEvent
@@ -39,7 +42,7 @@ class AiofilesIOEngine:
         """Start the threads.
 
         Raises:
-            TierError: there are not so many; none is left.
+            TierError: there are not so many, or no descriptors for the loop; nothing is left.
         """
         self.ready = SystemEvent()
         self._done: deque[IODone] = deque()
@@ -49,7 +52,7 @@ class AiofilesIOEngine:
         self._closed = False
         self._threads = threads
         self._executor = DaemonExecutor(name, threads)
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop(name)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending = False
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
@@ -123,6 +126,20 @@ class AiofilesIOEngine:
         if self._ending and not self._tasks:
             self._executor.shutdown()
             self._loop.stop()
+
+
+def _new_loop(name: str) -> asyncio.AbstractEventLoop:
+    try:
+        with ExitStack() as held:  # what a loop takes: one that is refused half of it complains when it goes
+            held.enter_context(DefaultSelector())
+            for end in socketpair():
+                held.enter_context(end)
+        return asyncio.new_event_loop()
+    except OSError as error:
+        raise TierError(
+            f"the event loop of {name!r}: {error}; raise the limit of open files (ulimit -n), or set disk.io_engine = "
+            '"threads", which has none'
+        ) from error
 
 
 class DaemonExecutor(Executor):

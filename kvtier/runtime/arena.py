@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 
 from kvtier.errors import ConfigError
 from kvtier.runtime.mapping import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise, map_shared
 from kvtier.runtime.seam import Buffer
+from kvtier.runtime.threads import MORE_THREADS, start_all
 
 PAGE_BYTES = 4096
 TOUCH_RUN_BYTES = 4 << 20
@@ -39,6 +40,7 @@ class MemfdArena:
         Raises:
             ConfigError: ``nbytes`` is not a positive multiple of 4096, or more than the memory that is free.
             OSError: the memory cannot be had.
+            TierError: there are no threads to touch it with.
         """
         _check_size(name, nbytes)
         fd = os.memfd_create(f"kvtier-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -58,6 +60,7 @@ class MemfdArena:
 
         Raises:
             OSError: ``fd`` is not a file that can be mapped for reading and writing.
+            TierError: there are no threads to touch it with.
         """
         arena = cls.__new__(cls)
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
@@ -110,13 +113,16 @@ def _in_runs(data: Buffer, touch: Callable[[Buffer], object]) -> None:
     """Call ``touch`` on one run of ``data`` after the other, from several threads at once."""
     threads = max(1, min(TOUCH_THREADS, os.cpu_count() or 1, data.nbytes // TOUCH_RUN_BYTES))
 
+    given_up = Event()
+
     def work(first: int) -> None:
         for start in range(first * TOUCH_RUN_BYTES, data.nbytes, threads * TOUCH_RUN_BYTES):
+            if given_up.is_set():
+                return
             touch(data[start : start + TOUCH_RUN_BYTES])
 
     others = [Thread(target=work, args=(first,), name="kvtier-touch", daemon=True) for first in range(1, threads)]
-    for thread in others:
-        thread.start()
+    start_all(others, given_up.set, MORE_THREADS)
     work(0)
     for thread in others:
         thread.join()

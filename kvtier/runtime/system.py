@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from kvtier.runtime.seam import Event, Lock, Worker
-from kvtier.runtime.threads import start_all
+from kvtier.runtime.threads import MORE_THREADS, start_all
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SystemWorker:
         self._stepping = True  # as if: the first step may begin at any moment
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        start_all([self._thread], lambda: None, "raise the limit of threads (ulimit -u)")
+        start_all([self._thread], lambda: None, MORE_THREADS)
 
     def stop(self, timeout_s: float) -> bool:
         """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only.

@@ -8,7 +8,8 @@ from typing import Final
 
 from kvtier.errors import TierError
 
-FEWER_IO_THREADS: Final = "lower disk.io_threads, or raise the limit of threads (ulimit -u)"
+MORE_THREADS: Final = "raise the limit of threads (ulimit -u) or of address space (ulimit -v)"
+FEWER_IO_THREADS: Final = f"lower disk.io_threads, or {MORE_THREADS}"
 """What helps an I/O engine that did not get all of its own."""
 
 

@@ -28,7 +28,7 @@ from kvtier.core.plan import (
     Reason,
     Recovered,
 )
-from kvtier.errors import CapacityError, ClosedError, ConfigError, CorruptBlockError
+from kvtier.errors import CapacityError, ClosedError, ConfigError, CorruptBlockError, TierError
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
@@ -83,7 +83,7 @@ class DataPlane:
         Raises:
             CapacityError: a block is larger than a tier.
             ConfigError: an arena is larger than the memory that is free.
-            TierError: a directory cannot be used, or an arena cannot be pinned.
+            TierError: a directory cannot be used, an arena cannot be had or pinned, or there are too few threads.
         """
         self.rank = rank
         self._config = config
@@ -449,7 +449,13 @@ class DataPlane:
 
 
 def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Arena:
-    arena = machine.arena(name, nbytes)
+    try:
+        arena = machine.arena(name, nbytes)
+    except OSError as error:
+        raise TierError(
+            f"arena {name!r}: {nbytes} bytes of memory cannot be had: {error.strerror or error}; lower host.capacity "
+            "or host.staging, or raise the limits of the process (ulimit -v, -f and -n)"
+        ) from error
     held.callback(arena.close)
     return arena
 

@@ -4,11 +4,13 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from kvtier.errors import ConfigError
+from kvtier.errors import ConfigError, TierError
 from kvtier.runtime import MemfdArena
 from kvtier.runtime import arena as arena_module
 from kvtier.runtime.seam import Arena
@@ -111,6 +113,19 @@ def test_a_failed_arena_leaves_no_descriptor_behind(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="no memory"):
         arena_module.MemfdArena("test", PAGE)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("can_start", range(3))
+def test_an_arena_that_gets_no_thread_to_touch_it_with_leaves_none_behind(
+    fewer_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, can_start: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    before, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    fewer_threads(can_start)
+    with pytest.raises(TierError, match=rf"'kvtier-touch', {can_start + 1} of 3: can't start new thread; raise the"):
+        MemfdArena("test", 4 * arena_module.TOUCH_RUN_BYTES)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert set(threading.enumerate()) == threads
 
 
 def test_an_arena_begins_at_a_huge_page_boundary_and_goes_with_its_last_view() -> None:

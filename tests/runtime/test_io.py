@@ -1,6 +1,7 @@
 """I/O engines: the contract on each, and what only threads can get wrong."""
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvtier.errors import ConfigError, TierError
-from kvtier.runtime import blocking, system_machine, threads_io
+from kvtier.runtime import aiofiles_io, blocking, system_machine, threads_io
 from kvtier.runtime.machine import IO_ENGINES
 from kvtier.runtime.seam import IORequest, Machine, Op
 from kvtier.testing.simulation import Simulation
@@ -163,6 +164,19 @@ def test_an_engine_that_gets_no_thread_for_its_event_loop_ends_the_others(fewer_
     with pytest.raises(TierError, match="'io-loop', 5 of 5: can't start new thread"):
         system_machine("aiofiles").io_engine("io", 4)
     assert set(threading.enumerate()) == before
+
+
+def test_an_engine_that_gets_no_descriptors_for_its_event_loop_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before, threads = os.listdir("/proc/self/fd"), set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr(aiofiles_io, "socketpair", refuse)
+        with pytest.raises(TierError, match=r"'io'.*Too many open files; raise the limit of open files.*io_engine"):
+            system_machine("aiofiles").io_engine("io", 4)
+    assert os.listdir("/proc/self/fd") == before
+    assert set(threading.enumerate()) == threads
 
 
 @pytest.mark.usefixtures("fast_switching")

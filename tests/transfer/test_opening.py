@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -71,6 +72,22 @@ def test_an_arena_that_cannot_be_had_takes_no_other_with_it(which: str) -> None:
 
     with pytest.raises(ConfigError, match=which):
         opened(replace(system_machine(), arena=arena))
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("which", ["host", "staging", "headers"])
+def test_memory_that_the_operating_system_refuses_is_told_with_a_remedy(which: str) -> None:
+    def arena(name: str, nbytes: int) -> Arena:
+        if name == which:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return MemfdArena(name, nbytes)
+
+    remedy = (
+        r"\d+ bytes of memory cannot be had: Cannot allocate memory; lower host\.capacity or host\.staging, or raise"
+    )
+    with pytest.raises(TierError, match=f"arena '{which}': {remedy}") as caught:
+        opened(replace(system_machine(), arena=arena))
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.mark.usefixtures("nothing_left")
