@@ -178,6 +178,8 @@ class _PartPages:
                 f"{what}: got {dtype_of(tensor)} {list(tensor.shape)}, "
                 f"want {part.dtype} [num_pages, {', '.join(map(str, part.shape))}]"
             )
+        if not len(data):
+            raise ConfigError(f"{what}: got {list(tensor.shape)}: it has no pages, want at least one")
         if not data.flags.c_contiguous:
             raise ConfigError(f"{what}: strides {data.strides} of bytes, want a contiguous tensor")
         outer = prod(part.shape[: part.token_axis])

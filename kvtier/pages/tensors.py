@@ -35,12 +35,17 @@ def bytes_of(tensor: Tensor, what: str) -> npt.NDArray[np.uint8]:
     """``tensor`` as uint8 of the same shape, the last dimension counted in bytes. It shares and keeps the memory alive.
 
     Raises:
-        ConfigError: naming ``what``, if it is no tensor in CPU memory whose last dimension is contiguous.
+        ConfigError: naming ``what``, if it is no tensor in CPU memory whose last dimension is contiguous, or its bytes
+            are not its values.
     """
     if not isinstance(tensor, (torch.Tensor, np.ndarray)):
         raise ConfigError(f"{what}: got a {type(tensor).__name__}, want a torch tensor or a numpy array")
-    if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-        raise ConfigError(f"{what}: is on {tensor.device}, want a tensor in CPU memory")
+    if isinstance(tensor, torch.Tensor):
+        _check_plain(tensor, what)
+    elif tensor.dtype.hasobject:
+        raise ConfigError(f"{what}: is an array of Python objects, want numbers")
+    elif not tensor.size:  # its strides say nothing
+        return np.empty((*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize), np.uint8)
     unit = 1 if isinstance(tensor, torch.Tensor) else tensor.itemsize
     strides = tensor.stride() if isinstance(tensor, torch.Tensor) else tensor.strides
     if not tensor.shape or strides[-1] != unit:
@@ -52,3 +57,15 @@ def bytes_of(tensor: Tensor, what: str) -> npt.NDArray[np.uint8]:
     if not tensor.flags.writeable:
         raise ConfigError(f"{what}: is read-only, want an array that blocks can be loaded into")
     return tensor.view(np.uint8)
+
+
+def _check_plain(tensor: torch.Tensor, what: str) -> None:
+    if tensor.device.type != "cpu":
+        raise ConfigError(f"{what}: is on {tensor.device}, want a tensor in CPU memory")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ConfigError(f"{what}: is a tensor of layout {kind}, want a dense one, such as to_dense() returns")
+    if tensor.is_conj():
+        raise ConfigError(f"{what}: is a conjugated view of other numbers; pass what resolve_conj() returns")
+    if tensor.is_neg():
+        raise ConfigError(f"{what}: is a negated view of other numbers; pass what resolve_neg() returns")

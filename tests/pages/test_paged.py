@@ -181,6 +181,21 @@ def test_tensors_that_require_gradients_are_read_without_them():
         (lambda tensor: tensor[:1].expand(PAGES, -1, -1, -1), "layer 1 k: is an expanded view"),
         (lambda tensor: tensor.to("meta"), "layer 1 k: is on meta, want a tensor in CPU memory"),
         (lambda tensor: tensor.tolist(), "layer 1 k: got a list"),
+        (torch._neg_view, r"layer 1 k: is a negated view of other numbers; pass what resolve_neg\(\) returns"),
+        (
+            lambda tensor: torch.complex(tensor.float(), tensor.float()).conj(),
+            r"layer 1 k: is a conjugated .*resolve_conj",
+        ),
+        (
+            lambda tensor: tensor.flatten(1).to_sparse(),
+            r"layer 1 k: is a tensor of layout torch.sparse_coo, .*to_dense",
+        ),
+        (
+            lambda tensor: torch.nested.nested_tensor([tensor[0]], layout=torch.jagged),
+            "layer 1 k: is a tensor of layout nested",
+        ),
+        (lambda tensor: tensor.float().numpy().astype(object), "layer 1 k: is an array of Python objects"),
+        (lambda tensor: tensor[:0], r"layer 1 k: got \[0, 4, 2, 3\]: it has no pages, want at least one"),
         (lambda tensor: tensor[:5], "layer 0 k has 24 pages, layer 1 k has 5"),
     ],
 )
@@ -190,6 +205,13 @@ def test_a_tensor_that_does_not_fit_is_named_with_what_was_wanted(change, messag
     tensors[2] = change(tensors[2])
     with pytest.raises(ConfigError, match=message):
         PagedTensors(layout, tensors)
+
+
+def test_arrays_without_pages_are_refused():
+    """Their strides are all 0, whatever they were made as."""
+    layout = _layout(dtype="float32")
+    with pytest.raises(ConfigError, match=r"layer 0 k: got \[0, 4, 2, 3\]: it has no pages, want at least one"):
+        PagedTensors(layout, [tensor[:0].numpy() for tensor in _tensors(layout)])
 
 
 def test_a_read_only_array_is_refused():
