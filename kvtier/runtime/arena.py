@@ -5,15 +5,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from threading import Event, Thread
 
 import numpy as np
 
 from kvtier.errors import ConfigError
 from kvtier.runtime.mapping import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise, map_shared
+from kvtier.runtime.memory import available_memory_bytes
 from kvtier.runtime.seam import Buffer
 from kvtier.runtime.threads import MORE_THREADS, start_all
 
@@ -137,12 +136,3 @@ def _check_size(name: str, nbytes: int) -> None:
             f"arena {name!r}: {nbytes} bytes are more than the {free_bytes} bytes of memory that are available; "
             "make the capacity smaller"
         )
-
-
-def available_memory_bytes() -> int:
-    """What the kernel says can be had without swapping; no bound where it does not say."""
-    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return sys.maxsize
