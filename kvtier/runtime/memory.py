@@ -12,15 +12,19 @@ _ROOT: Final = Path("/")
 
 
 class _Names(NamedTuple):
-    """How a version of cgroups calls its files, and the file cache in ``memory.stat`` that it gives up first."""
+    """How a version of cgroups calls its files, and what it gives back when asked for more (in ``memory.stat``)."""
 
     limit: str
     used: str
-    cache: str
+    reclaimable: frozenset[str]
 
 
-_VERSION_2: Final = _Names("memory.max", "memory.current", "inactive_file")
-_VERSION_1: Final = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2: Final = _Names(
+    "memory.max", "memory.current", frozenset({"inactive_file", "active_file", "slab_reclaimable"})
+)
+_VERSION_1: Final = _Names(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", frozenset({"total_inactive_file", "total_active_file"})
+)
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
@@ -32,7 +36,7 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def _of_the_kernel(root: Path) -> int:
-    return _entry(root / "proc/meminfo", "MemAvailable:", sys.maxsize >> 10) << 10
+    return _sum(root / "proc/meminfo", frozenset({"MemAvailable:"}), sys.maxsize >> 10) << 10
 
 
 def _of_cgroups(root: Path) -> Iterator[int]:
@@ -43,7 +47,8 @@ def _of_cgroups(root: Path) -> Iterator[int]:
         if number == "0":
             yield from _around(mounts, group, _VERSION_2)
         elif "memory" in controllers.split(","):
-            yield from _around(mounts / "memory", group, _VERSION_1)
+            for mount in {"memory", controllers}:  # one of them may be a link to the other
+                yield from _around(mounts / mount, group, _VERSION_1)
 
 
 def _around(mount: Path, group: str, names: _Names) -> Iterator[int]:
@@ -52,7 +57,7 @@ def _around(mount: Path, group: str, names: _Names) -> Iterator[int]:
     for at in (path, *path.parents):
         limit, used = _number(at / names.limit), _number(at / names.used)
         if limit is not None and used is not None:
-            yield max(0, limit - used + _entry(at / "memory.stat", names.cache, 0))
+            yield max(0, limit - used + _sum(at / "memory.stat", names.reclaimable, 0))
         if at == mount:
             return
 
@@ -62,12 +67,11 @@ def _number(path: Path) -> int | None:
     return int(lines[0]) if lines and lines[0].isdigit() else None  # "max" where there is no limit
 
 
-def _entry(path: Path, name: str, otherwise: int) -> int:
-    for line in _lines(path):
-        words = line.split()
-        if len(words) > 1 and words[0] == name:
-            return int(words[1])
-    return otherwise
+def _sum(path: Path, names: frozenset[str], otherwise: int) -> int:
+    """Of the entries that have one of ``names``; ``otherwise`` where there is none."""
+    entries = (line.split() for line in _lines(path))
+    found = [int(words[1]) for words in entries if len(words) > 1 and words[0] in names]
+    return sum(found) if found else otherwise
 
 
 def _lines(path: Path) -> list[str]:

@@ -24,10 +24,12 @@ def write(root: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def second_version(root: Path, group: str, limit: str, used: int, inactive: int = 0) -> None:
+def second_version(root: Path, group: str, limit: str, used: int, cached: tuple[int, int, int] = (0, 0, 0)) -> None:
     write(root, f"sys/fs/cgroup{group}/memory.max", f"{limit}\n")
     write(root, f"sys/fs/cgroup{group}/memory.current", f"{used}\n")
-    write(root, f"sys/fs/cgroup{group}/memory.stat", f"anon 5\ninactive_file {inactive}\n")
+    names = ("inactive_file", "active_file", "slab_reclaimable")
+    lines = [f"{name} {nbytes}\n" for name, nbytes in zip(names, cached, strict=True)]
+    write(root, f"sys/fs/cgroup{group}/memory.stat", "anon 5\n" + "".join(lines))
 
 
 def test_without_limits_it_is_what_the_kernel_has(root: Path) -> None:
@@ -41,10 +43,10 @@ def test_where_nothing_says_anything_there_is_no_bound(tmp_path: Path) -> None:
     assert available_memory_bytes(tmp_path) >= sys.maxsize >> 11
 
 
-def test_a_limit_leaves_what_is_not_used_and_what_is_cached_of_files(root: Path) -> None:
+def test_a_limit_leaves_what_is_not_used_and_what_is_only_cached(root: Path) -> None:
     write(root, "proc/self/cgroup", "0::/pod/container\n")
-    second_version(root, "/pod/container", str(1 << 30), 300 << 20, 100 << 20)
-    assert available_memory_bytes(root) == (1024 - 200) << 20
+    second_version(root, "/pod/container", str(1 << 30), 300 << 20, (100 << 20, 50 << 20, 6 << 20))
+    assert available_memory_bytes(root) == (1024 - 144) << 20
 
 
 def test_the_tightest_of_the_groups_around_counts(root: Path) -> None:
@@ -60,12 +62,13 @@ def test_a_container_sees_its_own_group_as_the_root(root: Path) -> None:
     assert available_memory_bytes(root) == 1000 << 20
 
 
-def test_the_first_version_has_other_names(root: Path) -> None:
-    write(root, "proc/self/cgroup", "11:cpu,cpuacct:/x\n4:memory:/job\n0::/\n")
-    group = "sys/fs/cgroup/memory/job"
+@pytest.mark.parametrize("mount", ["memory", "memory,cpu"])
+def test_the_first_version_has_other_names(root: Path, mount: str) -> None:
+    write(root, "proc/self/cgroup", f"11:cpuset:/x\n4:{mount}:/job\n0::/\n")
+    group = f"sys/fs/cgroup/{mount}/job"
     write(root, f"{group}/memory.limit_in_bytes", f"{1 << 30}\n")
     write(root, f"{group}/memory.usage_in_bytes", f"{600 << 20}\n")
-    write(root, f"{group}/memory.stat", f"total_inactive_file {76 << 20}\n")
+    write(root, f"{group}/memory.stat", f"total_inactive_file {70 << 20}\ntotal_active_file {6 << 20}\n")
     assert available_memory_bytes(root) == 500 << 20
 
 
