@@ -485,8 +485,9 @@ class TieredCache:
 
     def _flush_at_close(self, timeout_s: float) -> None:
         job = self.submit_flush("process")
-        # Planned here and now: what has nothing to do ends however little time there is.
+        # Planned and told here and now: what has nothing to do ends however little time there is.
         self._dispatch.decide(lambda: None)
+        self._dispatch.pump()
         try:
             # Where another thread planned it, that one is about to tell.
             result = job.result(None if job.ticket.finished else timeout_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier.channel import Channel
@@ -118,9 +118,9 @@ class Dispatch:
                 self._plan_wishes(list(self._all_wishes()))
             finally:
                 self.lock.release()
-            if not self.planner.has_news:
-                return
-        if not self.closed:
+            if self.planner.has_news and not self.closed:
+                self._ask()
+        elif not self.closed:
             self.channels[0].call_back()
 
     def decide(self, verb: Callable[[], T]) -> T:
@@ -133,7 +133,7 @@ class Dispatch:
                 self._plan_wishes(list(self._all_wishes()))
                 return verb()
         finally:
-            if self.planner.has_news:
+            if self.planner.has_news or self._wishes:
                 self._ask()
 
     def pump(self) -> None:
@@ -272,22 +272,18 @@ class Dispatch:
 
     def _plan_wishes(self, queue: Iterable[Wish | Lease]) -> None:
         """Plan what is wished for and let go of leases, in order, whatever comes of one of them."""
-        interrupt = None
-        for _, alike in groupby(queue, _is_lease):
-            wishes: list[Wish] = []
+        interrupts = []
+        for each in _in_portions(queue):
             try:
-                for each in alike:
-                    if isinstance(each, Lease):
-                        self.planner.release(each)
-                    else:
-                        wishes.append(each)
-                if wishes:
-                    self.planner.plan(wishes)
+                if isinstance(each, Lease):
+                    self.planner.release(each)
+                else:
+                    self.planner.plan(each)
             except BaseException as error:  # Ctrl-C, or a mistake of ours: nobody may wait for ever because of it
-                self.planner.give_up(wishes, error)
-                interrupt = interrupt if isinstance(error, Exception) else error
-        if interrupt is not None:
-            raise interrupt
+                self.planner.give_up(() if isinstance(each, Lease) else each, error)
+                interrupts += [] if isinstance(error, Exception) else [error]
+        if interrupts:
+            raise interrupts[0]
 
     def _hear(self) -> None:
         """Take all of what was polled in, whatever comes of one message: the thread that brings it has to go on."""
@@ -378,5 +374,16 @@ class Dispatch:
                 channel.cancel(plan_id)
 
 
-def _is_lease(wish: Wish | Lease) -> bool:
-    return isinstance(wish, Lease)
+def _in_portions(queue: Iterable[Wish | Lease]) -> Iterator[list[Wish] | Lease]:
+    """Wishes that stand side by side together, leases one by one."""
+    wishes: list[Wish] = []
+    for each in queue:
+        if not isinstance(each, Lease):
+            wishes.append(each)
+            continue
+        if wishes:
+            yield wishes
+        wishes = []
+        yield each
+    if wishes:
+        yield wishes

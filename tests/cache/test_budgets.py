@@ -47,7 +47,7 @@ def test_submit_moves_nothing_itself_and_plans_nothing() -> None:
     cache, engine = opened(), PseudoEngine(LAYOUT, BLOCKS)
     jobs = [cache.submit_store([number] * SIZE + [0], engine.pages) for number in range(2)]
     assert not any(job.done for job in jobs)
-    assert cache.stats()["entries"] == 0
+    assert cache._planner.levels()["entries"] == 0
     assert [job.result(1).stored for job in jobs] == [SIZE, SIZE]
 
 

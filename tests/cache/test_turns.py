@@ -14,7 +14,7 @@ from kvtier.core.keys import Keys, Root
 from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import Lineage, Message, Plan
 from kvtier.dispatch import Dispatch
-from kvtier.planner import Durability, Planner, StoreWish
+from kvtier.planner import Durability, Lease, Planner, StoreWish
 from kvtier.runtime import system_machine
 
 BLOCK_BYTES = 32 << 20
@@ -115,6 +115,42 @@ def test_a_lease_is_let_go_behind_what_was_wished_for_before_it() -> None:
     channel.calls = 0
     dispatch.release(lease)
     assert (lease.released, _planned(later), channel.calls) == (True, 1, 1), "whose end a copy thread tells"
+
+
+def test_without_copy_threads_whoever_releases_sends_and_tells_what_follows() -> None:
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    lease = dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0))
+    job = dispatch.submit(_wish(0), range(0), None, None)
+    channel.has_threads = False
+    dispatch.release(lease)
+    assert (lease.released, job.done) == (True, True)
+
+
+def test_a_lease_that_is_given_back_in_the_middle_of_a_decision_is_let_go_right_after_it() -> None:
+    dispatch = _dispatch(_Channel(has_threads=False), BLOCK_BYTES)
+    lease = dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0))
+    dispatch.decide(lambda: dispatch.release(lease))
+    assert lease.released
+
+
+def test_an_interrupt_while_one_lease_is_let_go_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch = _dispatch(_Channel(has_threads=True), BLOCK_BYTES)
+    leases = [dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0)) for _ in range(4)]
+    with dispatch.lock:
+        for lease in leases:
+            dispatch.release(lease)
+    release = dispatch.planner.release
+
+    def interrupted(lease: Lease) -> None:
+        if lease is leases[1]:
+            raise KeyboardInterrupt
+        release(lease)
+
+    monkeypatch.setattr(dispatch.planner, "release", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dispatch.pump()
+    assert [lease.released for lease in leases] == [True, False, True, True]
 
 
 def test_whoever_decides_comes_behind_all_that_was_wished_for() -> None:
