@@ -58,8 +58,8 @@ class TieredCache:
     """A cache for synchronous callers, in as many threads as they like. A context manager that closes.
 
     Close it: until then its threads go on, and what the write policy kept back from the disk is lost with the process.
-    Call it from any thread, but not from a signal handler, which runs in the middle of what its thread does, perhaps
-    here.
+    Call it from any thread, but not from a signal handler or a finalizer, which run in the middle of what their thread
+    does, perhaps here: there, only a hit may be released.
     It belongs to the process that opened it: after a fork every verb raises ``ClosedError`` in the child.
     """
 

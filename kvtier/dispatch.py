@@ -49,7 +49,7 @@ class _News(NamedTuple):
     arrived: Sequence[Event] = ()
     mistakes: Sequence[tuple[str, BaseException]] = ()
     memories: Sequence[KVMemory] = ()
-    """Of the jobs that ended: perhaps the last references to them, whose finalizers may call any verb."""
+    """Of the jobs that ended: perhaps the last references to them, and finalizers are to run with no lock held."""
 
 
 class Dispatch:

@@ -65,9 +65,12 @@ class Leaves:
                 batch = wide(np.fromiter(islice(self._candidates, min(_MOST, max(count, self._size))), np.int32))
                 if not len(batch):
                     break
+                looked_at = len(batch)
+                if looked_at >= _FEW:
+                    batch = batch[self._index.pins[batch] == 0]
                 if len(batch) > count or not self._goes_whole(batch):
                     self._leaves = self._one_by_one(self._looked_up(batch))
-                    self._size = 2 * len(batch)  # too few of those went that are looked at first
+                    self._size = 2 * looked_at  # too few of those went that are looked at first
                     continue
                 some = batch
                 self._patience += 3 * len(batch)
@@ -78,7 +81,7 @@ class Leaves:
     def _goes_whole(self, batch: EntryRows) -> bool:
         """Whether each of ``batch`` may go, with its only children in host memory right before it."""
         index = self._index
-        if len(batch) < _FEW or np.count_nonzero(index.pins[batch]):
+        if len(batch) < _FEW:
             return False
         parents = index.parent[batch]
         if int(index.host_children[batch].sum()) != np.count_nonzero(parents[:-1] == batch[1:]):

@@ -31,6 +31,7 @@ class Upkeep:
         self._stages = stages
         self._draining = False
         self._seen = _NOTHING_SEEN
+        self._passed = 0
 
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
@@ -100,18 +101,21 @@ class Upkeep:
         if gone == _EVICTED_A_TURN or not state.disk.usable:
             return bool(gone)
         surplus = free_pages - state.host.free_pages
-        pins, awaits_write = state.index.pins_at, state.disk.awaits_write
-        # A write under way pins, too; what else is pinned cannot go, and must not use up the looks.
-        movable = (entry for entry in state.host.candidates() if not pins[entry] or awaits_write(entry))
-        for entry in islice(movable, _ENTRIES_LOOKED_AT):
-            if surplus <= 0:
+        oldest = wide(np.fromiter(islice(state.host.candidates(), _ENTRIES_LOOKED_AT), np.int32))
+        held = (state.index.pins[oldest] > 0) & ~state.disk.which_await_write(oldest)  # a write under way pins, too
+        left = surplus
+        for entry in oldest[~held].tolist():
+            if left <= 0:
                 break
-            if not awaits_write(entry):
+            if not state.disk.awaits_write(entry):
                 if state.may_go(entry):
                     continue
                 state.disk.enqueue(entry)
-            surplus -= int(state.index.host_pages[0, entry])
-        return bool(gone)
+            left -= int(state.index.host_pages[0, entry])
+        # What somebody holds is in use: out of the way of the next look, until all of it was passed over once.
+        state.host.touch(oldest[held][::-1])
+        self._passed = 0 if gone or left < surplus else self._passed + int(np.count_nonzero(held))
+        return bool(gone) or 0 < self._passed < len(state.host)
 
     def _write(self) -> None:
         state = self._state
