@@ -45,6 +45,8 @@ class Hanging:
             if ours and self.hangs:
                 self.entered.set()
                 assert self.go_on.wait(PATIENCE_S)
+            if ours and name == "close":  # the number is the other directory's next
+                self._hung_fds.discard(int(where))
             answer = operation(where, *arguments, **settings)
             if ours and name == "open":
                 self._hung_fds.add(answer)
