@@ -118,7 +118,7 @@ class Dispatch:
                 self._plan_wishes(list(self._all_wishes()))
             finally:
                 self.lock.release()
-            if self.planner.has_news and not self.closed:
+            if (self.planner.has_news or self._wishes) and not self.closed:
                 self._ask()
         elif not self.closed:
             self.channels[0].call_back()

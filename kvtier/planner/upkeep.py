@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Final
 
@@ -31,7 +32,6 @@ class Upkeep:
         self._stages = stages
         self._draining = False
         self._seen = _NOTHING_SEEN
-        self._passed = 0
 
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
@@ -101,21 +101,22 @@ class Upkeep:
         if gone == _EVICTED_A_TURN or not state.disk.usable:
             return bool(gone)
         surplus = free_pages - state.host.free_pages
-        oldest = wide(np.fromiter(islice(state.host.candidates(), _ENTRIES_LOOKED_AT), np.int32))
-        held = (state.index.pins[oldest] > 0) & ~state.disk.which_await_write(oldest)  # a write under way pins, too
-        left = surplus
-        for entry in oldest[~held].tolist():
-            if left <= 0:
+        for entry in islice(self._movable(), _ENTRIES_LOOKED_AT):
+            if surplus <= 0:
                 break
             if not state.disk.awaits_write(entry):
                 if state.may_go(entry):
                     continue
                 state.disk.enqueue(entry)
-            left -= int(state.index.host_pages[0, entry])
-        # What somebody holds is in use: out of the way of the next look, until all of it was passed over once.
-        state.host.touch(oldest[held][::-1])
-        self._passed = 0 if gone or left < surplus else self._passed + int(np.count_nonzero(held))
-        return bool(gone) or 0 < self._passed < len(state.host)
+            surplus -= int(state.index.host_pages[0, entry])
+        return bool(gone)
+
+    def _movable(self) -> Iterator[int]:
+        """Entries in host memory, the least worth keeping first, without those that somebody holds."""
+        state, candidates = self._state, iter(self._state.host.candidates())
+        while len(some := wide(np.fromiter(islice(candidates, _ENTRIES_LOOKED_AT), np.int32))):
+            held = (state.index.pins[some] > 0) & ~state.disk.which_await_write(some)  # a write under way pins, too
+            yield from some[~held].tolist()
 
     def _write(self) -> None:
         state = self._state

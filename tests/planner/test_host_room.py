@@ -28,6 +28,20 @@ def test_over_the_watermark_blocks_are_spilled_and_freed_the_oldest_first() -> N
     bench.check()
 
 
+def test_all_that_is_pinned_is_passed_over_in_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full host nothing may happen that would bring another look."""
+    monkeypatch.setattr("kvtier.planner.upkeep._ENTRIES_LOOKED_AT", 4)
+    bench = Bench(segments=9, host_blocks=60, host={"high_watermark": 0.8, "low_watermark": 0.5}, **BACK)
+    bench.stored(bench.keys(44, 0))
+    lease = bench.lookup(bench.keys(44, 0))
+    free = bench.keys(16, 1)
+    bench.store(free)
+    bench.run()
+    assert set(bench.written()) & set(free.digests)
+    bench.planner.release(lease)
+    bench.check()
+
+
 def test_pinned_blocks_keep_none_behind_them_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtier.planner.upkeep._ENTRIES_LOOKED_AT", 4)
     bench = Bench(segments=4, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.5}, **BACK)
