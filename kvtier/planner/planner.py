@@ -168,9 +168,9 @@ class Planner:
             self._state.counts["failed_wishes"] += 1
             self._stages.give_up(ticket, Reason.REFUSED, waits=ticket.waits)
 
-    def give_up(self, wishes: Iterable[Wish], error: BaseException) -> None:
-        """End those of ``wishes`` that nothing is under way for: nobody came to planning them."""
-        self._state.mistakes.append(("planning wishes", error))
+    def give_up(self, wishes: Sequence[Wish], error: BaseException) -> None:
+        """End those of ``wishes`` that nothing is under way for: nobody came to planning them. None: a lease stays."""
+        self._state.mistakes.append(("planning wishes" if wishes else "letting go of a lease", error))
         for wish in wishes:
             ticket = wish.ticket
             if not ticket.finished and not ticket.waits:
@@ -287,6 +287,7 @@ class Planner:
     def disown(self, plans: Iterable[Plan]) -> None:
         """A rank did not take ``plans``: whoever waits for them is refused, and nothing of them is published."""
         for plan in plans:
+            self._state.counts["failed_plans"] += 1
             self._commits.disown(plan)
 
     def take_in(self, message: Message) -> None:

@@ -343,6 +343,7 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     again = [cache.submit_store([number] * SIZE, ENGINE.pages) for number in (2, 3, 4)]
     assert [job.result(60).failed for job in again] == [{}, {}, {}]
     assert all(job.done for job in jobs)
+    assert cache.stats()["failed_plans"] == 1
     assert cache.close(60)
 
 
