@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from kvtier.channel import Channel
@@ -115,7 +114,7 @@ class Dispatch:
         self._wishes.append(lease)
         if self.lock.acquire(blocking=False):
             try:
-                self._plan_wishes(list(self._all_wishes()))
+                self._plan_wishes(len(self._wishes))
             finally:
                 self.lock.release()
             if (self.planner.has_news or self._wishes) and not self.closed:
@@ -130,7 +129,7 @@ class Dispatch:
         """
         try:
             with self.lock:
-                self._plan_wishes(list(self._all_wishes()))
+                self._plan_wishes(len(self._wishes))
                 return verb()
         finally:
             if self.planner.has_news or self._wishes:
@@ -228,7 +227,7 @@ class Dispatch:
                     if self._heard:  # what follows from it is sent before anything new is planned
                         self._hear()
                     else:
-                        self._plan_wishes(list(self._wishes_of_a_turn()))
+                        self._plan_wishes(self._wishes_a_turn())
                 finally:
                     news = self._collect()
         finally:
@@ -245,24 +244,13 @@ class Dispatch:
                 self._poll()
                 try:
                     self._hear()
-                    self._plan_wishes([lease for lease in self._all_wishes() if isinstance(lease, Lease)])
+                    self._pass_over_wishes()
+                    self._plan_wishes(len(self._wishes))
                     self.planner.end([job.ticket for job in list(self._jobs.values())])
                 finally:
                     news = self._collect()
         finally:
             self._deliver(news)
-
-    def _all_wishes(self) -> Iterator[Wish | Lease]:
-        for _ in range(len(self._wishes)):  # not those that come meanwhile
-            yield self._wishes.popleft()
-
-    def _wishes_of_a_turn(self) -> Iterator[Wish | Lease]:
-        blocks = 0
-        for wish in islice(self._all_wishes(), _WISHES_A_TURN):
-            yield wish
-            blocks += 0 if isinstance(wish, Lease) else len(wish.ticket.outcome)
-            if blocks >= self._blocks_a_turn:
-                return
 
     # --- under the lock ---------------------------------------------------------------------------------------------
 
@@ -270,20 +258,59 @@ class Dispatch:
         for channel in self.channels:
             self._heard.extend(channel.poll())
 
-    def _plan_wishes(self, queue: Iterable[Wish | Lease]) -> None:
-        """Plan what is wished for and let go of leases, in order, whatever comes of one of them."""
+    def _wishes_a_turn(self) -> int:
+        """How many of the wishes that wait are planned now, the others being left to the next turn."""
+        blocks = 0
+        most = min(len(self._wishes), _WISHES_A_TURN)
+        for count in range(most):
+            wish = self._wishes[count]
+            blocks += 0 if isinstance(wish, Lease) else len(wish.ticket.outcome)
+            if blocks >= self._blocks_a_turn:
+                return count + 1
+        return most
+
+    def _pass_over_wishes(self) -> None:
+        """Of what waits, leave only leases."""
+        for _ in range(len(self._wishes)):
+            each = self._wishes.popleft()
+            if isinstance(each, Lease):
+                self._wishes.append(each)
+
+    def _plan_wishes(self, count: int) -> None:
+        """Plan the first ``count`` wishes and let go of leases, in order, whatever comes of one of them.
+
+        None is taken out before it was its turn: Ctrl-C, wherever it strikes, leaves the others to whoever is next.
+        """
         interrupts = []
-        for each in _in_portions(queue):
+        while count:
+            side_by_side: list[Wish] = []
             try:
-                if isinstance(each, Lease):
-                    self.planner.release(each)
-                else:
-                    self.planner.plan(each)
+                while count and not isinstance(wish := self._wishes[0], Lease):
+                    count -= 1
+                    if not wish.ticket.finished:  # else it was given up, and then left here
+                        side_by_side.append(wish)
+                    self._wishes.popleft()
+                if side_by_side:
+                    self.planner.plan(side_by_side)
+                elif count:
+                    count -= 1
+                    self._let_go_of_first()
             except BaseException as error:  # Ctrl-C, or a mistake of ours: nobody may wait for ever because of it
-                self.planner.give_up(() if isinstance(each, Lease) else each, error)
+                self.planner.give_up(side_by_side, error)
                 interrupts += [] if isinstance(error, Exception) else [error]
         if interrupts:
             raise interrupts[0]
+
+    def _let_go_of_first(self) -> None:
+        """Let go of the lease that is next; where Ctrl-C strikes it stays there, and a second time is harmless."""
+        lease = self._wishes[0]
+        assert isinstance(lease, Lease)
+        try:
+            self.planner.release(lease)
+        except Exception:
+            self._wishes.popleft()
+            raise
+        self._wishes.popleft()
 
     def _hear(self) -> None:
         """Take all of what was polled in, whatever comes of one message: the thread that brings it has to go on."""
@@ -372,18 +399,3 @@ class Dispatch:
         for plan_id in self.decide(plans):
             for channel in self.channels:
                 channel.cancel(plan_id)
-
-
-def _in_portions(queue: Iterable[Wish | Lease]) -> Iterator[list[Wish] | Lease]:
-    """Wishes that stand side by side together, leases one by one."""
-    wishes: list[Wish] = []
-    for each in queue:
-        if not isinstance(each, Lease):
-            wishes.append(each)
-            continue
-        if wishes:
-            yield wishes
-        wishes = []
-        yield each
-    if wishes:
-        yield wishes

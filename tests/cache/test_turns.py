@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -134,7 +137,7 @@ def test_a_lease_that_is_given_back_in_the_middle_of_a_decision_is_let_go_right_
     assert lease.released
 
 
-def test_an_interrupt_while_one_lease_is_let_go_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_cannot_be_let_go_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch = _dispatch(_Channel(has_threads=True), BLOCK_BYTES)
     leases = [dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0)) for _ in range(4)]
     with dispatch.lock:
@@ -142,15 +145,65 @@ def test_an_interrupt_while_one_lease_is_let_go_keeps_none_of_the_others(monkeyp
             dispatch.release(lease)
     release = dispatch.planner.release
 
-    def interrupted(lease: Lease) -> None:
+    def failing(lease: Lease) -> None:
         if lease is leases[1]:
-            raise KeyboardInterrupt
+            raise ValueError
         release(lease)
 
-    monkeypatch.setattr(dispatch.planner, "release", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        dispatch.pump()
+    monkeypatch.setattr(dispatch.planner, "release", failing)
+    dispatch.pump()
     assert [lease.released for lease in leases] == [True, False, True, True]
+
+
+def test_an_interrupt_wherever_it_strikes_among_wishes_leaves_nobody_waiting() -> None:
+    struck = [line for line in range(1, 200) if _all_end_though_interrupted_at(line)]
+    assert struck == list(range(1, len(struck) + 1))
+    assert 20 < len(struck) < 199
+
+
+def _all_end_though_interrupted_at(line: int) -> bool:
+    """Queue wishes and leases, interrupt whoever plans them at that line event; False when there are not so many."""
+    dispatch = _dispatch(_Channel(has_threads=True), 16)
+    leases = [dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0)) for _ in range(3)]
+    jobs = []
+    with dispatch.lock:
+        for number, lease in enumerate(leases):
+            jobs += [dispatch.submit(_wish(10 * number + i), range(0), None, None) for i in range(2)]
+            dispatch.release(lease)
+    with _interrupt_at(line, Dispatch._plan_wishes) as struck:
+        dispatch.decide(lambda: None)
+    for _ in jobs:  # one round each: there is a copy thread, which could go on
+        dispatch.pump()
+    assert all(job.done for job in jobs)
+    assert all(lease.released for lease in leases)
+    return bool(struck)
+
+
+@contextmanager
+def _interrupt_at(line: int, function: Callable[..., object]) -> Iterator[list[int]]:
+    """Ctrl-C at the line event of that number in ``function``; yields a list that is filled when it strikes."""
+    struck: list[int] = []
+    seen = 0
+
+    def in_function(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        seen += event == "line"
+        if event == "line" and seen == line:
+            struck.append(frame.f_lineno)
+            raise KeyboardInterrupt
+        return in_function
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        return in_function if frame.f_code is function.__code__ else None  # type: ignore[attr-defined]
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield struck
+    except KeyboardInterrupt:
+        assert struck
+    finally:
+        sys.settrace(before)
 
 
 def test_whoever_decides_comes_behind_all_that_was_wished_for() -> None:
