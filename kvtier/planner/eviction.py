@@ -54,7 +54,7 @@ class Leaves:
         self._size = 0
 
     def take(self, count: int) -> EntryRows:
-        """The next ``count`` entries that go, in order; fewer where there are no more of them."""
+        """The next up to ``count`` entries that go, in order; none where there are no more of them."""
         self._gone.clear()
         taken: list[EntryRows] = [_NOTHING]
         while count and self._patience > 0:
@@ -72,8 +72,9 @@ class Leaves:
                     self._leaves = self._one_by_one(self._looked_up(batch))
                     self._size = 2 * looked_at  # too few of those went that are looked at first
                     continue
-                some = batch
                 self._patience += 3 * len(batch)
+                taken.append(batch)
+                break  # the parent of its last one may come next: to it, children are gone once they were evicted
             taken.append(some)
             count -= len(some)
         return taken[1] if len(taken) == 2 else np.concatenate(taken)

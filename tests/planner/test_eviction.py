@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.core.plan import Tier
-from kvtier.planner import eviction
+from kvtier.planner import Outcome, eviction
 from kvtier.planner.state import ControlState
 from tests.planner.bench import Bench
 
@@ -168,15 +168,17 @@ def everything_in(state: ControlState, blocks: int) -> dict[str, Any]:
     forest=forests(),
     wanted=st.lists(st.tuples(st.integers(0, 120), st.sampled_from([3, 20, 10**9])), min_size=1, max_size=3),
     few=st.sampled_from([1, 8]),
+    batch=st.sampled_from([1, 2, 3, 5, 4096]),
     patience=st.sampled_from([1, 2, 3, 4096]),
 )
 def test_many_at_once_go_as_they_would_one_by_one(
-    forest: Forest, wanted: list[tuple[int, int]], few: int, patience: int
+    forest: Forest, wanted: list[tuple[int, int]], few: int, batch: int, patience: int
 ) -> None:
     at_once, one_by_one = forest.planted(), forest.planted()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eviction, "_FEW", few)
         patch.setattr("kvtier.planner.state._FEW", few)
+        patch.setattr(eviction, "_MOST", batch)
         patch.setattr(eviction, "_LOOKED_AT", patience)
         for pages, most in wanted:
             gone = at_once.host.make_room(pages, most)
@@ -199,6 +201,20 @@ def test_chains_that_come_whole_are_never_looked_at_one_by_one(monkeypatch: pyte
         monkeypatch.setattr(name, refuse)
     bench.planner._state.host.make_room(2 * 70)
     assert [bench.match(keys) for keys in chains] == [0, 0, 0, 10, 20, 20]
+    bench.check_at_rest()
+
+
+def test_held_blocks_before_a_chain_keep_none_of_it() -> None:
+    """The first look takes fewer than are wanted; the next one begins in the middle of the chain."""
+    bench = Bench(host_blocks=100)
+    held, older, newer = bench.keys(3, 0), bench.keys(57, 1), bench.keys(40, 2)
+    bench.stored(held)
+    lease = bench.lookup(held)
+    bench.stored(older)
+    bench.stored(newer)
+    assert bench.stored(bench.keys(30, 3)).outcome.count(Outcome.DONE) == 30
+    assert [bench.match(keys) for keys in (held, older, newer)] == [3, 27, 40]
+    bench.planner.release(lease)
     bench.check_at_rest()
 
 
