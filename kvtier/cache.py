@@ -36,7 +36,6 @@ from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, St
 from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout, checked_layout
-from kvtier.pages.spans import check_groups
 from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
@@ -204,7 +203,7 @@ class TieredCache:
             return self._planner.lookup(keys, now_s=now_s, start=start, exact=exact, session=session, owner=owner)
 
         lease = self._dispatch.decide(find)
-        return Hit(lease, start, self._release, self)
+        return Hit(lease, start, self)
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given.
@@ -511,9 +510,15 @@ class TieredCache:
         """Take in what channels have to say; for channels to call on news, from any thread, with no lock held."""
         self._dispatch.pump()
 
-    def _release(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
+        """For hits: let go of ``lease``, and see to what follows."""
         if self._process.is_here:
             self._dispatch.release(lease)
+
+    def let_go(self, lease: Lease) -> None:
+        """For hits: as ``release``, in the middle of anything; what follows may be left to the next verb."""
+        if self._process.is_here:
+            self._dispatch.let_go(lease)
 
     def _root(self, tenant: str, adapter: str) -> Root:
         self._check_here()
@@ -538,12 +543,13 @@ class TieredCache:
             raise ConfigError(
                 f"pages: want KVPages (see PagedTensors.pages, DenseKV.row) or a PageTable, not {reprlib.repr(pages)}"
             )
+        own = own_table(pages.table, len(self.layout.groups))
         if start < stop:  # else no block is full, and the table need not reach as far as the next one
-            pages.memory.check(pages.table, start, stop)
+            pages.memory.check(own, start, stop)
         with self._lock:
             self._check_open()
             memory_id = self._memories.use(pages.memory)
-        table = PageTable(memory_id, own_table(pages.table).groups)
+        table = PageTable(memory_id, own.groups)
         return EnginePages(table, is_paged=pages.memory.is_paged, lent=pages.memory)
 
     def _registered_pages(self, table: PageTable, start: int, stop: int) -> EnginePages:
@@ -553,11 +559,11 @@ class TieredCache:
             raise ConfigError(f"pages: memory {table.memory_id} is not registered; see register()")
         if start >= stop:
             return EnginePages(table)
+        own = own_table(table, len(self.layout.groups))
         if memory is None:  # only the ranks know it, and compare the table with it
-            check_groups(table.groups, len(self.layout.groups))
-            return EnginePages(own_table(table))
-        memory.check(table, start, stop)
-        return EnginePages(own_table(table), is_paged=memory.is_paged)
+            return EnginePages(own)
+        memory.check(own, start, stop)
+        return EnginePages(own, is_paged=memory.is_paged)
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch
@@ -571,7 +577,8 @@ class TieredCache:
 
     def _check_hit_range(self, hit: Hit, start: int, stop: int) -> None:
         low = hit.lease.first_block * hit.keys.block_tokens
-        if not low <= start <= stop <= max(hit.num_tokens, hit.start):
+        end = hit.num_tokens if start < stop else max(hit.num_tokens, hit.start)
+        if not low <= start <= stop <= end:
             raise ConfigError(f"load [{start}, {stop}): the hit holds tokens [{low}, {hit.num_tokens})")
 
     def _check_here(self) -> None:

@@ -107,20 +107,29 @@ class Dispatch:
         return job
 
     def release(self, lease: Lease) -> None:
-        """Unpin ``lease``, behind all that was wished for before: at once, or else by whoever decides next.
+        """Unpin ``lease``, behind all that was wished for before, and see to what follows.
 
-        Waits for no lock: garbage collection calls it in the middle of anything, also of what is done under ours.
+        It may stay in the queue, like any other wish, if another thread has the lock.
+        """
+        if self.let_go(lease):
+            self.pump()
+
+    def let_go(self, lease: Lease) -> bool:
+        """As ``release``; waits for no lock: garbage collection calls it in the middle of anything, ours as well.
+
+        Returns whether something follows that no copy thread could be asked to see to.
         """
         self._wishes.append(lease)
-        if self.lock.acquire(blocking=False):
-            try:
-                self._plan_wishes(len(self._wishes))
-            finally:
-                self.lock.release()
-            if (self.planner.has_news or self._wishes) and not self.closed:
-                self._ask()
-        elif not self.closed:
-            self.channels[0].call_back()
+        if not self.lock.acquire(blocking=False):
+            if not self.closed:
+                self.channels[0].call_back()
+            return False
+        try:
+            self._plan_wishes(len(self._wishes))
+        finally:
+            self.lock.release()
+        follows = self.planner.has_news or bool(self._wishes)
+        return follows and not self.closed and not self.channels[0].call_back()
 
     def decide(self, verb: Callable[[], T]) -> T:
         """Run ``verb`` under the lock, behind all that was wished for before; a copy thread sends and tells the rest.
@@ -148,10 +157,12 @@ class Dispatch:
 
         Raises:
             TimeoutError: a rank is missing.
+            ClosedError: it was closed.
         """
         clock = self._runtime.clock
         deadline = clock.monotonic() + timeout_s
         while True:
+            self.check_open()
             with self.lock:
                 if not self.planner.recovering:
                     return
@@ -211,7 +222,7 @@ class Dispatch:
                 rounds += 1
                 more = self._take_in()
         except BaseException:
-            if self._turn.give_up() or self._wishes:
+            if self._turn.give_up() or self._wishes or self._heard or self.planner.has_news:
                 self.channels[0].call_back()  # whoever asked meanwhile relies on us
             raise
 
@@ -329,11 +340,12 @@ class Dispatch:
     def _collect(self) -> _News:
         arrived, self._on_attach = self._on_attach, []
         memories: list[KVMemory] = []
-        jobs = self._jobs_with_news(memories)
-        return _News(self.planner.take_plans(), jobs, arrived, self.planner.take_mistakes(), memories)
+        mistakes: list[tuple[str, BaseException]] = []
+        jobs = self._jobs_with_news(memories, mistakes)
+        return _News(self.planner.take_plans(), jobs, arrived, self.planner.take_mistakes() + mistakes, memories)
 
-    def _jobs_with_news(self, memories: list[KVMemory]) -> list[AnyJob]:
-        """Jobs that have news; the memories of those that ended are added to ``memories``."""
+    def _jobs_with_news(self, memories: list[KVMemory], mistakes: list[tuple[str, BaseException]]) -> list[AnyJob]:
+        """Jobs that have news; adds the memories of those that ended to ``memories``."""
         jobs = []
         for ticket in self.planner.take_finished():
             job = self._jobs.get(ticket)
@@ -346,7 +358,10 @@ class Dispatch:
                 del self._jobs[ticket]
                 if job.memory is not None:
                     memories.append(job.memory)
-                    self.memories.let_go(job.memory)
+                    try:
+                        self.memories.let_go(job.memory)
+                    except Exception as error:  # of a channel: the others' news must not go with it
+                        mistakes.append(("telling ranks to forget engine memory", error))
                     job.memory = None
         return jobs
 

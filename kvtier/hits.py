@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from kvtier.config import MOST_SECONDS
 from kvtier.core.checks import is_number
@@ -15,6 +14,16 @@ from kvtier.planner import Lease
 from kvtier.planner.sessions import SessionHints
 
 
+class _Origin(Protocol):
+    """What gave a hit, and takes its lease back."""
+
+    def release(self, lease: Lease) -> None:
+        """Let go of ``lease``, and see to what follows."""
+
+    def let_go(self, lease: Lease) -> None:
+        """As ``release``, in the middle of anything."""
+
+
 class Hit:
     """The longest stored prefix of a sequence, pinned until released; a context manager that releases.
 
@@ -22,11 +31,10 @@ class Hit:
     owner and is dropped lets go as well.
     """
 
-    def __init__(self, lease: Lease, start: int, release: Callable[[Lease], None], origin: object) -> None:
+    def __init__(self, lease: Lease, start: int, origin: _Origin) -> None:
         self.lease = lease
         self.start = start
         self.origin = origin  # the cache that gave it: entries mean nothing in another one
-        self._release = release
 
     @property
     def keys(self) -> Keys:
@@ -63,12 +71,15 @@ class Hit:
         return self.lease.lineage == Lineage.EXACT
 
     def release(self) -> None:
-        """Let go, behind all that was submitted before; harmless a second time, and in a finalizer: it never waits."""
-        self._release(self.lease)
+        """Let go, behind all that was submitted before; harmless a second time, and in a finalizer: it never waits.
+
+        Over channels that cannot be called back it may send and tell what follows: drop the hit there, instead.
+        """
+        self.origin.release(self.lease)
 
     def __del__(self) -> None:
         if self.lease.owner is None and not self.lease.released:
-            self._release(self.lease)
+            self.origin.let_go(self.lease)
 
     def __enter__(self) -> Hit:
         return self
@@ -76,7 +87,10 @@ class Hit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release()
+        if kind is GeneratorExit:  # an abandoned coroutine ends, by garbage collection and in the middle of anything
+            self.origin.let_go(self.lease)
+        else:
+            self.release()
 
     def __repr__(self) -> str:
         return f"Hit({self.num_tokens} of {self.keys.num_tokens} tokens, {self.by_tier}, pending {self.pending})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -198,10 +198,10 @@ class Job(Generic[R]):
 
     # --- for the cache ----------------------------------------------------------------------------------------------
 
-    def hear(self) -> Client | None:
-        """The ticket has news: take it over, and tell whoever waits. Called without a lock, once per piece of news.
+    def hear(self) -> tuple[Client | None, Sequence[Callable[[AnyJob], object]]]:
+        """The ticket has news: take it over. Called without a lock, once per piece of news.
 
-        Returns the client that is to be told of the end.
+        Returns the client that is to be told of the end, and what is to be called.
         """
         ticket = self.ticket
         with self._control.lock:
@@ -209,17 +209,8 @@ class Job(Generic[R]):
             self._source_free = self._source_free or ticket.source_free
             ended = finished and not self._done
             self._done = finished
-            if not self._callbacks:
-                return self._client if ended else None
             callbacks, self._callbacks = self._callbacks, ()
-        for callback in callbacks:
-            try:
-                callback(self)
-            except KeyboardInterrupt:
-                raise
-            except BaseException:  # a stranger's code on a thread of ours, which has to go on
-                log.exception("a callback of %r failed", self)
-        return self._client if ended else None
+            return self._client if ended else None, callbacks
 
     def _check_part(self, part: int) -> None:
         if self.ticket.kind != TicketKind.LOAD:
@@ -272,15 +263,32 @@ def tell(jobs: Iterable[AnyJob]) -> None:
     untold = iter(jobs)
     try:
         for job in untold:
-            client = job.hear()
+            client, callbacks = job.hear()
             if client is not None:
                 ended.setdefault(client, []).append(job)
+            if callbacks:
+                _call(iter(callbacks), job)
     except BaseException:  # Ctrl-C: nobody else would tell the rest
         tell(untold)
         raise
     finally:
         for client, done in ended.items():
             client.add(done)
+
+
+def _call(callbacks: Iterator[Callable[[AnyJob], object]], job: AnyJob) -> None:
+    """Each of ``callbacks`` with ``job``: a stranger's code on a thread of ours, which has to go on."""
+    try:
+        for callback in callbacks:
+            try:
+                callback(job)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                log.exception("a callback of %r failed", job)
+    except BaseException:
+        _call(callbacks, job)
+        raise
 
 
 class Client:

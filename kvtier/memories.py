@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvtier.channel import Channel
 from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.errors import ConfigError
-from kvtier.pages.spans import are_frozen
+from kvtier.pages.spans import are_frozen, check_groups
 
 
 class EnginePages(NamedTuple):
@@ -49,10 +49,7 @@ class Memories:
         """
         known = self._known.get(id(memory))
         if known is None:
-            numbers = {channel.register(memory) for channel in self._channels}
-            if len(numbers) != 1:
-                raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
-            known = self._known[id(memory)] = _Registered(memory, numbers.pop())
+            known = self._known[id(memory)] = _Registered(memory, self._register(memory))
             self._numbered[known.memory_id] = memory
         known.users += 1
         return known.memory_id
@@ -82,17 +79,49 @@ class Memories:
         known.users -= 1
         if not known.users:
             del self._known[id(memory)], self._numbered[known.memory_id]
+            _unregister((channel, known.memory_id) for channel in self._channels)
+
+    def _register(self, memory: KVMemory) -> int:
+        numbers: list[int] = []
+        try:
             for channel in self._channels:
-                channel.unregister(known.memory_id)
+                numbers.append(channel.register(memory))
+            if len(set(numbers)) != 1:
+                raise ConfigError("register: ranks disagree on the number of this memory; register in the same order")
+        except BaseException:
+            _unregister(zip(self._channels, numbers, strict=False))
+            raise
+        return numbers[0]
 
     def __len__(self) -> int:
         """Memories that are registered."""
         return len(self._known)
 
 
-def own_table(table: PageTable) -> PageTable:
-    """``table``, or a copy of it, such that nobody else can change it."""
+def _unregister(numbers: Iterable[tuple[Channel, int]]) -> None:
+    """Make ranks forget a memory; one that does not hear of it keeps nothing from the others.
+
+    Raises:
+        Exception: the first of what channels raised.
+    """
+    errors: list[Exception] = []
+    for channel, memory_id in numbers:
+        try:
+            channel.unregister(memory_id)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def own_table(table: PageTable, groups: int) -> PageTable:
+    """``table``, or a copy of it, such that nobody else can change it.
+
+    Raises:
+        ConfigError: it is none, or one for another number of groups.
+    """
+    check_groups(table.groups, groups)
     if all(are_frozen(pages.ids) for pages in table.groups):
         return table
-    groups = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
-    return PageTable(table.memory_id, tuple(groups))
+    own = [GroupPages(pages.first_token, pages.ids.copy()) for pages in table.groups]
+    return PageTable(table.memory_id, tuple(own))

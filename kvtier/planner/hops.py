@@ -106,12 +106,20 @@ class Hop:
     """Whether its entries are those that are being stored."""
     settled: bool = False
     _quarantined: bool = False
+    _row_of: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Nobody has answered yet."""
         ranks, count = self.ranks, len(self.entries)
         self.sources_left = self.finals_left = ranks
         self.unanswered = {0: count} if ranks == 1 else {r: count for r in range(ranks.bit_length()) if ranks >> r & 1}
+
+    @property
+    def row_of(self) -> dict[int, int]:
+        """Of each entry, its row."""
+        if self._row_of is None:
+            self._row_of = {entry: row for row, entry in enumerate(self.entries.tolist())}
+        return self._row_of
 
     @property
     def answered(self) -> bool:

@@ -212,8 +212,7 @@ class Stores:
                 joined.setdefault(hop.plan_id, []).append((entry, first + at))
         for plan_id, pairs in joined.items():
             hop = self._state.hops[plan_id]
-            row_of = {entry: row for row, entry in enumerate(hop.entries.tolist())}
-            rows = np.array([row_of[entry] for entry, _ in pairs], np.int32)
+            rows = np.array([hop.row_of[entry] for entry, _ in pairs], np.int32)
             hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
             ticket.waits += 1
 

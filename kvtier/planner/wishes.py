@@ -71,10 +71,16 @@ class LoadWish:
         deadline_s: float | None,
         is_paged: bool = False,
     ) -> LoadWish:
-        """The blocks that hold any of these tokens."""
+        """The blocks that hold any of these tokens.
+
+        Raises:
+            ValueError: the lease does not hold them all.
+        """
         size = lease.keys.block_tokens
-        first = start // size
-        ticket = Ticket.of(TicketKind.LOAD, first, -(-stop // size) - first if start < stop else 0)
+        first, end = start // size, -(-stop // size)
+        if start < stop and not lease.first_block <= first < end <= lease.first_block + lease.blocks:
+            raise ValueError(f"[{start}, {stop}) of a lease of {lease.blocks} blocks from block {lease.first_block} on")
+        ticket = Ticket.of(TicketKind.LOAD, first, end - first if start < stop else 0)
         return cls(ticket, lease, pages, start, stop, priority, deadline_s, is_paged)
 
 

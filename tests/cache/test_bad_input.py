@@ -124,6 +124,27 @@ def test_a_range_outside_the_hit_is_refused(memory_cache: TieredCache, tokens: d
         memory_cache.submit_load(hit, engine.pages, **tokens)
 
 
+@pytest.mark.parametrize("tokens", [(70, 90), (64, 100), (99, 100)])
+def test_a_range_behind_a_hit_that_ends_before_its_start_is_refused(
+    memory_cache: TieredCache, tokens: tuple[int, int]
+) -> None:
+    """Nothing would be read, and all of it reported as loaded."""
+    engine = stored(memory_cache)
+    with memory_cache.lookup([*TOKENS, *range(100)], start=100) as hit:
+        assert hit.num_tokens <= 100
+        with pytest.raises(ConfigError, match="the hit holds tokens"):
+            memory_cache.submit_load(hit, engine.pages, start=tokens[0], stop=tokens[1])
+        assert memory_cache.submit_load(hit, engine.pages).result(60).ok_tokens == 100
+
+
+@pytest.mark.parametrize("groups", [None, (), (GroupPages(0, [0, 1]),), (GroupPages(0, np.zeros(2, np.int64)),)])  # type: ignore[arg-type]
+def test_a_table_that_is_none_is_refused_also_where_no_block_is_full(memory_cache: TieredCache, groups: Any) -> None:
+    memory = PseudoEngine(LAYOUT, 8).memory
+    with pytest.raises(ConfigError, match="page table"):
+        memory_cache.submit_store([1, 2, 3], KVPages(memory, PageTable(-1, groups)))
+    assert memory_cache.stats()["memories"] == 0
+
+
 @pytest.mark.parametrize(
     "call",
     [

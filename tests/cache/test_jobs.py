@@ -11,7 +11,7 @@ import pytest
 from kvtier import CacheManager, ConfigError, TieredCache
 from kvtier.channel import LocalChannel
 from kvtier.core.plan import Plan, Reason
-from kvtier.jobs import Job, JobControl
+from kvtier.jobs import Client, Job, JobControl, tell
 from kvtier.manager import AsyncJob
 from kvtier.planner import Ticket
 from kvtier.planner.tickets import TicketKind
@@ -60,7 +60,7 @@ def job(runtime: CountingRuntime) -> Job[Any]:
 def end(job: Job[Any]) -> None:
     job.ticket.succeed()
     job.ticket.source_free = job.ticket.finished = True
-    job.hear()
+    tell([job])
 
 
 def test_who_gave_up_waiting_is_not_told_of_the_end(job: Job[Any], runtime: CountingRuntime) -> None:
@@ -103,10 +103,29 @@ def test_who_still_waits_is_told_though_others_gave_up(job: Job[Any]) -> None:
 def test_to_take_a_callback_back_after_it_was_called_is_harmless(job: Job[Any]) -> None:
     called: list[Job[Any]] = []
     job.call_on_news(called.append, unless=lambda: False)
-    job.hear()
+    tell([job])
     job.call_no_more(called.append)
     job.call_no_more(called.append)
     assert called == [job]
+
+
+def test_an_interrupt_in_a_callback_keeps_the_end_from_nobody_else(runtime: CountingRuntime) -> None:
+    control, told = JobControl(runtime, lambda _: None, lambda: None, 1), []
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with Client() as client:
+        jobs = [Job[Any](Ticket.of(TicketKind.STORE, 0, 1), range(0), BLOCK, control, client) for _ in range(2)]
+        for job in jobs:
+            job.call_on_news(told.append, unless=lambda: False)
+            job.call_on_news(interrupted, unless=lambda: False)
+            job.call_on_news(told.append, unless=lambda: False)
+            job.ticket.finished = True
+        with pytest.raises(KeyboardInterrupt):
+            tell(jobs)
+        assert told == [jobs[0]] * 2 + [jobs[1]] * 2
+        assert set(client.poll()) == set(jobs)
 
 
 # --- the parts of a load ----------------------------------------------------------------------------------------------

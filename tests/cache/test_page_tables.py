@@ -18,12 +18,12 @@ def _frozen(ids: np.ndarray) -> np.ndarray:
 
 def test_a_table_that_nobody_can_change_is_taken_as_it_is() -> None:
     table = _table(_frozen(np.arange(3, dtype=np.int32)), _frozen(np.arange(2, dtype=np.int32)))
-    assert own_table(table) is table
+    assert own_table(table, 2) is table
 
 
 def test_ids_that_can_be_changed_are_copied() -> None:
     ids = np.arange(3, dtype=np.int32)
-    own = own_table(_table(_frozen(np.arange(3, dtype=np.int32)), ids))
+    own = own_table(_table(_frozen(np.arange(3, dtype=np.int32)), ids), 2)
     ids[:] = 9
     assert [pages.ids.tolist() for pages in own.groups] == [[0, 1, 2]] * 2
     assert [pages.first_token for pages in own.groups] == [4, 4]
@@ -35,7 +35,7 @@ def test_what_is_only_marked_as_read_only_is_copied(part: slice) -> None:
     ids = np.arange(6, dtype=np.int32)
     view, marked = ids[:], ids[part] if part.stop < 6 else ids
     marked.flags.writeable = False
-    own = own_table(_table(marked))
+    own = own_table(_table(marked), 1)
     view[:] = 9
     assert own.groups[0].ids.tolist() == list(range(part.stop))
 

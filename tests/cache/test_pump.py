@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from select import select
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from kvtier import CacheManager, ConfigError, TieredCache
+from kvtier import CacheManager, ClosedError, ConfigError, TieredCache
 from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.core.plan import COMPLETED, Completion, Hello, Message, Plan, Status, Tier
+from kvtier.hits import Hit
 from kvtier.jobs import Client
 from kvtier.memories import Memories
 from kvtier.metrics import Sample
+from kvtier.planner import Lease
 from kvtier.testing.contents import PseudoEngine, tiny_layout
 
 LAYOUT = tiny_layout()
@@ -200,6 +204,114 @@ def test_ranks_that_disagree_on_a_number_are_refused() -> None:
     with pytest.raises(ConfigError, match="same order"):
         memories.use(PseudoEngine(LAYOUT, 8).pages.memory)
     assert len(memories) == 0
+
+
+class BrokenPipe(AnsweringChannel):
+    """One to which a memory cannot be told, or told to be forgotten."""
+
+    broken = False
+
+    def register(self, memory: KVMemory) -> int:
+        self._check()
+        return super().register(memory)
+
+    def unregister(self, memory_id: int) -> None:
+        self._check()
+        super().unregister(memory_id)
+
+    def _check(self) -> None:
+        if self.broken:
+            raise BrokenPipeError("nobody reads")
+
+
+def test_a_memory_that_one_rank_does_not_take_is_forgotten_by_the_others() -> None:
+    channels = [AnsweringChannel(), BrokenPipe(), AnsweringChannel()]
+    memories, memory = Memories(channels), PseudoEngine(LAYOUT, 8).pages.memory
+    channels[1].broken = True  # type: ignore[attr-defined]
+    with pytest.raises(BrokenPipeError):
+        memories.use(memory)
+    assert [channel.forgotten for channel in channels] == [[0], [], []]
+    assert len(memories) == 0
+
+
+def test_a_rank_that_cannot_be_told_to_forget_keeps_the_end_from_no_job() -> None:
+    channels = [BrokenPipe(), AnsweringChannel()]
+    channels[1].outbox = [Hello(1, 1, LAYOUT.placement, SIZE, LAYOUT.record_pages, 64, 0, 0)]
+    cache = TieredCache(CONFIG, LAYOUT, "pump", channels=channels)
+    engine = PseudoEngine(LAYOUT, 8)
+    jobs = [cache.submit_store(tokens(number), engine.pages) for number in range(3)]
+    channels[0].broken = True
+    for rank, channel in enumerate(channels):
+        channel.answer()
+        for message in channel.outbox:
+            message.rank = rank  # type: ignore[misc]
+    cache.pump()
+    assert [job.result(0).stored for job in jobs] == [SIZE] * 3
+    assert [channel.forgotten for channel in channels] == [[], [0]]
+
+
+def test_messages_that_an_interrupt_left_lying_are_taken_in_by_a_copy_thread() -> None:
+    channel, asked = AnsweringChannel(), []
+    cache = TieredCache(CONFIG, LAYOUT, "pump", channels=[channel])
+    channel.call_back = lambda: asked.append(1) or True  # type: ignore[method-assign, func-returns-value]
+    job = cache.submit_store(tokens(1), TABLE)
+    cache.pump()
+    channel.answer()
+    polled = channel.poll
+    with pytest.MonkeyPatch.context() as interrupted:
+        interrupted.setattr(cache._dispatch, "_hear", Mock(side_effect=KeyboardInterrupt))
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            cache.pump()
+    assert polled() == []
+    assert asked
+    cache.pump()
+    assert job.result(0).stored == SIZE
+
+
+def test_waiting_for_ranks_ends_when_the_cache_is_closed(cache: TieredCache) -> None:
+    assert cache.close()
+    with pytest.raises(ClosedError):
+        cache.wait_attached(600)
+
+
+class Origin:
+    """Notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def release(self, lease: Lease) -> None:
+        self.asked.append("release")
+        lease.released = True
+
+    def let_go(self, lease: Lease) -> None:
+        self.asked.append("let_go")
+        lease.released = True
+
+
+def test_a_hit_that_garbage_collection_ends_sends_and_tells_nothing(cache: TieredCache) -> None:
+    """It comes in the middle of anything, also of what is done under the locks that telling takes."""
+    origin = Origin()
+
+    def hit() -> Hit:
+        with cache.lookup(tokens(1)) as found:
+            return Hit(replace(found.lease, released=False), 0, origin)
+
+    def holding() -> Iterator[None]:
+        with hit():
+            yield
+
+    with hit():
+        pass
+    hit().release()
+    assert origin.asked == ["release"] * 2
+    hit()
+    held = holding()
+    next(held)
+    del held
+    gc.collect()
+    assert origin.asked == ["release"] * 2 + ["let_go"] * 2
 
 
 def test_a_result_is_made_once(cache: TieredCache, channel: AnsweringChannel) -> None:

@@ -130,6 +130,19 @@ def test_without_copy_threads_whoever_releases_sends_and_tells_what_follows() ->
     assert (lease.released, job.done) == (True, True)
 
 
+def test_without_copy_threads_what_follows_from_letting_go_is_left_to_the_next_verb() -> None:
+    """Garbage collection must neither send nor tell."""
+    channel = _Channel(has_threads=True)
+    dispatch = _dispatch(channel, BLOCK_BYTES)
+    lease = dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0))
+    job = dispatch.submit(_wish(0), range(0), None, None)
+    channel.has_threads = False
+    assert dispatch.let_go(lease)
+    assert (lease.released, job.done) == (True, False)
+    dispatch.decide(lambda: None)
+    assert job.done
+
+
 def test_a_lease_that_is_given_back_in_the_middle_of_a_decision_is_let_go_right_after_it() -> None:
     dispatch = _dispatch(_Channel(has_threads=False), BLOCK_BYTES)
     lease = dispatch.decide(lambda: dispatch.planner.lookup(_wish(0).keys, now_s=0.0))
