@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _OF_A_LIFE: Final = 40
 """Generations and sequences begin at (life of the store) << 40: they are never used twice, whatever was lost."""
+_RECLAIM_TRIES: Final = 2
+"""Before a segment is given up for good, and then only if others can be written."""
 _HOLDING: Final = frozenset((Stage.RECLAIMING, Stage.SEALED, Stage.POISONED, Stage.FULL))
 """Segments that hold blocks, and are not written any more."""
 
@@ -55,6 +57,8 @@ class SegmentBook:
         self._used_pages = 0
         self._odd = 0
         """Segments of another size: an earlier life was configured differently."""
+        self._cleaned = 0
+        """Segments that were made clean in this life."""
         self._next_generation = 0
         self._next_sequence = 0
         self._open: Segment | None = None
@@ -284,13 +288,23 @@ class SegmentBook:
             return self._next_generation
 
     def next_to_reclaim(self) -> Segment | None:
-        """A segment to make clean, or a clean one too many; the caller ends with ``cleaned`` or ``dropped``."""
+        """A segment to make clean, or a clean one too many.
+
+        The caller ends with ``cleaned``, ``could_not_clean`` or ``dropped``.
+        """
         with self._lock:
-            surplus = self._surplus_clean()
-            queue, segment = (self._clean, surplus[0]) if surplus else (self._reclaiming, _first_idle(self._reclaiming))
+            if surplus := self._surplus_clean():
+                self._clean.remove(surplus[0])
+                return surplus[0]
+            segment = _first_idle(self._reclaiming) if self.health.may_reclaim else None
             if segment is not None:
-                queue.remove(segment)
+                self._reclaiming.remove(segment)
             return segment
+
+    def is_hopeless(self, segment: Segment) -> bool:
+        """Whether it could not be made clean again and again, while others could."""
+        with self._lock:
+            return segment.failed_reclaims >= _RECLAIM_TRIES and self._cleaned > segment.cleaned_before
 
     def next_to_seal(self) -> Segment | None:
         """A full segment that nothing is under way to: the oldest. Ends with what became of the step.
@@ -331,6 +345,25 @@ class SegmentBook:
             self._news.reclaim_ended(segment.number)
             segment.renew(generation, slot)
             self._clean.append(segment)
+            self._cleaned += 1
+            self.health.went_well()
+
+    def could_not_clean(self, segment: Segment, error: Exception) -> None:
+        """Writing its new header failed. It is tried again, behind the others: what is wrong may pass.
+
+        Until then control is asked for one more, to see whether that one can be written, and never for all of them.
+        """
+        with self._lock:
+            if not segment.failed_reclaims:
+                segment.cleaned_before = self._cleaned
+            segment.failed_reclaims += 1
+            self._reclaiming.append(segment)
+            self.health.could_not_reclaim()
+            pauses = self.health.poisoned()
+        if segment.failed_reclaims == 1:
+            self.remarks.add(logging.WARNING, f"segment {segment.number} cannot be made clean for now: {error}")
+        if pauses:
+            self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
 
     def dropped(self, segment: Segment) -> None:
         """Its file is gone: too much for the capacity, of another size, or not writable."""
@@ -410,8 +443,9 @@ class SegmentBook:
             return False
         if segment is self._open:
             self._open = None
-        if segment in self._full:
-            self._full.remove(segment)
+        for queue in (self._full, self._started):
+            if segment in queue:
+                queue.remove(segment)
         segment.stage = Stage.POISONED
         if self.health.poisoned():
             self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
@@ -465,7 +499,8 @@ class SegmentBook:
         over_pages = self._excess_pages - sum(segment.pages for segment in surplus)
         if over_pages > 0 or self.health.may_grow:
             wanted_pages += over_pages
-        return self._oldest_with(wanted_pages)
+        stuck = sum(segment.failed_reclaims > 0 for segment in self._reclaiming)
+        return self._oldest_with(wanted_pages) + (stuck == 1)
 
     def _oldest_with(self, pages: int) -> int:
         """How many of the oldest segments that hold blocks take ``pages`` together."""

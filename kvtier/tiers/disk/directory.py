@@ -217,9 +217,21 @@ def segment_numbers(files: Files, path: str) -> list[int]:
 
 
 def read_superblocks(files: Files, path: str) -> Superblock | None:
-    """The younger of the two superblocks in ``path``; None when neither is whole."""
-    found = [block for name in SUPERBLOCKS if (block := _read_superblock(files, f"{path}/{name}")) is not None]
-    return max(found, key=lambda block: block.sequence, default=None)
+    """The younger of the two superblocks in ``path``; None when neither is whole.
+
+    Raises:
+        OSError: none is whole, and one cannot be read.
+    """
+    found, errors = [], []
+    for name in SUPERBLOCKS:
+        try:
+            found.append(_read_superblock(files, f"{path}/{name}"))
+        except OSError as error:
+            errors.append(error)
+    whole = [block for block in found if block is not None]
+    if errors and not whole:
+        raise errors[0]
+    return max(whole, key=lambda block: block.sequence, default=None)
 
 
 def read_text(files: Files, path: str) -> str:

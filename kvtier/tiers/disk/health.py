@@ -9,6 +9,8 @@ from kvtier.runtime.seam import Clock
 POISONED_IN_A_ROW: Final = 3
 WRITE_PAUSE_S: Final = 60.0
 """How long no record is placed after three segments in a row failed."""
+RECLAIM_PAUSE_S: Final = 5.0
+"""How long no segment is made clean after one could not be."""
 GROW_PAUSE_S: Final = 30.0
 """How long no segment is made after making one failed."""
 
@@ -24,12 +26,18 @@ class Health:
         self._clock = clock
         self._poisoned_in_a_row = 0
         self._no_writing_until_s = 0.0
+        self._no_reclaiming_until_s = 0.0
         self._no_growing_until_s = 0.0
 
     @property
     def takes_writes(self) -> bool:
         """Whether records may be placed."""
         return self._clock.monotonic() >= self._no_writing_until_s
+
+    @property
+    def may_reclaim(self) -> bool:
+        """Whether segments may be made clean."""
+        return self._clock.monotonic() >= self._no_reclaiming_until_s
 
     @property
     def may_grow(self) -> bool:
@@ -56,6 +64,10 @@ class Health:
         if self._poisoned_in_a_row >= POISONED_IN_A_ROW:
             self._no_writing_until_s = self._clock.monotonic() + WRITE_PAUSE_S
         return took_writes and not self.takes_writes
+
+    def could_not_reclaim(self) -> None:
+        """Making a segment clean failed."""
+        self._no_reclaiming_until_s = self._clock.monotonic() + RECLAIM_PAUSE_S
 
     def could_not_grow(self, reason: str) -> None:
         """Making a segment failed."""

@@ -13,7 +13,6 @@ clean segments are made when there are few, and full ones sealed when many wait 
 from __future__ import annotations
 
 import errno
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -25,8 +24,6 @@ from kvtier.tiers.disk.book import SegmentBook
 from kvtier.tiers.disk.directory import UNFINISHED, PlacementDirectory
 from kvtier.tiers.disk.format import HEADER_SLOTS, SegmentHeader, SegmentState, footer_pages, new_pages, pack_footer
 from kvtier.tiers.disk.segment import Segment, Stage
-
-log = logging.getLogger(__name__)
 
 STEP_PAGES: Final = (8 << 20) // PAGE_BYTES
 HEALTH_S: Final = 1.0
@@ -125,19 +122,22 @@ class Housekeeper:
         if segment is None:
             return False
         try:
-            if self._is_reusable(segment):
-                generation = self._book.new_generation()
-                slot = self._write_header(segment, SegmentState.OPEN, generation)
-                self._book.cleaned(segment, generation, slot)
+            if not self._is_reusable(segment):
+                self._remove(segment)
                 return True
-        except Exception as error:  # of the disk, or for want of memory: control waits for it
-            log.warning("segment %d cannot be written again and is removed: %s", segment.number, error)
-        self._remove(segment)
+            generation = self._book.new_generation()
+            slot = self._write_header(segment, SegmentState.OPEN, generation)
+            self._book.cleaned(segment, generation, slot)
+        except Exception as error:  # of the disk, or for want of memory: it must not be left in our hands
+            self._book.could_not_clean(segment, error)
         return True
 
     def _is_reusable(self, segment: Segment) -> bool:
-        whole = self._files.links(segment.fd) > 0 and self._files.size(segment.fd) == segment.pages * PAGE_BYTES
-        return whole and segment.pages == self._book.segment_pages and not self._book.exceeds_capacity()
+        """Whether it may live again: a whole file of the size of now, for which there is room."""
+        book = self._book
+        if segment.pages != book.segment_pages or book.exceeds_capacity() or book.is_hopeless(segment):
+            return False
+        return self._files.links(segment.fd) > 0 and self._files.size(segment.fd) == segment.pages * PAGE_BYTES
 
     def _remove(self, segment: Segment) -> None:
         self._book.dropped(segment)

@@ -58,6 +58,10 @@ class Segment:
     """Its records and its footer are durable: only the header does not say so yet."""
     sync_failed: bool = False
     """What was written since the last good sync may be gone, whatever a later sync says."""
+    failed_reclaims: int = 0
+    """How often it could not be made clean, this generation."""
+    cleaned_before: int = 0
+    """How many segments had been made clean when that failed first."""
     announced: bool = False
     """Control knows that it may be reclaimed."""
     entries: bytearray = field(default_factory=bytearray)
@@ -89,7 +93,7 @@ class Segment:
     def renew(self, generation: int, slot: int) -> None:
         """Begin another life, with nothing in it."""
         self.generation, self.slot, self.stage, self.cursor = generation, slot, Stage.CLEAN, HEADER_SLOTS
-        self.placed = self.writes = self.synced_writes = 0
+        self.placed = self.writes = self.synced_writes = self.failed_reclaims = 0
         self.footed = self.sync_failed = self.announced = False
         self.entries = bytearray()
 

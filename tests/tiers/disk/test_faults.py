@@ -12,8 +12,10 @@ import pytest
 
 from kvtier.core.plan import Reason
 from kvtier.tiers.disk import DiskEvents
-from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, WRITE_PAUSE_S
+from kvtier.tiers.disk.format import SegmentState
+from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, RECLAIM_PAUSE_S, WRITE_PAUSE_S
 from kvtier.tiers.disk.housekeeping import HEALTH_S, Housekeeper
+from kvtier.tiers.disk.segment import Segment
 from tests.tiers.disk.conftest import HandClock, HandRuntime
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, FaultyFiles, Workbench
 
@@ -153,22 +155,38 @@ def test_a_sync_that_was_asked_for_before_another_of_the_file_failed_is_not_begu
 
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_sync_of_a_segment_that_was_given_back_meanwhile_is_not_begun_and_has_nothing_left_to_do(
-    workbench: Make, faulty: FaultyFiles, is_removed: bool
+    workbench: Make, is_removed: bool
 ) -> None:
     """Its file has another life, or is closed and its number another file's: a sync would hide errors from that."""
-    bench = workbench(files=faulty, segments=8).open()
+    bench = workbench(segments=8).open()
     place = bench.put(1)
     (target,) = bench.tier.unsynced()
     broken = bench.tier.place(RECORD_PAGES)
     assert broken is not None
     bench.tier.failed(broken)
     if is_removed:
-        faulty.fail("size", errno.EIO)
+        bench.files.unlink(bench.segment_path(place.segment))
     bench.tier.reclaim(place.segment, place.generation)
     bench.keep_house()
     assert bench.tier.locate(place.segment, place.generation) is None
     assert not bench.tier.begin_sync(target)
     assert bench.tier.sync_over(target) == Reason.NONE
+
+
+def test_a_segment_of_an_earlier_life_whose_first_sync_fails_takes_no_more(
+    workbench: Make, faulty: FaultyFiles
+) -> None:
+    """It was found half full, unsynced: what the kernel dropped of it would be called durable by the next sync."""
+    killed = workbench().open()
+    killed.put(1)
+    killed.tier._book.segments.clear()
+    killed.tier._directory.close()
+    bench = workbench(files=faulty, segments=8).open()
+    faulty.fail("sync", errno.EIO)
+    assert not bench.sync()
+    assert bench.put(2).segment != bench.recovered()[1]["segment"]
+    assert bench.tier.stages()["poisoned"] == 1
+    assert not bench.sync(), "of what the first sync failed for nobody knows"
 
 
 def test_durability_can_be_had_again_once_the_poisoned_segment_is_reclaimed(
@@ -251,7 +269,7 @@ def test_a_failed_sync_at_closing_is_no_error(workbench: Make, faulty: FaultyFil
 
 
 @pytest.mark.parametrize("operation", ["write_at", "sync", "links", "size"])
-def test_a_segment_that_cannot_be_written_anew_is_replaced(
+def test_a_segment_that_cannot_be_written_anew_is_tried_again_later(
     workbench: Make, faulty: FaultyFiles, runtime: HandRuntime, operation: str
 ) -> None:
     bench = workbench(files=faulty).open()
@@ -261,12 +279,68 @@ def test_a_segment_that_cannot_be_written_anew_is_replaced(
     faulty.fail(operation, errno.EIO)
     bench.tier.reclaim(*life)
     bench.keep_house()
+    assert events_of(bench).reclaimed == ()
+    advance(runtime, RECLAIM_PAUSE_S)
+    bench.keep_house()
     events = events_of(bench)
     assert events.reclaimed == (life[0],)
-    assert events.clean_segments == 1, "a new one was made in its place"
+    assert events.clean_segments == 1
     bench.put(100)
     bench.tier.close()
     assert 100 in workbench().open().recovered()
+
+
+@pytest.mark.parametrize("operation", ["write_at", "sync"])
+def test_however_long_writes_fail_control_is_asked_for_one_segment_more_and_no_file_goes(
+    workbench: Make, faulty: FaultyFiles, runtime: HandRuntime, operation: str
+) -> None:
+    """What is on disk can be read all the while, and is found again by the next life."""
+    bench = workbench(files=faulty).open()
+    bench.fill(range(4 * RECORDS))
+    lives = list(events_of(bench).sealed)
+    given: list[int] = []
+    faulty.fail(operation, errno.EROFS, sticky=True)
+    for _ in range(50):
+        events = bench.tier.take_events()
+        while len(given) < (events.reclaims_wanted if events else 1):
+            bench.tier.reclaim(*lives[len(given)])
+            given.append(lives[len(given)][0])
+        advance(runtime, RECLAIM_PAUSE_S)
+        bench.keep_house()
+    assert len(given) == 2
+    assert not bench.tier.takes_writes
+    assert all(os.path.exists(bench.segment_path(number)) for number, _ in lives)
+    faulty.heal()
+    advance(runtime, WRITE_PAUSE_S)
+    bench.keep_house()
+    assert sorted(events_of(bench).reclaimed) == sorted(given)
+    bench.put(100)
+
+
+def test_a_segment_that_alone_cannot_be_written_anew_is_removed_once_another_could(
+    workbench: Make, runtime: HandRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = workbench().open()
+    bench.fill(range(4 * RECORDS))
+    bad, good, *_ = events_of(bench).sealed
+    write_header = Housekeeper._write_header
+
+    def failing(house: Housekeeper, segment: Segment, state: SegmentState, generation: int) -> int:
+        if (segment.number, segment.generation) == bad:
+            raise OFF
+        return write_header(house, segment, state, generation)
+
+    monkeypatch.setattr(Housekeeper, "_write_header", failing)
+    path = bench.segment_path(bad[0])
+    inode = os.stat(path).st_ino
+    for life in (bad, None, good, None):
+        if life is not None:
+            bench.tier.reclaim(*life)
+        advance(runtime, RECLAIM_PAUSE_S)
+        bench.keep_house()
+    assert sorted(events_of(bench).reclaimed) == sorted((bad[0], good[0]))
+    assert bench.tier.stages()["reclaiming"] == 0
+    assert not os.path.exists(path) or os.stat(path).st_ino != inode, "a new one may have taken its number"
 
 
 def test_a_segment_file_that_somebody_removed_is_replaced_when_reclaimed(workbench: Make) -> None:
@@ -383,8 +457,8 @@ def test_reclaims_end_with_the_directory(workbench: Make, runtime: HandRuntime) 
 
 
 @pytest.mark.parametrize("step", ["_write_header", "_is_reusable"])
-def test_a_segment_whose_cleaning_raises_is_given_up_and_not_left_half_way(
-    workbench: Make, step: str, monkeypatch: pytest.MonkeyPatch
+def test_a_segment_whose_cleaning_raises_is_not_left_half_way(
+    workbench: Make, step: str, monkeypatch: pytest.MonkeyPatch, runtime: HandRuntime
 ) -> None:
     """For want of memory, say: control waits for it."""
     bench = workbench(segments=8).open()
@@ -394,6 +468,7 @@ def test_a_segment_whose_cleaning_raises_is_given_up_and_not_left_half_way(
     with monkeypatch.context() as patched:
         patched.setattr(Housekeeper, step, Mock(side_effect=MemoryError))
         bench.keep_house()
+    advance(runtime, RECLAIM_PAUSE_S)
     bench.keep_house()
     assert life[0] in events_of(bench).reclaimed
     assert bench.tier.stages()["reclaiming"] == 0
