@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 _NO_SPAN: Final = range(0)
 _ENDING_SHARE: Final = 0.2
 """Of the time that closing has: kept for ending what is under way on a disk that could not take all in the rest."""
+_TELLING_S: Final = 1.0
+"""For a thread that has planned something, to tell of it."""
 
 
 class TieredCache:
@@ -488,8 +490,8 @@ class TieredCache:
         self._dispatch.decide(lambda: None)
         self._dispatch.pump()
         try:
-            # Where another thread planned it, that one is about to tell.
-            result = job.result(None if job.ticket.finished else timeout_s)
+            # Where another thread planned it, that one is about to tell, however little time there is.
+            result = job.result(max(timeout_s, _TELLING_S) if job.ticket.finished else timeout_s)
         except TimeoutError:
             log.warning("close: the disk did not take everything within %g s; what is not on it is lost", timeout_s)
             return

@@ -210,7 +210,7 @@ def token_array(tokens: TokenIds) -> npt.NDArray[np.int32]:
         return _checked(_from_list(tokens))
     try:
         ids = np.asarray(tokens.detach().cpu().numpy() if hasattr(tokens, "detach") else tokens)
-    except (TypeError, NotImplementedError) as error:  # a dtype that numpy lacks, such as bfloat16; the meta device
+    except (TypeError, RuntimeError) as error:  # a dtype that numpy lacks, such as bfloat16; the meta device; nested
         raise ConfigError(f"tokens: want one dimension of integers, got {type(tokens).__name__}: {error}") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ConfigError(f"tokens: want one dimension of integers, got shape {ids.shape} of {ids.dtype}")

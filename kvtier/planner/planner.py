@@ -120,7 +120,7 @@ class Planner:
         for entries in groups:
             state.host.touch(entries)
         state.counts["lookup_tokens"] += keys.num_tokens - start
-        state.counts["hit_tokens"] += blocks * keys.block_tokens
+        state.counts["hit_tokens"] += max(0, (wanted.start + blocks) * keys.block_tokens - start)
         if session is not None:
             self.sessions.used(session, keys, now_s)
         state.leases.open(lease)

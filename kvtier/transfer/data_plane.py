@@ -166,8 +166,7 @@ class DataPlane:
         with self._lock:
             for plan in plans:
                 if plan.plan_id not in self._runs:
-                    run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
-                    run.end(Reason.REFUSED)
+                    self._refuse_one(plan)
 
     def call_back(self) -> bool:
         """Let a copy thread call ``on_news`` as soon as one is free, once for all calls until then.
@@ -181,8 +180,18 @@ class DataPlane:
             self._equipment.work.wake_one()
         return True
 
+    def _refuse_one(self, plan: Plan) -> None:
+        run = self._runs[plan.plan_id] = Run(plan, self._equipment)
+        run.end(Reason.REFUSED)
+
     def _begin(self, plan: Plan) -> None:
-        run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
+        """Begin ``plan``, or answer it; what goes wrong is a mistake of ours, and the plans around it are others'."""
+        try:
+            run = self._runs[plan.plan_id] = _RUNS[plan.kind](plan, self._equipment)
+        except Exception as error:
+            self._equipment.faults.tell(f"a plan to {plan.kind.name.lower()} could not be taken", error)
+            self._refuse_one(plan)
+            return
         if self._closed:
             run.end(Reason.CLOSED)
         elif plan.incarnation != self._equipment.incarnation:  # it was on its way when an earlier life ended
@@ -192,7 +201,7 @@ class DataPlane:
         else:
             try:
                 run.begin()
-            except Exception as error:  # a mistake of ours: the plans behind it are others'
+            except Exception as error:
                 self._equipment.faults.tell(f"a plan to {plan.kind.name.lower()} could not be begun", error)
                 run.end(Reason.REFUSED)
 

@@ -13,7 +13,7 @@ class ReclaimRun(Run):
     def begin(self) -> None:
         """Ask the directory."""
         directory, segment = lane_of(self.plan.segment)
-        if directory < len(self.equipment.paths):
+        if 0 <= directory < len(self.equipment.paths):
             self.equipment.reclaims[self.plan.segment] = self
             self.equipment.paths[directory].tier.reclaim(segment, self.plan.generation)
         else:

@@ -92,7 +92,7 @@ class LoadRun(Run):
                 self._tried[row] += 1
                 self.states[row] = _State.WAITING
             directory, _ = lane_of(self.segment[run[0]])
-            if directory < len(self.equipment.paths):
+            if 0 <= directory < len(self.equipment.paths):
                 path = self.equipment.paths[directory]
                 path.lane.put(ReadMove(self, run, path))
             else:

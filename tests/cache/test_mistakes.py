@@ -363,6 +363,23 @@ def test_an_interrupt_while_plans_are_begun_refuses_the_others_and_no_more(
     assert cache.close(60)
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_plan_whose_run_cannot_be_made_is_refused_and_the_others_go_on(
+    cache: TieredCache, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    """For want of memory, say. What was begun reads and writes: nobody may be told that it is over."""
+    jobs = [store(cache, number, PseudoEngine(LAYOUT, 2)) for number in range(3)]  # of three memories: three plans
+    left = iter(range(taken))
+    once(monkeypatch, StoreRun, "__init__", MemoryError, when=lambda *_: next(left, None) is None)
+    cache.pump()
+    assert [job.done for job in jobs].count(True) <= 1
+    expected = [2 * SIZE] * 3
+    expected[taken] = 0
+    assert [job.result(60).stored for job in jobs] == expected
+    assert "failed_plans" not in cache.stats()
+    assert cache.close(60)
+
+
 def test_an_interrupt_in_a_channel_leaves_it_all_that_it_may_have_begun() -> None:
     cache, channel = over_a_broken_channel()
     channel.breaks_on, channel.error = PlanKind.STORE, KeyboardInterrupt()

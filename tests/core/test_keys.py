@@ -210,6 +210,7 @@ def test_what_is_no_integer_is_named_with_its_position(bad: Any, position: int) 
         torch.tensor([1.0], dtype=torch.bfloat16),
         torch.tensor([1.0], dtype=torch.complex64),
         torch.tensor([1, 2], device="meta"),
+        torch._neg_view(torch.tensor([1, 2])),
         torch.tensor([True]),
         torch.tensor([[1, 2]]),
         array("d", [1.0]),

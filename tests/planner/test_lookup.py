@@ -68,6 +68,7 @@ def test_what_the_engine_has_itself_need_not_be_here(start: int) -> None:
     wanted = max(0, 4 - first) if first >= 1 else 0
     assert (lease.first_block, lease.blocks) == (first, wanted)
     assert bench.planner.match(keys, start=start) == (first + wanted) * BLOCK
+    assert bench.planner.stats().get("hit_tokens", 0) == max(0, (first + wanted) * BLOCK - start)
     assert lease.groups[0].tolist() == [bench.entry(keys, block) for block in range(first, first + wanted)]
 
 
