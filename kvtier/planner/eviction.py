@@ -45,8 +45,9 @@ class Leaves:
     def __init__(self, index: Cells, policy: EvictionPolicy, keeper: Keeper) -> None:
         """Nothing was looked at."""
         self._index = index
+        self._policy = policy
         self._keeper = keeper
-        self._candidates = policy.candidates()
+        self._candidates = islice(policy.candidates(), len(policy))  # each once: what is held comes again at the end
         self._leaves: Iterator[int] = iter(())
         self._passed: dict[int, bool] = {}  # unpinned entries that others extend -> whether they may go
         self._gone: dict[int, int] = {}  # of each parent, children that were taken and are counted still
@@ -67,7 +68,7 @@ class Leaves:
                     break
                 looked_at = len(batch)
                 if looked_at >= _FEW:
-                    batch = batch[self._index.pins[batch] == 0]
+                    batch = self._without_held(batch)
                 if len(batch) > count or not self._goes_whole(batch):
                     self._leaves = self._one_by_one(self._looked_up(batch))
                     self._size = 2 * looked_at  # too few of those went that are looked at first
@@ -78,6 +79,14 @@ class Leaves:
             taken.append(some)
             count -= len(some)
         return taken[1] if len(taken) == 2 else np.concatenate(taken)
+
+    def _without_held(self, batch: EntryRows) -> EntryRows:
+        """``batch`` without what is pinned: that is in use, and out of the way of the passes after this one."""
+        held = self._index.pins[batch] > 0
+        if held.any():
+            self._policy.touch(batch[held][::-1])
+            batch = wide(batch[~held])
+        return batch
 
     def _goes_whole(self, batch: EntryRows) -> bool:
         """Whether each of ``batch`` may go, with its only children in host memory right before it."""

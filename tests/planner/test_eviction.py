@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,8 @@ def everything_in(state: ControlState, blocks: int) -> dict[str, Any]:
         "columns": {name: getattr(index, name)[live].tolist() for name in names},
         "found": [table.find_one(table.keys[entry].tobytes(), 0) for entry in range(blocks)],
         "room": {rank: space.free_runs() for rank, space in state.host.spaces.items()},
-        "order": list(state.host.candidates()),
+        "order": [entry for entry in state.host.candidates() if not index.pins[entry]],
+        "held": sorted(entry for entry in state.host.candidates() if index.pins[entry]),
         "length": len(state.host),
         "evicted": state.host.evicted,
         "counts": {name: count for name, count in state.counts.items() if count},
@@ -215,6 +217,27 @@ def test_held_blocks_before_a_chain_keep_none_of_it() -> None:
     assert bench.stored(bench.keys(30, 3)).outcome.count(Outcome.DONE) == 30
     assert [bench.match(keys) for keys in (held, older, newer)] == [3, 27, 40]
     bench.planner.release(lease)
+    bench.check_at_rest()
+
+
+def test_held_blocks_at_the_old_end_are_walked_over_once() -> None:
+    """Running requests hold what nobody else uses, and every store that needs room would walk over all of it."""
+    bench = Bench(host_blocks=1000)
+    held = bench.keys(900, 0)
+    bench.stored(held)
+    lease = bench.lookup(held)
+    for seed in range(1, 101):
+        bench.stored(bench.keys(1, seed))
+    bench.stored(bench.keys(1, 200))
+    oldest = list(islice(bench.planner._state.host.candidates(), 20))
+    assert np.count_nonzero(bench.index.pins[oldest]) <= 10
+    assert bench.match(held) == 900
+    last = bench.keys(200, 201)
+    assert bench.stored(last).outcome.count(Outcome.DONE) == 100
+    also_held = bench.lookup(last)
+    assert bench.planner._state.host.make_room(1) == 0, "a pass over what is all held ends, too"
+    bench.planner.release(lease)
+    bench.planner.release(also_held)
     bench.check_at_rest()
 
 
