@@ -61,11 +61,15 @@ class SegmentBook:
         """Segments that were made clean in this life."""
         self._next_generation = 0
         self._next_sequence = 0
-        self._open: Segment | None = None
-        self._started: deque[Segment] = deque()
+        self._open: deque[Segment] = deque()
+        """Those that take records; the first one does it now, and the others are of an earlier life."""
         self._clean: deque[Segment] = deque()
         self._full: deque[Segment] = deque()
         self._reclaiming: deque[Segment] = deque()
+        self._queues = {
+            Stage.OPEN: self._open, Stage.CLEAN: self._clean, Stage.FULL: self._full,
+            Stage.RECLAIMING: self._reclaiming,
+        }  # fmt: skip
         self._news = News()
 
     # --- opening and closing ----------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ class SegmentBook:
         superblocks were lost or restored, is left behind, too.
         """
         with self._lock:
-            for queue in (self._started, self._clean, self._full):
+            for queue in self._queues.values():
                 ordered = sorted(queue, key=lambda segment: segment.generation)
                 queue.clear()
                 queue.extend(ordered)
@@ -92,15 +96,8 @@ class SegmentBook:
             self.segments[segment.number] = segment
             self._used_pages += segment.pages
             self._odd += segment.pages != self.segment_pages
-            if segment.stage is Stage.CLEAN:
-                self._clean.append(segment)
-            elif segment.stage is Stage.OPEN:
-                self._started.append(segment)
-            elif segment.stage is Stage.FULL:
-                self._full.append(segment)
-            elif segment.stage is Stage.RECLAIMING:
-                self._reclaiming.append(segment)
-            elif segment.stage in (Stage.SEALED, Stage.POISONED):
+            self._move(segment, segment.stage)
+            if segment.stage in (Stage.SEALED, Stage.POISONED):
                 self._news.may_be_reclaimed(segment)
 
     def stop_placing(self) -> None:
@@ -241,8 +238,7 @@ class SegmentBook:
             if segment is None or segment.generation != generation or not self.health.usable:
                 self._news.reclaim_ended(number)
             elif segment.stage in (Stage.SEALED, Stage.POISONED):
-                segment.stage = Stage.RECLAIMING
-                self._reclaiming.append(segment)
+                self._move(segment, Stage.RECLAIMING)
         self._wake()
 
     def take_events(self) -> DiskEvents | None:
@@ -325,8 +321,8 @@ class SegmentBook:
     def sealed(self, segment: Segment, slot: int) -> None:
         """Its header is durable, and says so."""
         with self._lock:
-            self._full.remove(segment)
-            segment.slot, segment.stage, segment.syncing = slot, Stage.SEALED, False
+            self._move(segment, Stage.SEALED)
+            segment.slot, segment.syncing = slot, False
             segment.entries = bytearray()
             self.health.went_well()
             self._news.may_be_reclaimed(segment)
@@ -344,7 +340,7 @@ class SegmentBook:
         with self._lock:
             self._news.reclaim_ended(segment.number)
             segment.renew(generation, slot)
-            self._clean.append(segment)
+            self._move(segment, Stage.CLEAN)
             self._cleaned += 1
             self.health.went_well()
 
@@ -357,7 +353,7 @@ class SegmentBook:
             if not segment.failed_reclaims:
                 segment.cleaned_before = self._cleaned
             segment.failed_reclaims += 1
-            self._reclaiming.append(segment)
+            self._move(segment, Stage.RECLAIMING)
             self.health.could_not_reclaim()
             pauses = self.health.poisoned()
         if segment.failed_reclaims == 1:
@@ -406,19 +402,24 @@ class SegmentBook:
 
     def _with_room(self, pages: int) -> Segment | None:
         while True:
-            if self._open is None:
-                waiting = self._started or self._clean
-                if not waiting:
+            if not self._open:
+                if not self._clean:
                     return None
-                self._open = waiting.popleft()
-                self._open.stage = Stage.OPEN
+                self._move(self._clean[0], Stage.OPEN)
                 self._wake()
-            if self._open.fits(pages):
-                return self._open
-            full, self._open = self._open, None
-            full.stage = Stage.FULL
-            self._full.append(full)
+            if self._open[0].fits(pages):
+                return self._open[0]
+            self._move(self._open[0], Stage.FULL)
             self._wake()
+
+    def _move(self, segment: Segment, stage: Stage) -> None:
+        """``segment`` is at ``stage`` from now on, and stands in that queue and no other."""
+        for queue in self._queues.values():
+            if segment in queue:
+                queue.remove(segment)
+        segment.stage = stage
+        if stage in self._queues:
+            self._queues[stage].append(segment)
 
     def _ended(self, segment: Segment) -> None:
         segment.in_flight -= 1
@@ -441,12 +442,7 @@ class SegmentBook:
         """True when it was good until now."""
         if segment.stage not in (Stage.OPEN, Stage.FULL):
             return False
-        if segment is self._open:
-            self._open = None
-        for queue in (self._full, self._started):
-            if segment in queue:
-                queue.remove(segment)
-        segment.stage = Stage.POISONED
+        self._move(segment, Stage.POISONED)
         if self.health.poisoned():
             self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
         self._wake()

@@ -92,7 +92,7 @@ class Segment:
 
     def renew(self, generation: int, slot: int) -> None:
         """Begin another life, with nothing in it."""
-        self.generation, self.slot, self.stage, self.cursor = generation, slot, Stage.CLEAN, HEADER_SLOTS
+        self.generation, self.slot, self.cursor = generation, slot, HEADER_SLOTS
         self.placed = self.writes = self.synced_writes = self.failed_reclaims = 0
         self.footed = self.sync_failed = self.announced = False
         self.entries = bytearray()
