@@ -50,10 +50,10 @@ class KVMemory(Protocol):
         """
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
-        """Refuse a page table that does not cover tokens [start, stop) in every group.
+        """Refuse a page table that does not cover tokens [start, stop) in every group; called for every job.
 
         Raises:
-            ConfigError: what is missing, and how many pages it would take.
+            ConfigError: what is missing, and how many pages it would take; or the memory is not where it was.
         """
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:

@@ -15,7 +15,7 @@ from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, frozen_ids
-from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
+from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
 
 
 class DenseKV:
@@ -24,6 +24,7 @@ class DenseKV:
     ``keys[i]`` and ``values[i]`` belong to the i-th layer of the layout. Any strides will do as long as the last
     dimension is contiguous; nothing is copied, and the tensors are kept alive. The layout decides how a block lies in
     the tiers: heads first, as here, or tokens first, as paged engines do, in which case copies transpose.
+    The tensors have to stay where they are, as those of ``PagedTensors``.
     In a page table of this memory a group has one id, the row of the batch, which holds all tokens from
     ``first_token`` on.
     """
@@ -52,6 +53,7 @@ class DenseKV:
         if len(sizes) != 1:
             raise ConfigError(f"keys, values: tensors differ in (batch, tokens): {sorted(sizes)}")
         self.batch_size, self.num_tokens = sizes.pop()
+        self._moored = Moored("DenseKV", ((part.what, part.tensor) for parts in self._groups for part in parts))
 
     @property
     def placement(self) -> str:
@@ -71,24 +73,13 @@ class DenseKV:
         """
         ids, first_token = frozen_ids([batch_index], "batch_index"), whole("first_token", first_token)
         table = PageTable(-1, tuple(GroupPages(first_token, ids) for _ in self.layout.groups))
-        self.check(table, first_token, first_token)
+        self._check_table(table, first_token, first_token)
         return KVPages(self, table)
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
-        """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
-        check_groups(table.groups, len(self.layout.groups))
-        for group, pages in zip(self.layout.groups, table.groups, strict=True):
-            where = f"page table of group {group.name!r}"
-            if len(pages.ids) != 1 or not 0 <= int(pages.ids[0]) < self.batch_size:
-                raise ConfigError(
-                    f"{where}: ids {pages.ids.tolist()}, want one row of the batch, 0 to {self.batch_size - 1}"
-                )
-            covered = pages.first_token + self.num_tokens
-            if pages.first_token < 0 or start < pages.first_token or stop > covered:
-                raise ConfigError(
-                    f"{where}: the tensors hold tokens [{pages.first_token}, {covered}), want [{start}, {stop}): "
-                    f"{stop - start} along their token dimension from token {start}"
-                )
+        """Refuse a page table that does not cover tokens [start, stop), and tensors that moved; see ``KVMemory``."""
+        self._moored.check()
+        self._check_table(table, start, stop)
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
@@ -106,6 +97,21 @@ class DenseKV:
             for theirs, mine in self._pairs(table.groups[group], group, first, parts, row, wanted):
                 np.copyto(theirs, mine)
 
+    def _check_table(self, table: PageTable, start: int, stop: int) -> None:
+        check_groups(table.groups, len(self.layout.groups))
+        for group, pages in zip(self.layout.groups, table.groups, strict=True):
+            where = f"page table of group {group.name!r}"
+            if len(pages.ids) != 1 or not 0 <= int(pages.ids[0]) < self.batch_size:
+                raise ConfigError(
+                    f"{where}: ids {pages.ids.tolist()}, want one row of the batch, 0 to {self.batch_size - 1}"
+                )
+            covered = pages.first_token + self.num_tokens
+            if pages.first_token < 0 or start < pages.first_token or stop > covered:
+                raise ConfigError(
+                    f"{where}: the tensors hold tokens [{pages.first_token}, {covered}), want [{start}, {stop}): "
+                    f"{stop - start} along their token dimension from token {start}"
+                )
+
     def _pairs(
         self, pages: GroupPages, group: int, first: int, parts: range, block: Bytes1D, tokens: range
     ) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
@@ -122,6 +128,7 @@ class _DensePart:
     """One part's tensor as bytes, and how a block of it is ordered."""
 
     what: str  # as messages call it
+    tensor: Tensor  # as the engine has it
     data: npt.NDArray[np.uint8]  # [batch, heads, tokens, dim bytes], strided
     page_shape: tuple[int, ...]  # of one page in bytes, in the layout's order of axes
     to_heads_first: tuple[int, ...]  # axes of [page, *page_shape] in the order page, head, token, dim
@@ -142,6 +149,7 @@ class _DensePart:
             )
         return cls(
             what=what,
+            tensor=tensor,
             data=data,
             page_shape=(*part.shape[:-1], dim * DTYPE_BYTES[part.dtype]),
             to_heads_first=(0, 1 + part.axes.index("head"), 1 + part.token_axis, 3),

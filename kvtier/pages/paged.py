@@ -19,7 +19,7 @@ from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import check_groups, cut, frozen_ids
-from kvtier.pages.tensors import Tensor, bytes_of, dtype_of, listed
+from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 _SHORT: Final = 32
@@ -32,6 +32,8 @@ class PagedTensors:
     ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind).
     They are torch tensors or numpy arrays, contiguous, in CPU memory; nothing is copied, and they are kept alive. All
     parts of a group have the same number of pages.
+    They have to stay where they are. One that was moved since, as ``share_memory_()``, a queue of torch.multiprocessing
+    and an assignment to ``.data`` do, is refused by every later job, and must not be moved while one runs.
     """
 
     def __init__(self, layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> None:
@@ -50,6 +52,8 @@ class PagedTensors:
         self.num_pages = tuple(
             _same_count(group, rows.parts) for group, rows in zip(layout.groups, self._groups, strict=True)
         )
+        parts = (part for rows in self._groups for part in rows.parts)
+        self._moored = Moored("PagedTensors", ((part.what, part.tensor) for part in parts))
 
     @property
     def placement(self) -> str:
@@ -79,14 +83,13 @@ class PagedTensors:
         )
         table = PageTable(-1, per_group)
         covered = min(pages.first_token + len(pages.ids) * self.layout.page_tokens for pages in per_group)
-        self.check(table, first_token, covered)
+        self._check_table(table, first_token, covered)
         return KVPages(self, table)
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
-        """Refuse a page table that does not cover tokens [start, stop) in every group; see ``KVMemory``."""
-        check_groups(table.groups, len(self.num_pages))
-        for group, pages in enumerate(table.groups):
-            self._check_group(group, pages, start, stop)
+        """Refuse a page table that does not cover tokens [start, stop), and tensors that moved; see ``KVMemory``."""
+        self._moored.check()
+        self._check_table(table, start, stop)
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
@@ -133,6 +136,11 @@ class PagedTensors:
                 cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
                 part.cells[ids[base + edge.page]][span] = cells[span]
 
+    def _check_table(self, table: PageTable, start: int, stop: int) -> None:
+        check_groups(table.groups, len(self.num_pages))
+        for group, pages in enumerate(table.groups):
+            self._check_group(group, pages, start, stop)
+
     def _check_group(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
         size, first = self.layout.page_tokens, pages.first_token
         if first < 0 or first % size:
@@ -165,6 +173,7 @@ class _PartPages:
     """One part's tensor as bytes."""
 
     what: str  # as messages call it
+    tensor: Tensor  # as the engine has it
     pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
     cells: npt.NDArray[np.uint8]  # [num_pages, outer, page_tokens, inner bytes]: the same, cut at the token axis
     page_bytes: int
@@ -187,6 +196,7 @@ class _PartPages:
         count = data.shape[0]
         return cls(
             what=what,
+            tensor=tensor,
             pages=data.reshape(count, part.page_bytes),
             cells=data.reshape(count, outer, part.shape[part.token_axis], inner),
             page_bytes=part.page_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,6 +58,49 @@ def bytes_of(tensor: Tensor, what: str) -> npt.NDArray[np.uint8]:
     if not tensor.flags.writeable:
         raise ConfigError(f"{what}: is read-only, want an array that blocks can be loaded into")
     return tensor.view(np.uint8)
+
+
+class Moored:
+    """Torch tensors whose bytes have to stay where they were found: torch frees the place that a tensor leaves.
+
+    Memory that numpy has needs no look: it stays in its place while there is a view of it.
+    """
+
+    def __init__(self, maker: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """``tensors`` with what messages call them; ``maker`` is the class that made memory of them."""
+        self._maker = maker
+        owned = [(what, _owner(tensor)) for what, tensor in tensors]
+        self._names = [what for what, owner in owned if isinstance(owner, torch.Tensor)]
+        self._tensors = [owner for _, owner in owned if isinstance(owner, torch.Tensor)]
+        self._addresses = _addresses(self._tensors)
+
+    def check(self) -> None:
+        """Refuse tensors that lie elsewhere by now.
+
+        Raises:
+            ConfigError: naming one of them.
+        """
+        now = _addresses(self._tensors)
+        if now == self._addresses:
+            return
+        moved = zip(self._names, self._addresses, now, strict=True)
+        what, before, after = next(each for each in moved if each[1] != each[2])
+        raise ConfigError(
+            f"{what}: lies at {after:#x}, and lay at {before:#x} when this {self._maker} was made: share_memory_(), a "
+            f"queue of torch.multiprocessing or an assignment to .data has moved it; make a new {self._maker} of the "
+            "tensors, once they stay where they are"
+        )
+
+
+def _owner(tensor: Tensor) -> Any:
+    """What has the memory of ``tensor``: for an array that ``numpy()`` of a torch tensor returned that is a tensor."""
+    while isinstance(tensor, np.ndarray):
+        tensor = tensor.base
+    return tensor
+
+
+def _addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return [*map(torch.Tensor.data_ptr, tensors)]  # a sixth faster than to call each in turn, and it is for every job
 
 
 def _check_plain(tensor: torch.Tensor, what: str) -> None:

@@ -168,6 +168,16 @@ def test_a_page_table_that_cannot_hold_the_tokens_is_refused(table, message):
         memory.check(table, 8, 41)
 
 
+def test_a_tensor_that_was_moved_is_refused_until_memory_is_made_anew():
+    layout = _layout()
+    keys, values = _keys_values(layout)
+    memory = DenseKV(layout, keys, values)
+    values[1].share_memory_()
+    with pytest.raises(ConfigError, match=r"layer 1 v: lies at .*make a new DenseKV"):
+        memory.check(_table(0, [0]), 8, 16)
+    DenseKV(layout, keys, values).check(_table(0, [0]), 8, 16)
+
+
 def test_a_row_that_is_not_in_the_batch_is_refused_at_once():
     layout = _layout()
     with pytest.raises(ConfigError, match="one row of the batch"):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -274,6 +275,49 @@ def test_pages_that_do_not_exist_are_refused_when_the_table_is_made():
         memory.pages([0, 24])
     with pytest.raises(ConfigError, match="first_token = 3"):
         memory.pages([0, 1], first_token=3)
+
+
+def _into_other_memory(tensor):
+    tensor.data = tensor.clone()
+
+
+def _queued(tensor):
+    """What a queue of torch.multiprocessing does with it."""
+    ForkingPickler.dumps(tensor)
+
+
+@pytest.mark.parametrize("move", [torch.Tensor.share_memory_, _into_other_memory, _queued])
+def test_a_tensor_that_was_moved_is_refused_by_every_later_job_until_memory_is_made_anew(move):
+    """Torch frees the place that it leaves: a job would read, or write, what is anybody's by then."""
+    layout = _layout()
+    tensors = _tensors(layout)
+    pages = PagedTensors(layout, tensors).pages([0, 1, 2, 3])
+    pages.memory.check(pages.table, 0, 16)
+    move(tensors[2])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"layer 1 k: lies at .*share_memory_\(\).*make a new PagedTensors"):
+            pages.memory.check(pages.table, 0, 16)
+    pages = PagedTensors(layout, tensors).pages([0, 1, 2, 3])
+    pages.memory.check(pages.table, 0, 16)
+
+
+def test_a_view_of_a_pool_that_was_moved_is_refused():
+    layout = _layout()
+    pool = torch.zeros((4 * PAGES, *layout.groups[0].parts[0].shape), dtype=torch.bfloat16)
+    pages = PagedTensors(layout, pool.chunk(4)).pages([0, 1, 2, 3])
+    pool.share_memory_()
+    with pytest.raises(ConfigError, match="layer 0 k: lies at"):
+        pages.memory.check(pages.table, 0, 16)
+
+
+def test_an_array_of_a_tensor_that_was_moved_is_refused():
+    layout = _layout(dtype="float32")
+    tensors = _tensors(layout)
+    pages = PagedTensors(layout, [tensor.numpy()[1:] for tensor in tensors]).pages([0, 1, 2, 3])
+    pages.memory.check(pages.table, 0, 16)
+    tensors[1].share_memory_()
+    with pytest.raises(ConfigError, match="layer 0 v: lies at"):
+        pages.memory.check(pages.table, 0, 16)
 
 
 def test_parts_that_share_memory_are_refused():
