@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+import torch
 from torch.nn.modules.dropout import _DropoutNd
 
 from kvtier.errors import ConfigError
@@ -55,6 +56,22 @@ def check_dropout(model: Any) -> None:
             raise ConfigError(
                 f"model: is in training mode, where {what} drops {share:g} of its activations at random, and random KV"
                 " would be found again by later generations; call model.eval() first"
+            )
+
+
+def check_autocast(model: Any) -> None:
+    """Refuse to compute KV in another precision than that of the model: it would be found again as if it were exact.
+
+    Raises:
+        ConfigError: ``torch.autocast`` is on for a type of device that holds some of the model.
+    """
+    for kind in sorted({parameter.device.type for parameter in model.parameters()}):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            raise ConfigError(
+                f"torch.autocast({kind!r}, dtype={dtype}) is on: KV that is computed under it is not that of a model in"
+                f" {model.dtype}, and would be found again as if it were; load the model with dtype={dtype}, or call"
+                " model.generate"
             )
 
 

@@ -17,7 +17,7 @@ from kvtier.cache import TieredCache
 from kvtier.core.keys import Keys
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
-from kvtier.integrations.fit import check_dropout, layers_of, sizes_of
+from kvtier.integrations.fit import check_autocast, check_dropout, layers_of, sizes_of
 from kvtier.integrations.prompts import joined, without_padding
 from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
 from kvtier.manager import CacheManager
@@ -130,9 +130,11 @@ class CachedGenerator:
 
         Raises:
             ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
-                start from a filled cache, a mask with holes, or a model in training mode with dropout.
+                start from a filled cache, a mask with holes, a model in training mode with dropout, or
+                ``torch.autocast``.
         """
         check_dropout(self.model)
+        check_autocast(self.model)
         settings = self._settings(kwargs)
         _check(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)

@@ -436,6 +436,27 @@ def test_a_model_in_training_mode_without_dropout_is_served(cache):
     assert generator.generate(_prompt(40), **GREEDY).report.hit_tokens["host"] == 32
 
 
+def test_kv_of_another_precision_than_the_models_is_neither_stored_nor_continued(model, cache):
+    """Its key would be that of the model's own, and whoever finds it is told that it is exact."""
+    generator = CachedGenerator(model, cache)
+    generator.generate(_prompt(40), **GREEDY)
+    before = cache.stats()
+    message = r"^torch\.autocast\('cpu', dtype=torch\.bfloat16\) is on.*dtype=torch\.bfloat16, or call model\.generate"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ConfigError, match=message):
+        generator.generate(_prompt(70), **GREEDY)
+    assert cache.stats() == before
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        assert generator.generate(_prompt(40), **GREEDY).report.hit_tokens["host"] == 32
+
+
+def test_autocast_for_a_device_that_holds_nothing_of_the_model_does_not_matter(model, cache):
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert CachedGenerator(model, cache).generate(_prompt(40), **GREEDY).report.stored_tokens == 48
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
 @pytest.mark.parametrize("value", [None, "x", {}], ids=repr)
 def test_what_is_no_cache_is_refused(model, value):
     with pytest.raises(ConfigError, match=r"^cache: got .*TieredCache"):
