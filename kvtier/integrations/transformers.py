@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvtier.cache import TieredCache
+from kvtier.config import MOST_SECONDS
+from kvtier.core.checks import timeout
 from kvtier.core.keys import Keys
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
@@ -100,8 +102,8 @@ class CachedGenerator:
         """``timeout_s`` bounds the wait for one load (after which the prompt is computed) and for one store.
 
         Raises:
-            ConfigError: ``cache`` or ``model`` is none, the layout is not that of the model, or the model's KV of a
-                prefix depends on what follows (``rope_type`` dynamic or longrope).
+            ConfigError: ``cache`` or ``model`` is none, ``timeout_s`` is no number, the layout is not that of the
+                model, or the model's KV of a prefix depends on what follows (``rope_type`` dynamic or longrope).
         """
         if not isinstance(cache, (TieredCache, CacheManager)):
             raise ConfigError(f"cache: got {type(cache).__name__}, want a kvtier.TieredCache or a kvtier.CacheManager")
@@ -109,7 +111,7 @@ class CachedGenerator:
             raise ConfigError(f"model: got {type(model).__name__}, want a model of transformers that generates")
         self.model = model
         self.cache = cache.core if isinstance(cache, CacheManager) else cache
-        self.timeout_s = timeout_s
+        self.timeout_s = timeout(timeout_s, MOST_SECONDS)
         self._clock = SystemClock()
         self._layers = layers_of(self.cache.layout, model)
 

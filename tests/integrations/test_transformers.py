@@ -463,6 +463,12 @@ def test_what_is_no_cache_is_refused(model, value):
         CachedGenerator(model, value)
 
 
+@pytest.mark.parametrize("timeout_s", ["x", None, float("nan"), True], ids=repr)
+def test_a_timeout_that_is_no_number_is_refused_before_anything_is_computed(model, cache, timeout_s):
+    with pytest.raises(ConfigError, match=r"^timeout_s = "):
+        CachedGenerator(model, cache, timeout_s=timeout_s)
+
+
 @pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"dtype": torch.complex64}, {"device": "meta"}], ids=str)
 def test_a_prompt_is_a_tensor_of_integers_that_are_there(model, cache, kind):
     with pytest.raises(ConfigError, match=r"^(tokens|input_ids): "):
