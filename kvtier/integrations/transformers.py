@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isnan, nan
@@ -17,7 +19,7 @@ from kvtier.cache import TieredCache
 from kvtier.config import MOST_SECONDS
 from kvtier.core.checks import timeout
 from kvtier.core.keys import Keys
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.hits import Hit
 from kvtier.integrations.fit import check_autocast, check_dropout, layers_of, sizes_of
 from kvtier.integrations.prompts import joined, without_padding
@@ -27,6 +29,8 @@ from kvtier.models import Part
 from kvtier.pages import DenseKV
 from kvtier.runtime import SystemClock
 from kvtier.runtime.seam import Clock
+
+log = logging.getLogger(__name__)
 
 REFUSED_ARGUMENTS: Final = frozenset({"past_key_values", "inputs_embeds", "cache_implementation", "custom_generate"})
 HARMLESS_TENSORS: Final = frozenset({"negative_prompt_ids", "negative_prompt_attention_mask"})
@@ -129,8 +133,10 @@ class CachedGenerator:
 
         Rows run one by one, each from a hit of its own. ``attention_mask`` marks the padding of rows, on either side;
         without one every token counts.
+        A cache that another thread closes meanwhile loses no answer: what is left is computed, and nothing stored.
 
         Raises:
+            ClosedError: the cache was closed before.
             ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
                 start from a filled cache, a mask with holes, a model in training mode with dropout, or
                 ``torch.autocast``.
@@ -141,6 +147,7 @@ class CachedGenerator:
         _check(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = without_padding(input_ids, attention_mask)
+        self.cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
         done = [self._generate_row(prompt, tenant, adapter, session, copies, kwargs) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
@@ -177,8 +184,8 @@ class CachedGenerator:
         first_token = FirstTokenClock(self._clock)
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), first_token])
         keys = self.cache.keys(prompt, tenant=tenant, adapter=adapter)
-        with self.cache.lookup(keys, session=session) as hit:
-            past, loaded = self.restore(hit)
+        with self._lookup(keys, session) as hit:
+            past, loaded = self._begin(hit)
             start = loaded.ok_tokens if loaded else 0
             if copies > 1:
                 past.batch_repeat_interleave(copies)
@@ -195,7 +202,23 @@ class CachedGenerator:
         ttft_s = first_token.first_token_s - started_s
         return output, _report(len(prompt), ttft_s, loaded, stored)
 
-    def _store(self, keys: Keys, past: DynamicCache, start: int, hit: Hit, session: str | None) -> StoreResult | None:
+    def _lookup(self, keys: Keys, session: str | None) -> AbstractContextManager[Hit | None]:
+        """A hit; None where the cache was closed since the call began."""
+        try:
+            return self.cache.lookup(keys, session=session)
+        except ClosedError:
+            return nullcontext()
+
+    def _begin(self, hit: Hit | None) -> tuple[DynamicCache, LoadResult | None]:
+        """What a row begins with, as ``restore``; nothing where the cache was closed since the call began."""
+        if hit is not None:
+            with suppress(ClosedError):
+                return self.restore(hit)
+        return DynamicCache(), None
+
+    def _store(
+        self, keys: Keys, past: DynamicCache, start: int, hit: Hit | None, session: str | None
+    ) -> StoreResult | None:
         """Offer the full blocks of ``keys`` from ``start`` on; the KV of every token of ``keys`` is in ``past``."""
         stop = len(keys) * keys.block_tokens
         if stop <= start:
@@ -207,7 +230,12 @@ class CachedGenerator:
             [layer.values[:1, :, start:stop].cpu() for layer in layers],
         )
         pages = memory.row(first_token=start)
-        return self._result(self.cache.submit_store(keys, pages, start=start, derived_from=hit, session=session))
+        try:
+            job = self.cache.submit_store(keys, pages, start=start, derived_from=hit, session=session)
+        except ClosedError:
+            log.warning("the cache was closed while the model generated: %d tokens are not stored", stop - start)
+            return None
+        return self._result(job)
 
     def _result(self, job: Job[R]) -> R | None:
         try:

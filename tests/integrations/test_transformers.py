@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from kvtier.cache import TieredCache
-from kvtier.errors import ConfigError, KVTierError
+from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.integrations.transformers import CachedGenerator
 from kvtier.manager import CacheManager
 from kvtier.models import KVLayout
@@ -310,6 +310,49 @@ def test_a_store_that_takes_too_long_loses_no_answer(model, cache, monkeypatch):
     assert late.cancelled
     assert done.report.stored_tokens == 0
     assert torch.equal(done.sequences, model.generate(_prompt(40), **GREEDY))
+
+
+def _closing(cache):
+    """Stopping criteria that close the cache after the first token, as another thread might, and stop nothing."""
+
+    def close(input_ids, scores, **kwargs):
+        cache.close()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    return StoppingCriteriaList([close])
+
+
+def test_a_cache_that_is_closed_while_the_model_generates_loses_no_answer(model, cache, caplog):
+    """Neither that of the row that is generated, nor those before and behind it."""
+    generator = CachedGenerator(model, cache)
+    generator.generate(_prompt(40), **GREEDY)
+    prompts = torch.cat([_prompt(40), _prompt(40, seed=1)])
+    done = generator.generate(prompts, stopping_criteria=_closing(cache), **GREEDY)
+    wanted = [model.generate(_prompt(40, seed=seed), **GREEDY) for seed in (0, 1)]
+    assert torch.equal(done.sequences, torch.cat(wanted))
+    assert [report.hit_tokens["host"] for report in done.reports] == [32, 0]
+    assert [report.stored_tokens + report.refused_tokens for report in done.reports] == [0, 0]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"the cache was closed while the model generated: {tokens} tokens are not stored" for tokens in (16, 48)
+    ]
+
+
+def test_a_cache_that_is_closed_before_its_hit_is_loaded_loses_no_answer(model, cache, monkeypatch):
+    generator = CachedGenerator(model, cache)
+    wanted = generator.generate(_prompt(40), **GREEDY)
+    load = cache.submit_load
+    monkeypatch.setattr(cache, "submit_load", lambda *arguments: (cache.close(), load(*arguments))[1])
+    done = generator.generate(_prompt(40), **GREEDY)
+    assert torch.equal(done.sequences, wanted.sequences)
+    assert sum(done.report.hit_tokens.values()) == 0
+
+
+def test_a_cache_that_was_closed_before_is_an_error_and_nothing_is_computed(model, cache, monkeypatch):
+    generator = CachedGenerator(model, cache)
+    cache.close()
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(ClosedError):
+        generator.generate(_prompt(40), **GREEDY)
 
 
 def test_what_is_computed_on_top_of_a_hit_is_stored_as_derived_from_it(model, cache, monkeypatch):
