@@ -43,9 +43,10 @@ class Hit:
 
     @property
     def num_tokens(self) -> int:
-        """Where the stored prefix ends: a multiple of block_tokens, less than the length of the sequence.
+        """Where the stored prefix ends: a multiple of block_tokens, counted from position 0.
 
-        It counts from position 0; tokens before ``start`` are the engine's own. Not beyond ``start``: nothing found.
+        Tokens before ``start`` are the engine's own. Not beyond ``start``: nothing was found, and it may be the whole
+        length of the sequence. What was found leaves one token of it to compute, or more.
         """
         return (self.lease.first_block + self.lease.blocks) * self.keys.block_tokens
 
