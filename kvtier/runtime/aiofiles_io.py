@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -84,7 +85,9 @@ class AiofilesIOEngine:
                 while (request := self._next()) is not None:
                     self._end(cancelled(request))
                 self._loop.call_soon_threadsafe(self._begin_ending)
-        self._thread.join(max(timeout_s, 0.0))
+        deadline = time.monotonic() + timeout_s
+        for thread in (self._thread, *self._executor.threads):  # the loop's ends first, and tells the others to
+            thread.join(max(deadline - time.monotonic(), 0.0))
         return len(self._open)
 
     def _next(self) -> IORequest | None:
