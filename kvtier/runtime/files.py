@@ -71,8 +71,13 @@ class SystemFiles:
         return os.fstat(fd).st_nlink
 
     def allocate(self, fd: int, nbytes: int) -> None:
-        """Reserve ``nbytes`` from the start; ENOSPC where there is no room."""
-        os.posix_fallocate(fd, 0, nbytes)
+        """Reserve ``nbytes`` from the start, where the file system can; ENOSPC where there is no room."""
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            # EINVAL: the C library tries it by single bytes then, which direct I/O does not take.
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Set the length."""

@@ -171,7 +171,10 @@ class Files(Protocol):
         """Number of directory entries: 0 when the file was removed under us."""
 
     def allocate(self, fd: int, nbytes: int) -> None:
-        """Reserve ``nbytes`` from the start; ENOSPC where there is no room."""
+        """Reserve ``nbytes`` from the start; ENOSPC where there is no room.
+
+        A file system that cannot leaves it to whoever writes so many bytes, and has ENOSPC for that.
+        """
 
     def truncate(self, fd: int, nbytes: int) -> None:
         """Set the length."""

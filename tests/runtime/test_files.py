@@ -141,6 +141,36 @@ def test_a_file_system_that_refuses_direct_io_at_the_first_transfer_is_used_buff
     files.close(fd)
 
 
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_reserve_room_leaves_it_to_whoever_writes(
+    files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    fd = files.open(f"{tmp_path}/x", create=True)
+    files.allocate(fd, 4 * PAGE)
+    files.write_at(fd, 0, aligned(4 * PAGE))
+    assert files.size(fd) == 4 * PAGE
+    files.close(fd)
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO], ids=errno.errorcode.get)
+def test_room_that_is_not_there_is_an_error(
+    files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    fd = files.open(f"{tmp_path}/x", create=True)
+    with pytest.raises(OSError) as caught:
+        files.allocate(fd, 4 * PAGE)
+    assert caught.value.errno == refusal
+    files.close(fd)
+
+
 def test_an_unaligned_transfer_stays_an_error_and_leaves_direct_io_on(
     files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
