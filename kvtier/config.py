@@ -152,7 +152,9 @@ class DiskConfig(_Section):
     capacity: Size = Field(16 << 30, gt=0, description="bytes per process over all directories, in equal shares")
     codec: Literal["raw", "raw+lz4"] = Field("raw", description="how blocks are encoded in it")
     io_engine: Literal["threads", "aiofiles"] = Field(
-        "threads", description="threads: direct I/O; aiofiles: portable, through the page cache"
+        "threads",
+        description="what makes the system calls: plain threads, or aiofiles on an event loop; both with direct I/O"
+        " where the file system has it",
     )
     io_threads: int = Field(4, ge=1, le=256, description="operations in flight per directory")
     segment: SegmentSize = Field("auto", description="bytes of one segment file, a multiple of 4096")
