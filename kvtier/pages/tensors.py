@@ -51,13 +51,32 @@ def bytes_of(tensor: Tensor, what: str) -> npt.NDArray[np.uint8]:
     strides = tensor.stride() if isinstance(tensor, torch.Tensor) else tensor.strides
     if not tensor.shape or strides[-1] != unit:
         raise ConfigError(f"{what}: strides {tuple(strides)}, want the elements of the last dimension side by side")
-    if any(stride == 0 for stride, size in zip(strides, tensor.shape, strict=True) if size > 1):
-        raise ConfigError(f"{what}: is an expanded view, in which several elements share one place; pass the original")
+    _check_elements_apart(what, tuple(tensor.shape), tuple(strides), unit)
     if isinstance(tensor, torch.Tensor):
         return tensor.detach().view(torch.uint8).numpy()
     if not tensor.flags.writeable:
         raise ConfigError(f"{what}: is read-only, want an array that blocks can be loaded into")
     return tensor.view(np.uint8)
+
+
+def _check_elements_apart(what: str, shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> None:
+    """Refuse strides by which one place belongs to two elements, and those that no cut of a dense tensor has.
+
+    ``unit`` is the size of one element, in what ``strides`` count.
+    """
+    steps = sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1)
+    if 0 in shape or not steps:
+        return
+    if not steps[0][0]:
+        raise ConfigError(f"{what}: is an expanded view, in which several elements share one place; pass the original")
+    reach = unit
+    for step, size in steps:
+        if step < reach:
+            raise ConfigError(
+                f"{what}: strides {strides} of shape {list(shape)}: elements overlap, as in what unfold() and"
+                " as_strided() return; pass a tensor in which each has a place of its own"
+            )
+        reach += (size - 1) * step
 
 
 class Moored:

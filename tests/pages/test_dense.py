@@ -113,6 +113,12 @@ def test_it_is_the_memory_that_the_core_asks_for():
         (lambda tensor: tensor[:, :1], r"layer 1 k: got bfloat16 \[2, 1, 40, 3\]"),
         (lambda tensor: tensor[0], "layer 1 k: got bfloat16"),
         (lambda tensor: tensor[:, :1].expand(-1, 2, -1, -1), "layer 1 k: is an expanded view"),
+        (
+            lambda tensor: tensor.as_strided((2, 2, 40, 3), (240, 12, 3, 1)),  # head 1 begins 4 tokens into head 0
+            r"layer 1 k: strides \(240, 12, 3, 1\) of shape \[2, 2, 40, 3\]: elements overlap",
+        ),
+        (lambda tensor: tensor.as_strided((2, 2, 40, 3), (239, 120, 3, 1)), "layer 1 k: .* elements overlap"),
+        (lambda tensor: tensor.as_strided((2, 2, 40, 3), (240, 120, 2, 1)), "layer 1 k: .* elements overlap"),
         (lambda tensor: tensor[:, :, :39], "differ in"),
         (lambda tensor: tensor[:1], "differ in"),
         (lambda tensor: tensor.to("meta"), "layer 1 k: is on meta"),
@@ -124,6 +130,29 @@ def test_a_tensor_that_does_not_fit_is_named_with_what_was_wanted(change, messag
     keys[1] = change(keys[1])
     with pytest.raises(ConfigError, match=message):
         DenseKV(layout, keys, values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_an_array_whose_elements_overlap_is_refused(dtype):
+    layout = _layout(dtype=dtype)
+    keys, values = ([tensor.numpy() for tensor in side] for side in _keys_values(layout))
+    size = keys[0].itemsize
+    keys[0] = np.lib.stride_tricks.as_strided(keys[0], (2, 2, 40, 3), (240 * size, 12 * size, 3 * size, size))
+    with pytest.raises(ConfigError, match=r"layer 0 k: .* elements overlap"):
+        DenseKV(layout, keys, values)
+
+
+@given(st.permutations(range(3)), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.data())
+def test_a_slice_of_any_dense_tensor_whose_elements_lie_apart_is_taken(order, sizes, data):
+    """Whatever comes first in memory, with gaps or a step between, of one or no token."""
+    shape = [sizes[0], HEADS, sizes[1], DIM]
+    dense = torch.zeros([shape[axis] * sizes[2] for axis in order] + [DIM + sizes[3]], dtype=torch.bfloat16)
+    tensor = dense.permute(*(order.index(axis) for axis in range(3)), 3)
+    step = data.draw(st.integers(1, sizes[2]))
+    taken = tensor[:: sizes[2], :: sizes[2], : shape[2] * step : step, sizes[3] :]
+    cut = taken[:, :, : data.draw(st.integers(0, shape[2]))]
+    other = torch.zeros(cut.shape, dtype=torch.bfloat16)
+    assert DenseKV(_layout(layers=1), [cut], [other]).num_tokens == cut.shape[2]
 
 
 def test_too_few_layers_are_refused():
