@@ -177,8 +177,9 @@ class Lane:
         priority = transfer.move.priority
         self._in_flight[priority] -= 1
         transfer.ended(done)
-        if done.error is None and done.elapsed_s > 0:
-            self._learn(done.request.nbytes / done.elapsed_s)
+        nbytes = done.request.nbytes
+        if done.error is None and done.elapsed_s > 0 and nbytes:  # how long a sync takes says nothing of a rate
+            self._learn(nbytes / done.elapsed_s)
         cut = self._cut[priority]
         if transfer.error is not None and cut and cut[0].tag is transfer:
             transfer.left -= len(cut)  # the rest would be of no use

@@ -259,6 +259,17 @@ def test_of_syncs_that_wait_for_the_same_one_waits_for_all(lane: Lane, engine: _
     assert [sync.joined for sync in syncs[:2]] == [99, 99]
 
 
+def test_syncs_do_not_change_the_learnt_rate(lane: Lane, engine: _Engine) -> None:
+    _put(lane, _Move(Priority.SPILL))
+    _run(lane, engine)
+    learnt = lane.bytes_per_s
+    assert learnt == LARGE_PAGES * PAGE_BYTES / 0.001
+    lane.put_sync(_Sync(ready=True))
+    lane.submit()
+    assert [request.op for request in _run(lane, engine)] == [Op.SYNC]
+    assert lane.bytes_per_s == learnt
+
+
 def test_a_sync_that_was_begun_is_not_joined_any_more(lane: Lane, engine: _Engine) -> None:
     first, second = _Sync(ready=True), _Sync(ready=True)
     lane.put_sync(first)
