@@ -19,6 +19,10 @@ MIN_SLICE_BYTES: Final = 256 * 1024
 GROWN_SLICE_BYTES: Final = 2 * 1024 * 1024
 """Slices grow to this: the first layers are soon there, and the rest takes few calls (ADR 0004)."""
 MAX_SLICES: Final = 64
+MAX_SLICE_BYTES: Final = (1 << 32) - 1
+MAX_GROUPS: Final = 1 << 16
+MAX_BLOCK_TOKENS: Final = (1 << 31) - 1
+"""These three are what the header of a record has room to say (docs/format.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class KVLayout:
         object.__setattr__(self, "groups", _checked_groups(self.groups))
         for group in self.groups:
             self._check_parts(group)
+        for group, spans in zip(self.groups, self.slices, strict=True):
+            _check_slices(group, spans)
 
     @classmethod
     def from_hf_config(
@@ -176,6 +182,8 @@ def _checked_sizes(block_tokens: Any, page_tokens: Any) -> tuple[int, int]:
     block, page = whole("block_tokens", block_tokens), whole("page_tokens", page_tokens)
     if block <= 0 or page <= 0 or block % page:
         raise ConfigError(f"block_tokens = {block}: must be a positive multiple of page_tokens = {page}")
+    if block > MAX_BLOCK_TOKENS:
+        raise ConfigError(f"block_tokens = {block}: a block has at most {MAX_BLOCK_TOKENS} tokens; use fewer")
     return block, page
 
 
@@ -188,12 +196,25 @@ def _checked_rank(kind: str, rank: Any, size: Any) -> tuple[int, int]:
 
 def _checked_groups(groups: Any) -> tuple[KVGroup, ...]:
     found = several("groups", groups)
+    if len(found) > MAX_GROUPS:
+        raise ConfigError(f"groups: got {len(found)}, want at most {MAX_GROUPS}; put parts of one reuse together")
     for at, group in enumerate(found):
         if not isinstance(group, KVGroup):
             raise ConfigError(f"groups[{at}] is a {type(group).__name__}, want a KVGroup")
     if not found or not all(group.parts for group in found):
         raise ConfigError("groups: a layout needs at least one group, and every group at least one part")
     return found
+
+
+def _check_slices(group: KVGroup, spans: tuple[SliceSpan, ...]) -> None:
+    for span in spans:
+        if span.nbytes > MAX_SLICE_BYTES:
+            first, last = (group.parts[at].label for at in (span.parts.start, span.parts.stop - 1))
+            what = first if first == last else f"{first} to {last}"
+            raise ConfigError(
+                f"group {group.name!r}, {what}: {span.nbytes} bytes of one block in one slice of its record, want at"
+                f" most {MAX_SLICE_BYTES}; use fewer tokens per block, or more and smaller parts"
+            )
 
 
 def _slice_bytes(number: int) -> int:

@@ -9,6 +9,7 @@ from kvtier.codecs.headers import Pages, Places, RawHeaders
 from kvtier.codecs.record import RecordHeader, raw_slice, restamp
 from kvtier.core.plan import PAGE_BYTES, ROW
 from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.models.layout import MAX_BLOCK_TOKENS, MAX_GROUPS, MAX_SLICE_BYTES
 from kvtier.models.layout import KVLayout as Layout
 
 NONCE = bytes(range(16))
@@ -82,6 +83,19 @@ def test_a_page_is_the_one_that_a_record_header_packs(group, count, seed):
             chain="raw", slices=tuple(raw_slice(slice_) for slice_ in block),
         ).pack_into(want)  # fmt: skip
         assert page.tobytes() == want.tobytes()
+
+
+def test_a_header_has_room_for_the_largest_block_and_the_last_group_that_a_layout_may_have():
+    part = Part(0, "k", "uint8", ("token", "dim"), (1, MAX_SLICE_BYTES // 3))
+    layout = KVLayout(3, 1, (KVGroup("many", (part,)),) * MAX_GROUPS)
+    assert layout.block_bytes[-1] == MAX_SLICE_BYTES
+    rows, page = _rows(1), np.zeros((1, PAGE_BYTES), np.uint8)
+    rows["tokens"] = MAX_BLOCK_TOKENS
+    RawHeaders(layout, MAX_GROUPS - 1).write(_all(page), rows, np.zeros((1, 16), np.uint8))
+    header = RecordHeader.unpack(page[0])
+    assert header.group == MAX_GROUPS - 1
+    assert header.slices[0].content_bytes == MAX_SLICE_BYTES
+    assert header.tokens == MAX_BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("group", [0, 1])

@@ -88,6 +88,12 @@ def test_a_small_rest_joins_the_slice_before_it():
 BASE = KVLayout(64, 16, (KVGroup("a", (Part(0, "k", "bfloat16", AXES, (4, 16, 8)),)),))
 
 
+def _flat(*sizes, layers=1):
+    """One group, whose parts have so many bytes a token."""
+    parts = [Part(layer, "k", "uint8", ("token", "dim"), (1, size)) for layer, size in enumerate(sizes * layers)]
+    return (KVGroup("flat", tuple(parts)),)
+
+
 def _with_part(**changes):
     group = BASE.groups[0]
     return replace(BASE, groups=(replace(group, parts=(replace(group.parts[0], **changes),)),))
@@ -150,6 +156,15 @@ def test_a_layout_that_cannot_be_stored_is_refused_by_name(make, message):
         (lambda: replace(BASE, block_tokens="64"), "^block_tokens = '64'"),
         (lambda: replace(BASE, block_tokens=None), "^block_tokens = None"),
         (lambda: replace(BASE, page_tokens=True), "^page_tokens = True"),
+        (lambda: KVLayout(1 << 31, 1, _flat(1)), "^block_tokens = 2147483648: a block has at most 2147483647 tokens"),
+        (lambda: KVLayout(1, 1, _flat(1) * 65537), "^groups: got 65537, want at most 65536"),
+        (
+            lambda: KVLayout(1, 1, _flat(1 << 32)),
+            "^group 'flat', layer 0 k: 4294967296 bytes of one block in one slice .* at most 4294967295; use fewer",
+        ),
+        (lambda: KVLayout(16, 1, _flat(1 << 28)), "layer 0 k: 4294967296 bytes"),
+        (lambda: KVLayout(1, 1, _flat(1 << 31, layers=65)), "layer 0 k to layer 1 k: 4294967296 bytes"),
+        (lambda: KVLayout(1, 1, _flat((1 << 32) - 1, 1)), "layer 0 k to layer 1 k: 4294967296 bytes"),
         (lambda: replace(BASE, tp_rank=5, tp_size=2), "^tp_rank = 5: must be below tp_size = 2"),
         (lambda: replace(BASE, tp_rank=1), "^tp_rank = 1"),
         (lambda: replace(BASE, tp_size=0), "^tp_size = 0"),
