@@ -139,8 +139,7 @@ class Hop:
 
     def _take_apart(self, rank: int, rows: Table) -> list[Extent]:
         freed: list[Extent] = []
-        if rows["row"].min() < 0:  # numpy would count it from the end
-            raise ValueError(f"row {rows['row'].min()}: places are reserved for rows from 0 on")
+        self._check_rows(rows["row"])
         if np.count_nonzero(rows["status"]):
             freed, rows = self._take_trouble(rank, rows)
         if len(self.entries) and len(rows):
@@ -149,6 +148,12 @@ class Hop:
             answers[rows["row"]] = rows
             freed += self._surplus(rank, rows)
         return freed
+
+    def _check_rows(self, rows: Ints) -> None:
+        """Refuse rows that the hop does not have, before any is noted; one without entries may fail as row 0."""
+        low, high, last = rows.min(), rows.max(), max(0, len(self.entries) - 1)
+        if low < 0 or high > last:  # numpy would count those below 0 from the end
+            raise ValueError(f"row {low if low < 0 else high}: places are reserved for rows 0 to {last}")
 
     def _take_trouble(self, rank: int, rows: Table) -> tuple[list[Extent], Table]:
         """Note failures and releases; returns what the releases free, and the rows that are answers."""

@@ -519,6 +519,27 @@ def test_a_completion_that_speaks_of_a_place_it_was_not_given_is_refused_whole(l
     assert bench.match(kept) == 2
 
 
+@pytest.mark.parametrize("status", [Status.OK, Status.FAILED, Status.QUARANTINED, Status.RELEASED])
+@pytest.mark.parametrize("row", [-1, 3, 2**31 - 1])
+def test_an_answer_about_a_row_that_the_plan_does_not_have_is_refused_before_anything_is_noted(
+    row: int, status: Status
+) -> None:
+    """Noted as a failure, it broke every later look at the rows that count: the hop stayed, with its pins and room."""
+    bench = Bench(host_blocks=8)
+    keys = bench.keys(3)
+    bench.store(keys)
+    plane = bench.planes[0]
+    plane.finish(bench.in_flight(PlanKind.STORE))
+    completion = plane.outbox.pop()
+    assert isinstance(completion, Completion)
+    rows = completion.rows[[0, 1, 2, 2]]
+    rows["row"][3], rows["status"][3] = row, status
+    with pytest.raises(ValueError, match=rf"^row {row}: places are reserved for rows 0 to 2"):
+        bench.planner.take_in(replace(completion, rows=rows))
+    bench.planner.take_in(completion)
+    assert bench.match(keys) == 3
+
+
 def test_a_load_that_was_given_no_room_cannot_claim_a_copy() -> None:
     bench = Bench(host_blocks=8)
     keys = bench.keys(2)
