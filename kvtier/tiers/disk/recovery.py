@@ -36,6 +36,8 @@ from kvtier.tiers.disk.format import (
 WINDOW_PAGES: Final = (8 << 20) // PAGE_BYTES
 _TAIL_PAGES: Final = 16
 """Read from the end of a segment at once: the footer of up to 590 records."""
+_UNREADABLE_PAGES: Final = 16
+"""So many of one segment may be passed over: a device that fails altogether takes seconds for each."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,8 @@ class Found:
     cut_off: bool = False
     """The file is shorter than its segment."""
     scanned: bool = False
+    unreadable_pages: int = 0
+    """Passed over by the scan; what does not lie on them is found."""
     damaged: int = 0
     """Records that are not whole, or not of this place though they begin so: torn by a crash, or rotten."""
 
@@ -84,6 +88,8 @@ class Recovery:
     """Neither copy of the header is whole, so that nothing in them is found."""
     damaged_tails: int = 0
     """Sealed without a whole footer, or shorter than the header says: no crash does that."""
+    unreadable_pages: int = 0
+    """In segments that were scanned, and that are written no more in this life."""
     foreign_segments: int = 0
     """Of another store or another place, so that nothing in them is found."""
     unreadable_segments: int = 0
@@ -96,6 +102,7 @@ class Recovery:
         self.records += len(found.entries)
         self.scanned += found.scanned
         self.damaged_records += found.damaged
+        self.unreadable_pages += found.unreadable_pages
         self.damaged_tails += found.cut_off or (found.sealed and not found.footed)
         if found.header is None:
             self.foreign_segments += found.foreign
@@ -114,6 +121,7 @@ class Recovery:
             "damaged_records": self.damaged_records,
             "damaged_segments": self.damaged_segments,
             "damaged_tails": self.damaged_tails,
+            "unreadable_pages": self.unreadable_pages,
             "foreign_segments": self.foreign_segments,
             "unreadable_segments": self.unreadable_segments,
         }
@@ -121,13 +129,16 @@ class Recovery:
     def complaint(self, *, read_only: bool) -> str:
         """What a person should know of, empty after an ordinary crash. Nothing was written yet."""
         fate = "are left alone" if read_only else "are now written over or removed: only a copy has them still"
-        parts = (
+        segments = (
             (self.foreign_segments, f"are of another store, or of another number in this one, and {fate}"),
             (self.damaged_segments, f"have no whole header, and {fate}"),
             (self.damaged_tails, "are cut off or have lost their footer, and were read from end to end"),
             (self.unreadable_segments, f"cannot be read and are left alone in this life ({self.first_error})"),
         )
-        return "; ".join(f"{count} segments {what}" for count, what in parts if count)
+        parts = [f"{count} segments {what}" for count, what in segments if count]
+        if self.unreadable_pages:
+            parts.append(f"{self.unreadable_pages} pages of segments that were read from end to end cannot be read")
+        return "; ".join(parts)
 
 
 class SegmentReader:
@@ -145,7 +156,7 @@ class SegmentReader:
         """What is in the segment behind ``fd``.
 
         Raises:
-            OSError: the device failed; nothing is known of the segment.
+            OSError: the device failed, for the header or too many pages; the segment is left alone.
         """
         found = Found()
         self._read_header(fd, number, found)
@@ -154,7 +165,7 @@ class SegmentReader:
         pages = min(found.header.pages, self._files.size(fd) // PAGE_BYTES)
         found.cut_off = pages < found.header.pages
         if found.sealed:  # before that a footer may be there and its records not: both become durable with one sync
-            with suppress(CorruptBlockError):
+            with suppress(CorruptBlockError, OSError):
                 found.entries = self._read_footer(fd, found.header, pages)
                 found.footed = True
         if not found.footed:
@@ -203,7 +214,7 @@ class SegmentReader:
         assert found.header is not None
         first = past = HEADER_SLOTS
         while first < stop:
-            window = self._fill_window(fd, first, stop)
+            window = self._fill_window(fd, found, first, stop)
             end = first + window.nbytes // PAGE_BYTES
             stop = stop if end - first == self._window_pages else end
             next_first = end
@@ -226,12 +237,27 @@ class SegmentReader:
                     found.damaged += 1
             first = next_first
 
-    def _fill_window(self, fd: int, first: int, stop: int) -> Bytes1D:
+    def _fill_window(self, fd: int, found: Found, first: int, stop: int) -> Bytes1D:
         if not self._window.nbytes:
             self._window = new_pages(self._window_pages)
         window = self._window[: min(self._window_pages, stop - first) * PAGE_BYTES]
-        read = self._files.read_at(fd, first * PAGE_BYTES, window)
+        try:
+            read = self._files.read_at(fd, first * PAGE_BYTES, window)
+        except OSError:
+            return self._page_by_page(fd, found, first, window)
         return window[: read // PAGE_BYTES * PAGE_BYTES]
+
+    def _page_by_page(self, fd: int, found: Found, first: int, window: Bytes1D) -> Bytes1D:
+        """``window``, with zeros where a page cannot be read."""
+        for at, page in enumerate(window.reshape(-1, PAGE_BYTES)):
+            try:
+                self._files.read_at(fd, (first + at) * PAGE_BYTES, page)
+            except OSError:
+                found.unreadable_pages += 1
+                if found.unreadable_pages > _UNREADABLE_PAGES:
+                    raise
+                page[:] = 0
+        return window
 
     def _header(self, image: Bytes1D, segment: SegmentHeader, page: int, stop: int) -> RecordHeader | None:
         """The header in ``image`` if it belongs at ``page`` of this life, with lengths that the layout allows."""

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from kvtier.codecs.record import RecordHeader, restamp
+from kvtier.runtime import SystemFiles
+from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import recovery
 from tests.tiers.disk.workbench import (
     RECORD_PAGES,
@@ -322,23 +324,65 @@ class TestSealedSegment:
         assert sizes == {SEGMENT_BYTES}
 
 
+class BadPages(SystemFiles):
+    """Files of which some pages of one cannot be read; ``failed`` counts the reads that came to them."""
+
+    def __init__(self, path: str, pages: set[int]) -> None:
+        self._inode = os.stat(path).st_ino
+        self._pages = pages
+        self.failed = 0
+
+    def read_at(self, fd: int, offset: int, buffer: Buffer) -> int:
+        touched = range(offset // PAGE, (offset + buffer.nbytes - 1) // PAGE + 1)
+        if os.fstat(fd).st_ino == self._inode and not self._pages.isdisjoint(touched):
+            self.failed += 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read_at(fd, offset, buffer)
+
+
 class TestDevice:
     """Errors of the device while a directory is opened."""
 
-    @pytest.mark.parametrize("after", [0, 1], ids=["header", "footer"])
-    def test_a_segment_that_cannot_be_read_is_left_alone_for_the_next_life(self, workbench: Make, after: int) -> None:
+    def test_a_segment_that_cannot_be_read_is_left_alone_for_the_next_life(self, workbench: Make) -> None:
         """The error may pass: nothing is wiped, nothing is written to it."""
         bench = workbench().open()
         places = bench.fill(range(RECORDS + 1))
         bench.tier.close()
         faulty = FaultyFiles(bench.files)
-        faulty.fail("read_at", errno.EIO, after=3 + after)  # the first three are the superblocks and the layout
+        faulty.fail("read_at", errno.EIO, after=3)  # the first three are the superblocks and the layout
         again = workbench(files=faulty).open()
         assert again.tier.recovery.unreadable_segments == 1
         assert again.tier.locate(places[0].segment, places[0].generation) is None
         assert set(again.recovered()) == {RECORDS}
         again.tier.close()
         assert readable(workbench().open()) == set(range(RECORDS + 1))
+
+    def test_a_page_that_cannot_be_read_costs_the_records_on_it(self, workbench: Make) -> None:
+        bench = workbench().open()
+        places = [bench.put(number) for number in range(RECORDS - 1)]
+        bench.sync()
+        abandon(bench)
+        files = BadPages(bench.segment_path(places[0].segment), {places[3].page + 1})
+        again = workbench(files=files).open()
+        assert readable(again) == {*range(RECORDS - 1)} - {3}
+        assert again.tier.recovery.samples()["unreadable_pages"] == 1
+        assert again.put(100).segment != places[0].segment, "nothing more is written to it"
+
+    def test_a_footer_that_cannot_be_read_costs_no_record(self, workbench: Make) -> None:
+        bench = workbench().open()
+        places = bench.fill(range(RECORDS + 1))
+        bench.tier.close()
+        again = workbench(files=BadPages(bench.segment_path(places[0].segment), {SEGMENT_PAGES - 1})).open()
+        assert readable(again) == {*range(RECORDS + 1)}
+
+    def test_of_a_device_that_fails_altogether_not_every_page_is_tried(self, workbench: Make) -> None:
+        bench = workbench().open()
+        places = bench.fill(range(RECORDS + 1))
+        bench.tier.close()
+        files = BadPages(bench.segment_path(places[0].segment), {*range(2, SEGMENT_PAGES)})
+        again = workbench(files=files).open()
+        assert again.tier.recovery.unreadable_segments == 1
+        assert files.failed < 30
 
     def test_too_many_open_files_cost_segments_of_this_life_only(self, workbench: Make) -> None:
         bench = workbench().open()
@@ -396,7 +440,7 @@ class TestWhatIsTold:
         assert witness.texts == []
         assert again.tier.recovery.samples() == {
             "recovered_segments": 3, "recovered_records": RECORDS + 3, "damaged_records": 0, "damaged_segments": 0,
-            "damaged_tails": 0, "foreign_segments": 0, "unreadable_segments": 0,
+            "damaged_tails": 0, "unreadable_pages": 0, "foreign_segments": 0, "unreadable_segments": 0,
         }  # fmt: skip
 
     def test_a_segment_without_a_whole_header(self, workbench: Make, witness: Witness) -> None:
