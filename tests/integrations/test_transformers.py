@@ -370,8 +370,8 @@ def test_a_hit_is_released_when_generation_fails(model, cache, monkeypatch):
     generator = CachedGenerator(model, cache)
     generator.generate(_prompt(40), **GREEDY)
     released = []
-    release = cache._release
-    monkeypatch.setattr(cache, "_release", lambda lease: (released.append(lease), release(lease)))
+    release = cache.release
+    monkeypatch.setattr(cache, "release", lambda lease: (released.append(lease), release(lease)))
 
     def fail(input_ids, scores, **kwargs):
         raise RuntimeError("stop")
