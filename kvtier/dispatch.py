@@ -378,23 +378,16 @@ class Dispatch:
             tell(news.jobs)
 
     def _send(self, plans: Sequence[Plan]) -> None:
-        """Each rank gets its plans. One that does not take them keeps nothing from the others, nor from callers.
+        """Each rank gets its plans, whatever becomes of another.
 
-        Nor does Ctrl-C: nobody knows then what the rank has begun, so its plans are left to it.
+        Where Ctrl-C strikes nobody knows what the rank has begun, so its plans are left to it.
         """
         interrupt = None
         for rank, channel in enumerate(self.channels):
-            mine = plans if len(self.channels) == 1 else [plan for plan in plans if plan.rank == rank]
-            if not mine:
-                continue
+            mine = [plan for plan in plans if plan.rank == rank]
             try:
-                channel.send(mine)
-            except Exception:
-                log.exception("rank %d did not take %d plans; whoever waits for them is refused", rank, len(mine))
-                with self.lock:
-                    self.planner.disown(mine)
-                    news = self._collect()
-                self._deliver(news)
+                if mine:
+                    self._send_to(channel, mine)
             except BaseException as error:
                 interrupt = error
         for plan in plans if self._cancelled else ():
@@ -402,6 +395,17 @@ class Dispatch:
                 self.channels[plan.rank].cancel(plan.plan_id)
         if interrupt is not None:
             raise interrupt
+
+    def _send_to(self, channel: Channel, plans: Sequence[Plan]) -> None:
+        """One rank gets its plans; whoever waits for those that it does not take is refused."""
+        try:
+            channel.send(plans)
+        except Exception:
+            log.exception("rank %d did not take %d plans; whoever waits is refused", plans[0].rank, len(plans))
+            with self.lock:
+                self.planner.disown(plans)
+                news = self._collect()
+            self._deliver(news)
 
     def _cancel(self, job: AnyJob) -> None:
         self._check_here()
