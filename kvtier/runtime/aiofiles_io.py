@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from queue import SimpleQueue
 from selectors import DefaultSelector
@@ -58,9 +58,10 @@ class AiofilesIOEngine:
         self._ending = False
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         try:
-            start_all([*self._executor.threads, self._thread], self._executor.shutdown, FEWER_IO_THREADS)
+            start_all([*self._executor.threads, self._thread], self._stop_threads, FEWER_IO_THREADS)
         except BaseException:
-            self._loop.close()
+            if not self._loop.is_running():  # else its thread, which was told to end, closes it
+                self._loop.close()
             raise
 
     def submit(self, request: IORequest) -> None:
@@ -80,15 +81,19 @@ class AiofilesIOEngine:
     def close(self, timeout_s: float) -> int:
         """Cancel what has not begun (ECANCELED, still to be reaped), wait for the rest; returns how many still run."""
         with self._intake:
-            if not self._closed:
-                self._closed = True
-                while (request := self._next()) is not None:
-                    self._end(cancelled(request))
+            self._closed = True
+            while (request := self._next()) is not None:
+                self._end(cancelled(request))
+            with suppress(RuntimeError):  # each time, as Ctrl-C may have come between; the loop may have ended by now
                 self._loop.call_soon_threadsafe(self._begin_ending)
         deadline = time.monotonic() + timeout_s
         for thread in (self._thread, *self._executor.threads):  # the loop's ends first, and tells the others to
             thread.join(max(deadline - time.monotonic(), 0.0))
         return len(self._open)
+
+    def _stop_threads(self) -> None:
+        self._executor.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _next(self) -> IORequest | None:
         try:

@@ -14,7 +14,7 @@ from kvtier.errors import ConfigError
 from kvtier.runtime.mapping import HUGE_PAGE_BYTES, MADV_COLLAPSE, advise, map_shared
 from kvtier.runtime.memory import available_memory_bytes
 from kvtier.runtime.seam import Buffer
-from kvtier.runtime.threads import MORE_THREADS, start_all
+from kvtier.runtime.threads import MORE_THREADS, start_all, wait_for_end
 
 PAGE_BYTES = 4096
 TOUCH_RUN_BYTES = 4 << 20
@@ -122,9 +122,14 @@ def _in_runs(data: Buffer, touch: Callable[[Buffer], object]) -> None:
 
     others = [Thread(target=work, args=(first,), name="kvtier-touch", daemon=True) for first in range(1, threads)]
     start_all(others, given_up.set, MORE_THREADS)
-    work(0)
-    for thread in others:
-        thread.join()
+    try:
+        work(0)
+        for thread in others:
+            thread.join()
+    except BaseException:  # Ctrl-C: what nobody will use need not be touched
+        given_up.set()
+        wait_for_end(others)
+        raise
 
 
 def _check_size(name: str, nbytes: int) -> None:

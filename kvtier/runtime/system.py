@@ -33,27 +33,35 @@ class SystemEvent:
     event is one look, any other a single release. It may wake once more than it was set, never once less.
     """
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_gate", "_is_set")
 
     def __init__(self) -> None:
+        self._is_set = False  # only asked where Ctrl-C left the lock in an unknown state
         self._gate = threading.Lock()
         self._gate.acquire()
 
     def set(self) -> None:
         """Wake whoever waits."""
+        self._is_set = True
         if self._gate.locked():
             self._open()
 
     def clear(self) -> None:
         """Take the wake-up back; clear first, then drain."""
+        self._is_set = False
         self._gate.acquire(blocking=False)
 
     def wait(self, timeout_s: float | None) -> bool:
         """Block until set or timed out; True when set."""
         timeout = -1.0 if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)
-        if not self._gate.acquire(timeout=timeout):
-            return False
-        self._open()
+        try:
+            if not self._gate.acquire(timeout=timeout):
+                return False
+            self._open()
+        except BaseException:  # Ctrl-C, and we may have taken the lock: whoever waits next must not wait for ever
+            if self._is_set:
+                self._open()
+            raise
         return True
 
     def _open(self) -> None:
@@ -72,7 +80,7 @@ class SystemWorker:
         self._stepping = True  # as if: the first step may begin at any moment
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        start_all([self._thread], lambda: None, MORE_THREADS)
+        start_all([self._thread], self._tell_to_end, MORE_THREADS)
 
     def stop(self, timeout_s: float) -> bool:
         """Ask the loop to end and wait; True when it has ended. Raises what ended the loop, the first time only.
@@ -90,6 +98,10 @@ class SystemWorker:
         if error is not None:
             raise error
         return self._is_over or not self._thread.is_alive()
+
+    def _tell_to_end(self) -> None:
+        self._stopping = True
+        self._wake.set()
 
     def _loop(self) -> None:
         try:
@@ -120,5 +132,8 @@ class SystemRuntime:
         return threading.Lock()
 
     def spawn(self, name: str, step: Callable[[], bool], wake: Event, idle_s: float | None = None) -> Worker:
-        """Run ``step`` in a daemon thread of its own; see ``seam.Runtime.spawn``. TierError: there is no thread."""
+        """Run ``step`` in a daemon thread of its own; see ``seam.Runtime.spawn``. TierError: there is no thread.
+
+        What raises leaves none behind, unless its first step takes longer than Ctrl-C can be kept waiting.
+        """
         return SystemWorker(name, step, wake, idle_s)

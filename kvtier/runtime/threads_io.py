@@ -55,10 +55,9 @@ class ThreadsIOEngine:
     def close(self, timeout_s: float) -> int:
         """Cancel what has not begun (ECANCELED, still to be reaped), wait for the rest; returns how many still run."""
         with self._intake:
-            if not self._closed:
-                self._closed = True
-                self._cancel_queued()
-                self._stop_threads()
+            self._closed = True
+            self._cancel_queued()
+            self._stop_threads()  # each time: Ctrl-C may have come between the first one and this
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))

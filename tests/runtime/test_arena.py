@@ -15,8 +15,10 @@ from kvtier.runtime import MemfdArena
 from kvtier.runtime import arena as arena_module
 from kvtier.runtime.seam import Arena
 from kvtier.testing.simulation import SimArena
+from tests.interrupts import open_files
 
 PAGE = 4096
+PATIENCE_S = 30.0
 
 
 @pytest.fixture(params=[lambda nbytes: MemfdArena("test", nbytes), SimArena], ids=["memfd", "sim"])
@@ -126,6 +128,29 @@ def test_an_arena_that_gets_no_thread_to_touch_it_with_leaves_none_behind(
         MemfdArena("test", 4 * arena_module.TOUCH_RUN_BYTES)
     assert len(os.listdir("/proc/self/fd")) == before
     assert set(threading.enumerate()) == threads
+
+
+def test_ctrl_c_while_an_arena_is_touched_ends_all_who_touch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    files, threads, us = open_files(), set(threading.enumerate()), threading.current_thread()
+    touching, given_up = threading.Semaphore(0), threading.Event()
+
+    def touch(_: object) -> None:
+        if threading.current_thread() is us:
+            for _ in range(3):
+                assert touching.acquire(timeout=PATIENCE_S)
+            raise KeyboardInterrupt
+        touching.release()
+        given_up.wait(PATIENCE_S)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(arena_module, "_clear", touch)
+    monkeypatch.setattr(arena_module, "Event", lambda: given_up)
+    with pytest.raises(KeyboardInterrupt):
+        MemfdArena("test", 8 * arena_module.TOUCH_RUN_BYTES)
+    left = set(threading.enumerate()) - threads
+    given_up.set()
+    assert not left
+    assert open_files() == files
 
 
 def test_an_arena_begins_at_a_huge_page_boundary_and_goes_with_its_last_view() -> None:

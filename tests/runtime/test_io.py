@@ -16,6 +16,7 @@ from kvtier.runtime import aiofiles_io, blocking, system_machine, threads_io
 from kvtier.runtime.machine import IO_ENGINES
 from kvtier.runtime.seam import IORequest, Machine, Op
 from kvtier.testing.simulation import Simulation
+from tests.interrupts import interrupt_start, once, open_files
 from tests.runtime.contract_files import PAGE, aligned
 from tests.runtime.contract_io import PATIENCE_S, IOEngineContract, collect, run_one
 
@@ -154,6 +155,36 @@ def test_an_engine_that_does_not_get_all_its_threads_leaves_none_behind(
     with pytest.raises(TierError, match=r"'io-\w+', .*: can't start new thread; .*disk\.io_threads"):
         machine.io_engine("io", 4)
     assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize(
+    ("engine", "which"),
+    [("threads", "io-0"), ("threads", "io-1"), ("aiofiles", "io-0"), ("aiofiles", "io-1"), ("aiofiles", "io-loop")],
+)
+def test_ctrl_c_while_an_engine_starts_its_threads_leaves_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, engine: str, which: str
+) -> None:
+    """Nor a descriptor, nor another error in place of Ctrl-C."""
+    files, before = open_files(), set(threading.enumerate())
+    interrupt_start(monkeypatch, which)
+    with pytest.raises(KeyboardInterrupt):
+        system_machine(engine).io_engine("io", 2)
+    assert set(threading.enumerate()) == before
+    assert open_files() == files
+
+
+@pytest.mark.parametrize(("engine", "step"), [("threads", "_cancel_queued"), ("aiofiles", "_next")])
+def test_an_engine_that_ctrl_c_kept_from_being_closed_is_closed_the_next_time(
+    monkeypatch: pytest.MonkeyPatch, engine: str, step: str
+) -> None:
+    before = set(threading.enumerate())
+    made = system_machine(engine).io_engine("io", 2)
+    monkeypatch.setattr(made, step, once(getattr(made, step), KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        made.close(PATIENCE_S)
+    assert made.close(PATIENCE_S) == 0
+    assert set(threading.enumerate()) == before
+    assert made.close(0.0) == 0
 
 
 def test_an_engine_that_gets_no_thread_for_its_event_loop_ends_the_others(fewer_threads: Callable[[int], None]) -> None:

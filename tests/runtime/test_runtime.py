@@ -10,6 +10,7 @@ from kvtier.errors import TierError
 from kvtier.runtime import SystemEvent, SystemRuntime
 from kvtier.runtime.seam import Runtime
 from kvtier.testing.simulation import Simulation
+from tests.interrupts import interrupt_start, once
 from tests.runtime.contract_runtime import PATIENCE_S, RuntimeContract
 
 
@@ -61,6 +62,28 @@ def test_a_set_event_wakes_every_waiter() -> None:
     assert event.wait(0.0)
 
 
+class Gate:
+    """The lock of an event, out of whose next ``acquire`` comes Ctrl-C, once it has been acquired or timed out."""
+
+    def __init__(self, event: SystemEvent) -> None:
+        gate = event._gate
+        self.locked, self.release, self.acquire = gate.locked, gate.release, once(gate.acquire, KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_a_wait_that_ctrl_c_ended_leaves_the_event_as_it_was(is_set: bool) -> None:
+    """Whoever waits a second time must not wait for ever for what had come by the first."""
+    event = SystemEvent()
+    if is_set:
+        event.set()
+    event._gate = Gate(event)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        event.wait(0.0)
+    assert event.wait(0.0) is is_set
+    event.clear()
+    assert not event.wait(0.0)
+
+
 class Unwakeable(SystemEvent):
     """The event of a loop whose thread gets no core to wake up on."""
 
@@ -105,6 +128,14 @@ def test_a_loop_that_gets_no_thread_is_an_error_of_the_project(fewer_threads: Ca
     fewer_threads(0)
     with pytest.raises(TierError, match=r"'copy-0', .*: can't start new thread; "):
         runtime.spawn("copy-0", lambda: False, runtime.event())
+
+
+def test_a_loop_that_ctrl_c_kept_from_being_known_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, before = SystemRuntime(), set(threading.enumerate())
+    interrupt_start(monkeypatch, "copy-0")
+    with pytest.raises(KeyboardInterrupt):
+        runtime.spawn("copy-0", lambda: False, runtime.event())
+    assert set(threading.enumerate()) == before
 
 
 def test_the_defect_that_ended_a_loop_is_logged_when_it_happens(caplog: pytest.LogCaptureFixture) -> None:
