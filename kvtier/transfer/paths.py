@@ -70,8 +70,8 @@ def open_path(
         owner=machine.owner,
     )  # fmt: skip
     tier.wake = chores = machine.runtime.event()
+    held.callback(tier.give_back)  # before anything of it is open: Ctrl-C may come while it is being opened
     batches = tier.open()
-    held.callback(tier.close)
     found = []
     for rows in batches:
         rows["segment"] = global_segment(number, 0) + rows["segment"]

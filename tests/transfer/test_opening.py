@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from kvtier.runtime.seam import Arena, Buffer, IOEngine, Machine, Runtime
 from kvtier.runtime.system import SystemRuntime
 from kvtier.testing.contents import tiny_layout
 from kvtier.transfer import DataPlane, streams
+from tests.interrupts import interrupt_start, open_files
 
 LAYOUT = tiny_layout()
 
@@ -30,17 +30,6 @@ def opened(machine: Machine, directory: Path | None = None, **more: Any) -> Data
     if directory is not None:
         settings["disk"] = {"directories": [str(directory)], "capacity": "8MiB", "segment": "1MiB"}
     return DataPlane(load_config(settings), LAYOUT, machine, **more)
-
-
-def open_files() -> list[str]:
-    """What this process has open, arenas and directories among it."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:  # of the listing itself
-            continue
-    return sorted(found)
 
 
 @pytest.fixture
@@ -155,6 +144,19 @@ def test_a_recovery_that_breaks_off_unlocks_the_directory(tmp_path: Path, monkey
         with pytest.raises(TierError):
             opened(system_machine(), tmp_path)
     assert opened(system_machine(), tmp_path).close(60)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("name", ["disk-0-1", "disk-0-loop", "copy-0", "copy-1", "housekeeping-0", "deadlines"])
+def test_ctrl_c_while_a_thread_is_started_ends_it_and_all_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    machine = system_machine("aiofiles" if name == "disk-0-loop" else "threads")
+    with monkeypatch.context() as patched:
+        interrupt_start(patched, name)
+        with pytest.raises(KeyboardInterrupt):
+            opened(machine, tmp_path)
+    assert opened(machine, tmp_path).close(60)
 
 
 # --- pinning ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from kvtier.config import MOST_SECONDS
 from kvtier.core.memory import Bytes1D
 from kvtier.core.plan import PAGE_BYTES, Reason, Table
 from kvtier.errors import TierError
@@ -35,8 +37,6 @@ log = logging.getLogger(__name__)
 
 _NO_FILE: Final = frozenset({errno.ENOTSUP, errno.EISDIR, errno.ELOOP})
 """What opening a FIFO, a directory or a link ends with: it has a segment's name, and takes nothing of the capacity."""
-_IDLE_THREAD_S: Final = 5.0
-"""For a thread that has nothing left to do: it only has to be given a core to end on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ class DiskTier:
         self._runtime = runtime
         self._closing_lock = runtime.lock()
         self._closing: _Closing | None = None
+        self._held = ExitStack()  # what giving back takes, the last step first
         self._is_open = False
         self._given_back = runtime.event()
         self._given_back.set()
@@ -114,44 +115,54 @@ class DiskTier:
         Raises:
             TierError: the directory cannot be used; nothing that was in it is changed.
         """
-        self._directory.open(self._clock.wall())
+        self._is_open = True
+        for step in (self._leave_directory, self._close_segments, self._housekeeper.close):
+            self._held.callback(step)
         try:
+            self._directory.open(self._clock.wall())
             with explained(self.path):
                 numbers = self._directory.segment_numbers()
                 self._check_room(numbers)
         except BaseException:
-            self._directory.close()
+            self.give_back()
             raise
-        self._given_back.clear()
-        self._is_open = True
         return self._recover(numbers)
 
-    def close(self, timeout_s: float | None = None) -> bool:
+    def close(self, timeout_s: float = MOST_SECONDS) -> bool:
         """Seal what is full, make the rest durable, and give everything back; idempotent. True when all of it is done.
 
-        It takes ``timeout_s`` seconds at most, with None as long as the device does. False: the device did not answer
-        in time. What was not synced may not survive a power cut, and everything stays open; calling again goes on.
+        It takes ``timeout_s`` seconds at most. False: the device did not answer in time. What was not synced may not
+        survive a power cut, and everything stays open; calling again goes on, also where Ctrl-C ended it.
         Partly filled segments stay open and are filled on in the next life. Files that something is still under way
         to are left to the process, so that no descriptor is used twice.
         """
-        deadline = None if timeout_s is None else Deadline(self._clock, timeout_s)
+        deadline, began_s = Deadline(self._clock, timeout_s), self._clock.monotonic()
         self._book.stop_placing()
         all_written = self._write_rest(deadline)
         self.write_log()
         if not all_written:
             log.warning(
-                "disk directory %s: %d segments were not sealed or synced within %g s: what is in them may not survive"
-                " a power cut", self.path, self._owed, timeout_s,
+                "disk directory %s: %d segments are not sealed or synced after %.1f s: what is in them may not survive"
+                " a power cut", self.path, self._owed, self._clock.monotonic() - began_s,
             )  # fmt: skip
             return False
+        self.give_back()
+        return self._given_back.wait(deadline.left_s()) and not self._is_open
+
+    def give_back(self) -> None:
+        """Close every file and leave the directory, and write nothing; idempotent. For an opening that failed."""
         with self._closing_lock:
-            was_open, self._is_open = self._is_open, False
-        if was_open:
-            try:
-                self._give_back()
-            finally:
-                self._given_back.set()
-        return self._given_back.wait(None if deadline is None else deadline.left_s())
+            if not self._is_open:
+                return
+            self._is_open = False
+            self._given_back.clear()
+        try:
+            self._held.close()  # each step once, whatever becomes of the others
+        except BaseException:
+            self._is_open = True  # Ctrl-C: whoever closes again takes the steps that are left
+            raise
+        finally:
+            self._given_back.set()
 
     # --- the lanes --------------------------------------------------------------------------------------------------
 
@@ -284,7 +295,10 @@ class DiskTier:
             self._book.begin_life(self._directory.superblock.sequence, highest)
 
     def _read_segment(self, reader: SegmentReader, number: int) -> tuple[Segment, Found | None]:
-        """Open one file. One that the device cannot read is left alone: it may be able to next time."""
+        """Open one file. One that the device cannot read is left alone: it may be able to next time.
+
+        Until the book has it, nobody else knows of the descriptor.
+        """
         fd = -1
         found: Found | None
         try:
@@ -295,6 +309,10 @@ class DiskTier:
             self.recovery.add_unreadable(number, error)
             pages = 0 if error.errno in _NO_FILE else self.segment_bytes // PAGE_BYTES
             found, segment = None, Segment(number, fd, pages, 0, 0, Stage.UNREADABLE)
+        except BaseException:
+            if fd >= 0:
+                self._close_file(fd, f"segment {number}")
+            raise
         return segment, found
 
     @property
@@ -302,14 +320,7 @@ class DiskTier:
         """Segments that closing has to write to, in a directory that can be written."""
         return self._book.owes if self.writable else 0
 
-    def _write_rest(self, deadline: Deadline | None) -> bool:
-        if deadline is None:
-            if self._closing is not None:
-                self._closing.done.wait(None)
-                self._closing.worker.stop(_IDLE_THREAD_S)
-            while self._write_one():
-                pass
-            return True
+    def _write_rest(self, deadline: Deadline) -> bool:
         with self._closing_lock:
             if self._owed and deadline.left_s() and (self._closing is None or self._closing.done.wait(0)):
                 self._closing = self._begin_closing()
@@ -319,13 +330,19 @@ class DiskTier:
         return not self._owed
 
     def _begin_closing(self) -> _Closing | None:
-        """Write what is owed, on a thread that a device which does not answer keeps in place of who closes."""
+        """Write what is owed, on a thread that a device which does not answer keeps in place of who closes.
+
+        Nor does Ctrl-C strike there, in the middle of a sync that nobody could tell the outcome of.
+        """
         done = self._runtime.event()
 
         def step() -> bool:
-            more = self._write_one()
-            if not more:
-                done.set()
+            more = False
+            try:
+                more = self._write_one()
+            finally:
+                if not more:
+                    done.set()
             return more
 
         try:
@@ -334,14 +351,28 @@ class DiskTier:
             log.warning("disk directory %s: nothing is sealed or synced now: %s", self.path, error)
             return None
 
-    def _give_back(self) -> None:
-        self._housekeeper.close()
-        for segment in list(self._book.segments.values()):
-            if segment.idle and segment.fd >= 0:
-                self._files.close(segment.fd)
-            segment.fd = -1
-        self._book.segments.clear()
-        self._directory.close()
+    def _close_segments(self) -> None:
+        with ExitStack() as steps:
+            steps.callback(self._book.segments.clear)
+            for segment in self._book.segments.values():
+                steps.callback(self._close_segment, segment)
+
+    def _close_segment(self, segment: Segment) -> None:
+        fd, segment.fd = segment.fd, -1  # first: a second time it may be a stranger's
+        if segment.idle and fd >= 0:
+            self._close_file(fd, f"segment {segment.number}")
+
+    def _close_file(self, fd: int, what: str) -> None:
+        try:
+            self._files.close(fd)
+        except OSError as error:  # it is closed all the same; NFS and quotas tell so late what they did not write
+            log.warning("disk directory %s: closing %s failed: %s", self.path, what, error)
+
+    def _leave_directory(self) -> None:
+        try:
+            self._directory.close()
+        except OSError as error:  # as above: the lock is gone
+            log.warning("disk directory %s: closing its lock failed: %s", self.path, error)
 
     def _write_one(self) -> bool:
         """One step of sealing, or one sync; False when neither is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from kvtier.errors import TierError
 from kvtier.testing.simulation import Simulation
+from tests.interrupts import interrupt_start, once, open_files
 from tests.tiers.disk.workbench import RECORDS, FaultyFiles, Workbench
 
 Make = Callable[..., Workbench]
@@ -61,7 +63,7 @@ def test_a_device_that_hangs_in_a_sync_keeps_closing_no_longer_than_its_time(
     with caplog.at_level(logging.WARNING):
         assert not bench.tier.close(A_MOMENT_S)
     owed = -(-blocks // RECORDS)
-    assert f"{owed} segments were not sealed or synced within 0.02 s" in caplog.text
+    assert f"{owed} segments are not sealed or synced after 0.0 s" in caplog.text
     with pytest.raises(TierError, match="in use by another cache"):
         workbench(segments=32).open()
     hanging.released.set()
@@ -131,14 +133,123 @@ def test_no_thread_is_left_after_closing(workbench: Make) -> None:
 
 
 def test_where_no_thread_can_be_had_closing_says_so_and_can_be_tried_again(
-    workbench: Make, monkeypatch: pytest.MonkeyPatch
+    workbench: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench = workbench().open()
     bench.put(1)
     with monkeypatch.context() as patched:
         patched.setattr(bench.runtime, "spawn", lambda *_: (_ for _ in ()).throw(TierError("no thread")))
         assert not bench.tier.close(PATIENCE_S)
+    assert "1 segments are not sealed or synced after 0.0 s" in caplog.text, "not after all the time that it had"
     assert bench.tier.close(PATIENCE_S)
+
+
+def test_ctrl_c_while_the_thread_that_writes_is_started_leaves_no_thread(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    bench = workbench().open()
+    bench.put(1)
+    interrupt_start(monkeypatch, "closing")
+    with pytest.raises(KeyboardInterrupt):
+        bench.tier.close(PATIENCE_S)
+    assert set(threading.enumerate()) == before
+    assert bench.tier.close(PATIENCE_S)
+    assert set(workbench().open().recovered()) == {1}
+
+
+def test_ctrl_c_never_strikes_in_a_sync_at_closing(workbench: Make, hanging: HangingFiles) -> None:
+    """Nobody could tell whether it failed; the thread of who closes only waits, with or without a limit."""
+    bench = workbench(files=hanging).open()
+    bench.put(1)
+    who: list[threading.Thread] = []
+    sync = hanging.sync
+    hanging.sync = lambda fd: (who.append(threading.current_thread()), sync(fd))[1]  # type: ignore[method-assign]
+    assert bench.tier.close()
+    assert who
+    assert threading.current_thread() not in who
+
+
+def test_a_defect_in_what_writes_at_closing_is_raised_and_not_waited_for(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = workbench().open()
+    bench.put(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.tier, "_sync_one", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.tier.close()
+    assert bench.tier.close()
+
+
+def _with_segments(workbench: Make) -> Workbench:
+    """Several that are full, open or clean: with the lock at least four files are open."""
+    bench = workbench(segments=32, clean_segments=2).open()
+    for number in range(2 * RECORDS + 1):
+        bench.put(number)
+        bench.keep_house()
+    return bench
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_ctrl_c_while_a_file_is_closed_leaves_nothing_open(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Whichever file it is: the others are closed before it is raised, the lock among them."""
+    before = open_files()
+    bench = _with_segments(workbench)
+    assert len(open_files()) - len(before) >= which + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", once(os.close, KeyboardInterrupt(), after=which))
+        with pytest.raises(KeyboardInterrupt):
+            bench.tier.close(PATIENCE_S)
+    assert open_files() == before
+    assert bench.tier.close(0)
+    assert set(workbench(segments=32).open().recovered()) == set(range(2 * RECORDS + 1))
+
+
+def test_what_ctrl_c_kept_from_being_given_back_is_given_back_the_next_time(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it strikes between the steps."""
+    before = open_files()
+    bench = _with_segments(workbench)
+    held = bench.tier._held
+    with monkeypatch.context() as patched:
+        patched.setattr(held, "close", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bench.tier.close(PATIENCE_S)
+    assert bench.tier.close(PATIENCE_S)
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_file_that_cannot_be_closed_keeps_neither_the_others_nor_the_lock(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: int
+) -> None:
+    """NFS and quotas report in close(2) what they did not write; the descriptor is gone all the same."""
+    before = open_files()
+    bench = _with_segments(workbench)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", once(os.close, OSError(errno.EIO, "Input/output error"), after=which))
+        assert bench.tier.close(PATIENCE_S)
+    assert open_files() == before
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "failed: [Errno 5]" in warning
+    assert bench.tier.close(0)
+    workbench(segments=32).open()
+
+
+def test_giving_back_writes_nothing(workbench: Make, hanging: HangingFiles) -> None:
+    """It is for openings that failed, perhaps because a device does not answer."""
+    before = open_files()
+    bench = workbench(files=hanging).open()
+    bench.put(1)
+    syncs = hanging.syncs
+    bench.tier.give_back()
+    assert hanging.syncs == syncs
+    assert open_files() == before
+    assert bench.tier.close(0)
 
 
 def test_with_no_time_nothing_is_begun(workbench: Make, hanging: HangingFiles) -> None:

@@ -17,6 +17,7 @@ from kvtier.codecs.record import RecordHeader, restamp
 from kvtier.runtime import SystemFiles
 from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import recovery
+from tests.interrupts import once, open_files
 from tests.tiers.disk.workbench import (
     RECORD_PAGES,
     RECORDS,
@@ -545,3 +546,32 @@ def test_noise_in_every_page_of_a_segment_never_comes_back_as_a_block(workbench:
         assert len(verified) >= 1
         abandon(again)
         Path(bench.segment_path(0)).write_bytes(original)
+
+
+@pytest.mark.parametrize("call", ["size", "read_at"])
+@pytest.mark.parametrize("which", range(3))
+def test_ctrl_c_while_a_segment_is_read_leaves_no_file_open(
+    workbench: Make, monkeypatch: pytest.MonkeyPatch, call: str, which: int
+) -> None:
+    bench = workbench().open()
+    bench.fill(range(RECORDS + 1))
+    assert bench.tier.close()
+    before, again = open_files(), workbench()
+    batches = again.tier.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(again.files, call, once(getattr(again.files, call), KeyboardInterrupt(), after=which))
+        with pytest.raises(KeyboardInterrupt):
+            list(batches)
+    again.tier.give_back()
+    assert open_files() == before
+    assert set(workbench().open().recovered()) == set(range(RECORDS + 1))
+
+
+def test_ctrl_c_while_a_directory_is_looked_at_unlocks_it(workbench: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, bench = open_files(), workbench()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.files, "free_bytes", once(bench.files.free_bytes, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            bench.tier.open()
+    assert open_files() == before
+    workbench().open()
