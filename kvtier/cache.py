@@ -456,33 +456,33 @@ class TieredCache:
         timeout_s = timeout(timeout_s, MOST_SECONDS)
         if not self._process.is_here:
             return True
-        deadline = Deadline(self._clock, timeout_s)
-        if not self._begin_to_close(deadline):
-            return False
+        deadline, mine = Deadline(self._clock, timeout_s), self._machine.runtime.event()
         try:
+            if not self._begin_to_close(mine, deadline):
+                return False
             if self.config.disk.directories and not self._dispatch.closed:
                 self._flush_at_close(deadline.left_s() * (1 - _ENDING_SHARE))
             return self._dispatch.close(deadline.left_s())
         finally:
-            self._end_to_close()
+            self._end_to_close(mine)
 
-    def _begin_to_close(self, deadline: Deadline) -> bool:
+    def _begin_to_close(self, mine: Event, deadline: Deadline) -> bool:
         """One thread closes at a time: another would stop what the first one is waiting for."""
         while True:
             with self._lock:
                 other = self._closing
                 if other is None:
-                    self._closing = self._machine.runtime.event()
+                    self._closing = mine
                     return True
             left_s = deadline.left_s()
             if not left_s or not other.wait(left_s):
                 return False
 
-    def _end_to_close(self) -> None:
+    def _end_to_close(self, mine: Event) -> None:
         with self._lock:
-            closing, self._closing = self._closing, None
-        if closing is not None:
-            closing.set()
+            if self._closing is mine:  # else it never was our turn
+                self._closing = None
+        mine.set()
 
     def _flush_at_close(self, timeout_s: float) -> None:
         job = self.submit_flush("process")
@@ -490,7 +490,7 @@ class TieredCache:
         self._dispatch.decide(lambda: None)
         self._dispatch.pump()
         try:
-            # Where another thread planned it, that one is about to tell, however little time there is.
+            # Where another thread planned it, that one is about to tell, unless Ctrl-C struck it.
             result = job.result(max(timeout_s, _TELLING_S) if job.ticket.finished else timeout_s)
         except TimeoutError:
             log.warning("close: the disk did not take everything within %g s; what is not on it is lost", timeout_s)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from kvtier import ClosedError, Job, PagedTensors, StoreResult, TieredCache, TierError
+from kvtier.runtime import system_machine
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from tests.interrupts import interrupt_start, once, open_files
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -163,6 +165,69 @@ def test_every_job_ends_that_was_submitted_while_another_thread_closed() -> None
             thread.join()
         assert not [job for job in jobs if not job.done]
         assert cache.stats()["jobs"] == cache.stats()["pinned_entries"] == 0
+
+
+@pytest.mark.parametrize("place", ["start", "join", "close"])
+def test_a_cache_that_ctrl_c_kept_from_closing_is_closed_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While the thread that writes the rest is started, while a thread is waited for, or while a file is closed."""
+    files, threads = open_files(), set(threading.enumerate())
+    cache, engine = TieredCache(settings(tmp_path), LAYOUT, "m"), PseudoEngine(LAYOUT, 20)
+    cache.submit_store([1] * (20 * SIZE), engine.pages, durability="process").result(10)
+    with monkeypatch.context() as patched:
+        if place == "start":
+            interrupt_start(patched, "closing")
+        elif place == "join":
+            patched.setattr(threading.Thread, "join", once(threading.Thread.join, KeyboardInterrupt(), after=2))
+        else:
+            patched.setattr(os, "close", once(os.close, KeyboardInterrupt(), after=1))
+        with pytest.raises(KeyboardInterrupt):
+            cache.close(30)
+    assert cache.close(30) is True
+    assert open_files() == files
+    assert set(threading.enumerate()) == threads
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as again:
+        assert again.match([1] * (20 * SIZE + 1)) == 20 * SIZE
+
+
+def test_whoever_ctrl_c_struck_as_it_began_to_close_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TieredCache({"host": {"capacity": "16MiB", "staging": "1MiB"}}, LAYOUT, "m")
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_begin_to_close", once(cache._begin_to_close, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            cache.close(30)
+    assert cache.close(0.1) is True
+
+
+def test_a_result_that_nobody_is_left_to_tell_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtier.cache._TELLING_S", 0.0)
+    cache = TieredCache(settings(tmp_path), LAYOUT, "m")
+    while not cache._dispatch._turn.ask():  # whose turn it was when Ctrl-C struck never ends it
+        pass
+    cache.close(0.1)
+    assert cache.close(30) is True
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_ctrl_c_while_a_directory_is_recovered_closes_its_files_and_unlocks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Superblocks are read, then segments."""
+    engine = PseudoEngine(LAYOUT, 20)
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as cache:
+        cache.submit_store([1] * (20 * SIZE), engine.pages, durability="process").result(10)
+    files, threads, machine = open_files(), set(threading.enumerate()), system_machine()
+    with monkeypatch.context() as patched:
+        patched.setattr(machine.files, "read_at", once(machine.files.read_at, KeyboardInterrupt(), after=which))
+        with pytest.raises(KeyboardInterrupt):
+            TieredCache(settings(tmp_path), LAYOUT, "m", machine=machine)
+    assert open_files() == files
+    assert set(threading.enumerate()) == threads
+    with TieredCache(settings(tmp_path), LAYOUT, "m") as again:
+        assert again.match([1] * (20 * SIZE + 1)) == 20 * SIZE
 
 
 def test_several_threads_may_close_at_once(tmp_path: Path) -> None:
