@@ -26,7 +26,7 @@ _AGES: Final = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 @app.command()
 def stat(
-    directory: Annotated[Path, typer.Argument(help="A directory of [disk] directories, or one placement in it")],
+    directory: Annotated[Path, typer.Argument(help="One of disk.directories, or one placement in it")],
     *,
     verify: Annotated[bool, typer.Option("--verify", help="Read every record and check its checksums.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,

@@ -138,9 +138,10 @@ class CachedGenerator:
         Raises:
             ClosedError: the cache was closed before.
             ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
-                start from a filled cache, a mask with holes, a model in training mode with dropout, or
-                ``torch.autocast``.
+                start from a filled cache, a mask with holes, a model that was turned into another dtype since or is in
+                training mode with dropout, or ``torch.autocast``.
         """
+        self._layers = layers_of(self.cache.layout, self.model)  # by now it may be of another dtype
         check_dropout(self.model)
         check_autocast(self.model)
         settings = self._settings(kwargs)

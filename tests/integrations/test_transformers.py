@@ -492,6 +492,18 @@ def test_kv_of_another_precision_than_the_models_is_neither_stored_nor_continued
         assert generator.generate(_prompt(40), **GREEDY).report.hit_tokens["host"] == 32
 
 
+def test_a_model_that_was_turned_into_another_dtype_is_refused_before_anything_is_computed(cache):
+    """Its KV would be found under the same keys, or not fit the layout once the answer is there."""
+    model = _model()
+    generator = CachedGenerator(model, cache)
+    generator.generate(_prompt(40), **GREEDY)
+    before = cache.stats()
+    model.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"^layout: dtype float32, want that of the model, bfloat16"):
+        generator.generate(_prompt(40), **GREEDY)
+    assert cache.stats() == before
+
+
 def test_autocast_for_a_device_that_holds_nothing_of_the_model_does_not_matter(model, cache):
     torch.set_autocast_enabled("cuda", True)
     try:
