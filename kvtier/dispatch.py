@@ -211,8 +211,8 @@ class Dispatch:
 
     def _take_turn(self) -> None:
         """Look until nobody asks any more; after some rounds a copy thread goes on, if there is one."""
-        rounds, more = 0, False
         try:
+            rounds, more = 0, False
             while more or self._turn.goes_on():
                 if rounds >= _ROUNDS_A_TURN:
                     self._turn.give_up()

@@ -66,9 +66,9 @@ class PlacementDirectory:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock_fd >= 0:
-            self._files.close(self._lock_fd)
-            self._lock_fd = -1
+        fd, self._lock_fd = self._lock_fd, -1  # first: a second time it may be a stranger's
+        if fd >= 0:
+            self._files.close(fd)
 
     @property
     def gone(self) -> bool:
@@ -254,8 +254,8 @@ def _read_superblock(files: Files, path: str) -> Superblock | None:
         fd = files.open(path, direct=False, writable=False)
     except FileNotFoundError:
         return None
-    page = new_pages(1)
     try:
+        page = new_pages(1)
         if files.read_at(fd, 0, page) < PAGE_BYTES:
             return None
         return Superblock.unpack(page)
