@@ -51,6 +51,7 @@ class Leaves:
         self._leaves: Iterator[int] = iter(())
         self._passed: dict[int, bool] = {}  # unpinned entries that others extend -> whether they may go
         self._gone: dict[int, int] = {}  # of each parent, children that were taken and are counted still
+        self._extended: set[int] = set()  # unpinned entries that pinned ones extend
         self._patience = _LOOKED_AT
         self._size = 0
 
@@ -81,12 +82,27 @@ class Leaves:
         return taken[1] if len(taken) == 2 else np.concatenate(taken)
 
     def _without_held(self, batch: EntryRows) -> EntryRows:
-        """``batch`` without what is pinned: that is in use, and out of the way of the passes after this one."""
+        """``batch`` without what is pinned, or extended by that: in use, and out of the way of later passes."""
         held = self._index.pins[batch] > 0
+        if held.any():
+            self._note_extended(batch[held])
+        if self._extended:
+            held |= np.fromiter(map(self._extended.__contains__, batch.tolist()), np.bool_, len(batch))
         if held.any():
             self._policy.touch(batch[held][::-1])
             batch = wide(batch[~held])
         return batch
+
+    def _note_extended(self, held: EntryRows) -> None:
+        pins, parents, ranks = self._index.pins_at, self._index.parent_at, self._index.host_ranks_at
+        above = self._index.parent[held]
+        for parent in above[(above >= 0) & (self._index.pins[above] == 0)].tolist():
+            entry = parent
+            while entry >= 0 and not pins[entry] and ranks[entry] == self._index.every_rank:
+                if entry in self._extended:
+                    break
+                self._extended.add(entry)
+                entry = parents[entry]
 
     def _goes_whole(self, batch: EntryRows) -> bool:
         """Whether each of ``batch`` may go, with its only children in host memory right before it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from kvtier.core.plan import NOWHERE
-from kvtier.index.cells import Cells
+from kvtier.index.cells import Cells, wide
 from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
 from kvtier.planner.eviction import Keeper, Leaves
@@ -124,14 +124,19 @@ class HostBook:
         return hop.entries
 
     def admit(self, entries: EntryRows) -> None:
-        """Entries that are now complete in host memory, in prefix order."""
+        """Entries that are now complete in host memory, in prefix order. Used with them is what they extend."""
         self._policy.insert(entries)
+        self._touch_extended(entries)
 
     def touch(self, entries: EntryRows) -> None:
-        """Entries that were used together, in prefix order; those not in host memory are passed over."""
+        """Entries that were used together, in prefix order, and with them what they extend.
+
+        Those not in host memory are passed over.
+        """
         if not self._index.all_on_host(entries):
             entries = entries[self._index.on_host(entries)]
         self._policy.touch(entries)
+        self._touch_extended(entries)
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Room that nobody uses any more."""
@@ -141,6 +146,32 @@ class HostBook:
     def __len__(self) -> int:
         """Entries in host memory."""
         return len(self._policy)
+
+    def _touch_extended(self, entries: EntryRows) -> None:
+        """What ``entries`` extend in host memory must not be older: none of it may go before them.
+
+        Whoever holds the beginning of a sequence itself looks up, and stores, only the rest.
+        """
+        parent_at, ranks_at, everywhere = self._index.parent_at, self._index.host_ranks_at, self._index.every_rank
+        extended: list[int] = []
+        seen: set[int] = set()
+        for parent in reversed(self._extended_by(entries)):
+            entry, above = parent, list[int]()
+            while entry >= 0 and entry not in seen and ranks_at[entry] == everywhere:
+                above.append(entry)
+                entry = parent_at[entry]
+            seen.update(above)
+            extended += reversed(above)
+        if extended:
+            self._policy.touch(wide(np.array(extended, np.int32)))
+
+    def _extended_by(self, entries: EntryRows) -> list[int]:
+        """The parents of those of ``entries`` that do not stand right behind their parent."""
+        if len(entries) == 1:
+            return [self._index.parent_at[entries.item()]]
+        parents = self._index.parent[entries]
+        apart = parents[1:] != entries[:-1]
+        return [*parents[:1].tolist(), *parents[1:][apart].tolist()]
 
     def _evict_until(self, pages: int, most: int, leaves: Leaves) -> int:
         gone, longest = 0, max(self._record_pages)
