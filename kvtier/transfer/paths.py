@@ -15,6 +15,10 @@ from kvtier.runtime.seam import Event, Machine
 from kvtier.tiers.disk import DiskTier
 from kvtier.transfer.lanes import Lane, global_segment
 
+FAILED_READS: Final = 3
+"""In a row, and the fault may be that of the directory. One bad record is read twice, with its neighbours and alone."""
+READ_OUTAGE_S: Final = 60.0
+"""What cannot be read for longer is forgotten, as if it were damaged: each try may take long, and is in vain."""
 IDLE_THREADS_S: Final = 5.0
 """For threads that nothing is under way in: they were told to end, and only have to be given a core to do it on."""
 
@@ -23,7 +27,8 @@ IDLE_THREADS_S: Final = 5.0
 class DiskPath:
     """Directory ``number`` and the lane to it; ``chores`` is set when its housekeeping has something to do.
 
-    ``starved_since_s`` is when a write first found no clean segment, unless one has found some since.
+    ``starved_since_s`` is when a write first found no clean segment, unless one has found some since; ``failed_reads``
+    are those in a row, and ``failing_since_s`` when the first of them ended.
     """
 
     number: int
@@ -32,10 +37,25 @@ class DiskPath:
     chores: Event
     assigned_bytes: int = 0
     starved_since_s: float | None = None
+    failed_reads: int = 0
+    failing_since_s: float = 0.0
 
     def reluctance(self) -> tuple[bool, int, int]:
         """Least where the next write should go: what works, has little queued, and has been given least so far."""
         return not self.tier.takes_writes, self.lane.queued_bytes, self.assigned_bytes
+
+    def read_ended(self, error: OSError | None, now_s: float) -> None:
+        """Note how a read went."""
+        if error is None:
+            self.failed_reads = 0
+            return
+        if not self.failed_reads:
+            self.failing_since_s = now_s
+        self.failed_reads += 1
+
+    def is_out(self, now_s: float) -> bool:
+        """Whether reads fail one after the other: for a while, that says nothing of any single record."""
+        return self.failed_reads > FAILED_READS and now_s - self.failing_since_s <= READ_OUTAGE_S
 
     def take_news(self, rank: int, incarnation: int) -> tuple[list[int], list[Message]]:
         """Segments whose reclaim ended, by their global numbers, and what control is to be told; once."""

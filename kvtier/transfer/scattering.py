@@ -242,7 +242,7 @@ class LoadRun(Run):
             self._end(row, Reason.ABANDONED)
             return
         source = self._next_source(row)
-        if source != origin:
+        if source != origin and not (reason == Reason.IO_ERROR and self._is_out(row)):
             self.report_lost([row], origin, reason)
         if source is None:
             self._end(row, reason)
@@ -251,6 +251,11 @@ class LoadRun(Run):
             self._deliver([row], Tier.HOST)
         else:
             self._read([row])
+
+    def _is_out(self, row: int) -> bool:
+        """Whether the directory of ``row`` answers nothing for now; its copies will be there when it does."""
+        directory, _ = lane_of(self.segment[row])
+        return self.equipment.paths[directory].is_out(self.equipment.clock.monotonic())
 
     def lost(self, rows: list[int], tier: Tier, reason: Reason) -> None:
         """The copies of ``rows`` in ``tier`` are not there any more: no use in reading them again."""
@@ -351,6 +356,7 @@ class ReadMove:
 
     def finish(self, done: IODone) -> None:
         """Hand the bytes on."""
+        self._path.read_ended(done.error, self._run.equipment.clock.monotonic())
         self._run.read_ended(self._rows, self._buffers, self._staged, done.error)
 
     def _take_buffers(self) -> bool:

@@ -125,6 +125,37 @@ def test_a_slow_disk_costs_the_deadline_and_no_wrong_byte() -> None:
     assert stats["staging_free"] == stats["staging_buffers"]
 
 
+@pytest.mark.parametrize(("outage_s", "is_forgotten"), [(1.0, False), (100.0, True)])
+def test_a_device_that_reads_nothing_for_a_while_makes_nobody_forget_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch, outage_s: float, is_forgotten: bool
+) -> None:
+    """One bad record among good ones is forgotten at once, and everything that cannot be read for long."""
+    world = World(3)
+    prompts = [[number] * (SIZE * BLOCKS) + [1] for number in range(8)]
+    for prompt in prompts:
+        keys = world.cache.keys(prompt)
+        world.engine.write(keys, range(BLOCKS))
+        assert world.cache.submit_store(keys, world.engine.pages, durability="process").result(600).refused == 0
+
+    def load(prompt: list[int]) -> int:
+        with world.cache.lookup(prompt) as hit:
+            return world.cache.submit_load(hit, world.engine.pages).result(600).ok_tokens
+
+    on_disk = [prompt for prompt in prompts if world.cache.lookup(prompt).by_tier["disk"]]
+    assert len(on_disk) > 3
+    with monkeypatch.context() as failing:
+        failing.setattr(world.world.disk, "_read", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "no answer")))
+        load(on_disk[0])
+        world.world.run_for(outage_s)
+        for prompt in on_disk[1:]:
+            load(prompt)
+    found = sum(world.cache.match(prompt) == SIZE * BLOCKS for prompt in on_disk)
+    assert found == 0 if is_forgotten else found >= len(on_disk) - 1
+    if not is_forgotten:
+        assert load(on_disk[-1]) == SIZE * BLOCKS
+        assert world.engine.wrong_blocks(world.cache.keys(on_disk[-1]), range(BLOCKS)) == []
+
+
 def test_after_a_failed_sync_other_blocks_are_durable_again_and_those_of_its_segment_never(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
