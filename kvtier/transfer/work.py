@@ -52,10 +52,7 @@ class WorkQueue:
         """The next piece, or None: then ``wake`` is set when there is one."""
         for queue in self._queues:
             if queue:
-                piece = queue.popleft()
-                if self._idle and any(self._queues):
-                    self.wake_one()
-                return piece
+                return queue.popleft()
         if wake not in self._idle:
             self._idle.append(wake)
         return None

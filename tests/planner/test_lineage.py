@@ -22,6 +22,17 @@ def test_only_exact_lookups_pass_approximate_blocks_over() -> None:
     assert bench.lookup(keys, exact=True).lineage == EXACT
 
 
+def test_a_hit_is_exact_only_if_it_is_in_every_group() -> None:
+    bench = Bench(groups=2)
+    keys = bench.keys(2)
+    bench.stored(keys)
+    assert bench.lookup(keys).lineage == EXACT
+    bench.lose(keys, 1, Tier.HOST, group=1)
+    bench.stored(keys, lineage=APPROXIMATE)
+    assert bench.lookup(keys).lineage == APPROXIMATE
+    assert bench.match(keys, exact=True) == 1
+
+
 def test_what_is_stored_on_top_of_an_approximate_hit_says_so_in_its_record() -> None:
     bench = Bench(segments=4)
     keys = bench.keys(3)
