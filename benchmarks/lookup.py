@@ -119,7 +119,8 @@ def _pause(control: _Control, entries: int) -> Row:
             "longest_by_cpu_ms": round(longest.cpu_s * 1e3, 3),
             "idle_longest_by_cpu_ms": round(idle.cpu_s * 1e3, 3),
             "resident_bytes_per_entry": round((_resident_bytes() - resident_before) / known, 1),
-            "includes": "TieredCache.submit_store with its commit, lookup with hashing and pins, release",
+            "includes": "TieredCache.submit_store with its commit, lookup with hashing and pins, release; nothing is "
+            "evicted, spilled or reclaimed, and what was made before is frozen for the garbage collector",
         },
     )
 

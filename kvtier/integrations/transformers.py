@@ -99,7 +99,9 @@ class CachedGenerator:
     """``model.generate`` with prefix reuse: across calls and across processes, from whichever tier holds the prefix.
 
     KV that a call starts from is bit for bit what was stored. Every layer keeps its whole KV, also in models that
-    attend to a sliding window only, so that a prefix can be cut after every block.
+    attend to a sliding window only, so that a prefix can be cut after every block. Their answers are those of
+    ``model.generate(past_key_values=DynamicCache())``, which rounds differently from the cache that such a model makes
+    for itself.
     """
 
     def __init__(self, model: Any, cache: TieredCache | CacheManager, *, timeout_s: float = 60.0) -> None:
