@@ -10,7 +10,7 @@ from hashlib import sha256
 from math import ceil
 from typing import Any, Final
 
-from kvtier.core.checks import at_least, several, whole
+from kvtier.core.checks import at_least, several
 from kvtier.errors import ConfigError
 from kvtier.models.families import groups_of
 from kvtier.models.parts import Axis, KVGroup, Part, checked_axes, dtype_name
@@ -179,8 +179,8 @@ def checked_layout(layout: Any) -> KVLayout:
 
 
 def _checked_sizes(block_tokens: Any, page_tokens: Any) -> tuple[int, int]:
-    block, page = whole("block_tokens", block_tokens), whole("page_tokens", page_tokens)
-    if block <= 0 or page <= 0 or block % page:
+    block, page = at_least("block_tokens", block_tokens, 1), at_least("page_tokens", page_tokens, 1)
+    if block % page:
         raise ConfigError(f"block_tokens = {block}: must be a positive multiple of page_tokens = {page}")
     if block > MAX_BLOCK_TOKENS:
         raise ConfigError(f"block_tokens = {block}: a block has at most {MAX_BLOCK_TOKENS} tokens; use fewer")

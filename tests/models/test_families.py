@@ -103,7 +103,7 @@ def test_a_field_that_cannot_be_used_is_named(change, message):
         ({"block_tokens": 64.0}, "block_tokens = 64.0"),
         ({"block_tokens": "64"}, "block_tokens = '64'"),
         ({"block_tokens": True}, "block_tokens = True"),
-        ({"block_tokens": -64}, "block_tokens = -64"),
+        ({"block_tokens": -64}, "^block_tokens = -64: must be at least 1"),
         ({"axes": None}, "axes = None"),
         ({"axes": "token"}, "axes = 'token'"),
         ({"axes": ("head", "token", "foo")}, "'foo': one of 'token', 'head', 'dim'"),
