@@ -369,7 +369,7 @@ class Dispatch:
 
     def _deliver(self, news: _News) -> None:
         for what, error in news.mistakes:
-            log.error("%s failed; whoever waits for it is refused", what, exc_info=error)
+            log.error("%s failed; a job that waits for it, if any, is refused", what, exc_info=error)
         try:
             self._send(news.plans)
         finally:

@@ -141,14 +141,18 @@ def test_a_file_system_that_refuses_direct_io_at_the_first_transfer_is_used_buff
     files.close(fd)
 
 
-@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_a_file_system_that_cannot_reserve_room_leaves_it_to_whoever_writes(
-    files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
-) -> None:
+def refuse_to_reserve(monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
     def refuse(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(refusal, os.strerror(refusal))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_reserve_room_leaves_it_to_whoever_writes(
+    files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    refuse_to_reserve(monkeypatch, refusal)
     fd = files.open(f"{tmp_path}/x", create=True)
     files.allocate(fd, 4 * PAGE)
     files.write_at(fd, 0, aligned(4 * PAGE))
@@ -160,10 +164,7 @@ def test_a_file_system_that_cannot_reserve_room_leaves_it_to_whoever_writes(
 def test_room_that_is_not_there_is_an_error(
     files: SystemFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
-    def refuse(fd: int, offset: int, nbytes: int) -> None:
-        raise OSError(refusal, os.strerror(refusal))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    refuse_to_reserve(monkeypatch, refusal)
     fd = files.open(f"{tmp_path}/x", create=True)
     with pytest.raises(OSError) as caught:
         files.allocate(fd, 4 * PAGE)

@@ -24,4 +24,6 @@ def test_no_thread_is_left_where_ctrl_c_comes_while_one_is_started(monkeypatch: 
 
 
 def test_a_thread_that_was_never_started_is_not_waited_for() -> None:
-    wait_for_end([threading.Thread(target=lambda: None)])
+    never = threading.Thread(target=lambda: None)
+    wait_for_end([never])
+    assert never.ident is None
