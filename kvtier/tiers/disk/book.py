@@ -194,7 +194,7 @@ class SegmentBook:
         that was written when it begins, and not only what ``target`` asks for.
         """
         with self._lock:
-            segment = self._in_life(target)
+            segment = self._relied_on(target)
             if segment is None or segment.syncing or _sync_over(segment, target) is not None:
                 return False
             segment.syncing, segment.syncing_writes = True, segment.writes
@@ -204,12 +204,12 @@ class SegmentBook:
     def sync_over(self, target: SyncTarget) -> Reason | None:
         """How a sync ended that will never be begun; None while it may be.
 
-        NONE: another sync has covered it; or that life of the segment is over, nobody relies on it, and its file may be
-        another's. IO_ERROR: a sync of the file failed, and any later one would claim that what the kernel dropped is
-        durable.
+        NONE: another sync has covered it; or control has let go of that life of the segment, nobody relies on it, and
+        its file is housekeeping's or another's. IO_ERROR: a sync of the file failed, and any later one would claim that
+        what the kernel dropped is durable.
         """
         with self._lock:
-            segment = self._in_life(target)
+            segment = self._relied_on(target)
             return Reason.NONE if segment is None else _sync_over(segment, target)
 
     def synced(self, target: SyncTarget, error: OSError | None) -> None:
@@ -218,11 +218,11 @@ class SegmentBook:
         One that was cancelled never began: what it was to make durable still can be.
         """
         with self._lock:
+            self._traffic.ended()
             segment = self._in_life(target)
             if segment is None:
                 return
             segment.syncing = False
-            self._traffic.ended()
             poisoned = error is not None and not _is_cancelled(error) and self._sync_failed(segment)
             if error is None:
                 segment.synced_writes = max(segment.synced_writes, segment.syncing_writes)
@@ -348,15 +348,17 @@ class SegmentBook:
         """Writing its new header failed. It is tried again, behind the others: what is wrong may pass.
 
         Until then control is asked for one more, to see whether that one can be written, and never for all of them.
+        Where others are clean it is one fault, however often it is tried: they take records meanwhile.
         """
         with self._lock:
-            if not segment.failed_reclaims:
+            first = not segment.failed_reclaims
+            if first:
                 segment.cleaned_before = self._cleaned
             segment.failed_reclaims += 1
             self._move(segment, Stage.RECLAIMING)
             self.health.could_not_reclaim()
-            pauses = self.health.poisoned()
-        if segment.failed_reclaims == 1:
+            pauses = (first or not self._clean) and self.health.poisoned()
+        if first:
             self.remarks.add(logging.WARNING, f"segment {segment.number} cannot be made clean for now: {error}")
         if pauses:
             self.remarks.add(logging.ERROR, f"disk tier: {self.health.reason}")
@@ -454,6 +456,10 @@ class SegmentBook:
     def _in_life(self, target: SyncTarget) -> Segment | None:
         segment = self.segments.get(target.segment)
         return segment if segment is not None and segment.generation == target.generation else None
+
+    def _relied_on(self, target: SyncTarget) -> Segment | None:
+        segment = self._in_life(target)
+        return segment if segment is not None and segment.stage is not Stage.RECLAIMING else None
 
     @property
     def _excess_pages(self) -> int:

@@ -10,9 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from kvtier.core.plan import Reason
+from kvtier.core.memory import Bytes1D
+from kvtier.core.plan import PAGE_BYTES, Reason
 from kvtier.tiers.disk import DiskEvents
-from kvtier.tiers.disk.format import SegmentState
+from kvtier.tiers.disk.format import HEADER_SLOTS, SegmentState
 from kvtier.tiers.disk.health import GROW_PAUSE_S, POISONED_IN_A_ROW, RECLAIM_PAUSE_S, WRITE_PAUSE_S
 from kvtier.tiers.disk.housekeeping import HEALTH_S, Housekeeper
 from kvtier.tiers.disk.segment import Segment
@@ -171,6 +172,28 @@ def test_a_sync_of_a_segment_that_was_given_back_meanwhile_is_not_begun_and_has_
     assert bench.tier.locate(place.segment, place.generation) is None
     assert not bench.tier.begin_sync(target)
     assert bench.tier.sync_over(target) == Reason.NONE
+
+
+def test_while_a_segment_is_made_clean_no_sync_of_its_life_before_begins(workbench: Make) -> None:
+    """Two at a time would be wrong, and this one would be over when its segment has another life to answer for."""
+    bench = workbench(segments=8).open()
+    bench.put(1)
+    broken = bench.tier.place(RECORD_PAGES)
+    assert broken is not None
+    bench.tier.failed(broken)
+    (target,) = bench.tier.unsynced()
+    bench.tier.reclaim(broken.segment, broken.generation)
+    begun = []
+    write_at = bench.files.write_at
+
+    def while_the_lane_syncs(fd: int, offset: int, buffer: Bytes1D) -> None:
+        begun.append((bench.tier.begin_sync(target), bench.tier.sync_over(target)))
+        write_at(fd, offset, buffer)
+
+    bench.files.write_at = while_the_lane_syncs  # type: ignore[method-assign]
+    bench.keep_house()
+    assert begun[0] == (False, Reason.NONE)
+    assert bench.tier.stages()["reclaiming"] == 0
 
 
 def test_a_segment_of_an_earlier_life_whose_first_sync_fails_takes_no_more(
@@ -341,6 +364,30 @@ def test_a_segment_that_alone_cannot_be_written_anew_is_removed_once_another_cou
     assert sorted(events_of(bench).reclaimed) == sorted((bad[0], good[0]))
     assert bench.tier.stages()["reclaiming"] == 0
     assert not os.path.exists(path) or os.stat(path).st_ino != inode, "a new one may have taken its number"
+
+
+def test_one_segment_that_can_never_be_written_anew_does_not_stop_a_directory_that_grows(
+    workbench: Make, runtime: HandRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_header = Housekeeper._write_header
+
+    def failing(house: Housekeeper, segment: Segment, state: SegmentState, generation: int) -> int:
+        if segment.number == 0:
+            raise OFF
+        return write_header(house, segment, state, generation)
+
+    bench = workbench(segments=8).open()
+    (first, *_) = bench.fill(range(2 * RECORDS))
+    bench.tier.close()
+    with open(bench.segment_path(first.segment), "r+b") as file:
+        file.write(bytes(HEADER_SLOTS * PAGE_BYTES))
+    monkeypatch.setattr(Housekeeper, "_write_header", failing)
+    bench = workbench(segments=8).open()
+    for number in range(4 * POISONED_IN_A_ROW):
+        advance(runtime, RECLAIM_PAUSE_S)
+        bench.keep_house()
+        bench.put(100 + number)
+    assert bench.tier.stages()["reclaiming"] == 1
 
 
 def test_a_segment_file_that_somebody_removed_is_replaced_when_reclaimed(workbench: Make) -> None:
