@@ -100,6 +100,8 @@ def _rows(report: StoreReport, now_s: float, *, verified: bool) -> Iterator[tupl
         )
     checked = "every record was read" if verified else "sealed segments were not read, see --verify"
     yield "damaged", f"{report.damaged} ({checked})"
+    if report.unreadable_pages:
+        yield "unreadable", f"{report.unreadable_pages} pages were passed over"
 
 
 def _bytes_text(nbytes: int) -> str:

@@ -48,6 +48,7 @@ class StoreReport:
     sealed: int = 0
     open: int = 0
     unreadable: int = 0
+    unreadable_pages: int = 0
     file_bytes: int = 0
     records: int = 0
     record_bytes: int = 0
@@ -119,6 +120,7 @@ class _StoreReader:
 
     def _classify(self, found: Found) -> None:
         self._report.damaged += found.damaged
+        self._report.unreadable_pages += len(found.unreadable)
         if found.header is None:
             self._report.unreadable += 1
         elif found.sealed:
@@ -138,7 +140,7 @@ class _StoreReader:
                 return False
             header = RecordHeader.unpack(image[:PAGE_BYTES])
             check_payload(header, image)
-        except CorruptBlockError:
+        except (CorruptBlockError, OSError):
             return False
         place = (header.segment, header.page, header.generation, header.key)
         return place == (entry["segment"], entry["page"], entry["generation"], entry["key"].tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat as stat_module
@@ -17,6 +18,7 @@ from kvtier.cli import main
 from kvtier.cli.stores import read_store
 from kvtier.core.plan import PAGE_BYTES
 from kvtier.runtime import SystemFiles
+from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk.directory import SUPERBLOCKS
 from kvtier.tiers.disk.format import Superblock
 
@@ -138,6 +140,23 @@ class TestDamage:
         assert stat(capsys, directory)["damaged"] == 0
         report = stat(capsys, directory, "--verify")
         assert (report["damaged"], report["records"]) == (1, BLOCKS - 1)
+
+    @pytest.mark.parametrize("verify", [False, True])
+    def test_a_page_that_cannot_be_read_costs_the_records_on_it_and_no_other(
+        self, directory: Path, verify: bool
+    ) -> None:
+        class BadPage(SystemFiles):
+            def read_at(self, fd: int, offset: int, buffer: Buffer) -> int:
+                if os.readlink(f"/proc/self/fd/{fd}").endswith(name) and offset <= at < offset + buffer.nbytes:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return super().read_at(fd, offset, buffer)
+
+        path, at = str(placement_of(directory)), 3 * PAGE_BYTES
+        for name in ("seg-000000.kvs", "seg-000002.kvs"):  # one that is sealed, one that is not
+            report = read_store(BadPage(), path, verify=verify, progress=lambda *_: None)
+            lost = int(verify or name == "seg-000002.kvs")
+            assert (report.records, report.unreadable, report.sealed) == (BLOCKS - lost, 0, 2)
+            assert report.unreadable_pages == int(name == "seg-000002.kvs")
 
     def test_a_flipped_byte_without_a_footer_is_always_found(
         self, directory: Path, capsys: pytest.CaptureFixture[str]

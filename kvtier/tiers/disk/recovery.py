@@ -57,8 +57,8 @@ class Found:
     cut_off: bool = False
     """The file is shorter than its segment."""
     scanned: bool = False
-    unreadable_pages: int = 0
-    """Passed over by the scan; what does not lie on them is found."""
+    unreadable: set[int] = field(default_factory=set)
+    """Pages that were passed over, a copy of the header or what the scan met; what does not lie on them is found."""
     damaged: int = 0
     """Records that are not whole, or not of this place though they begin so: torn by a crash, or rotten."""
 
@@ -89,7 +89,7 @@ class Recovery:
     damaged_tails: int = 0
     """Sealed without a whole footer, or shorter than the header says: no crash does that."""
     unreadable_pages: int = 0
-    """In segments that were scanned, and that are written no more in this life."""
+    """Those in records of a sealed segment are met when they are read. No other segment with one is written on."""
     foreign_segments: int = 0
     """Of another store or another place, so that nothing in them is found."""
     unreadable_segments: int = 0
@@ -102,7 +102,7 @@ class Recovery:
         self.records += len(found.entries)
         self.scanned += found.scanned
         self.damaged_records += found.damaged
-        self.unreadable_pages += found.unreadable_pages
+        self.unreadable_pages += len(found.unreadable)
         self.damaged_tails += found.cut_off or (found.sealed and not found.footed)
         if found.header is None:
             self.foreign_segments += found.foreign
@@ -137,7 +137,7 @@ class Recovery:
         )
         parts = [f"{count} segments {what}" for count, what in segments if count]
         if self.unreadable_pages:
-            parts.append(f"{self.unreadable_pages} pages of segments that were read from end to end cannot be read")
+            parts.append(f"{self.unreadable_pages} pages cannot be read and were passed over")
         return "; ".join(parts)
 
 
@@ -156,7 +156,7 @@ class SegmentReader:
         """What is in the segment behind ``fd``.
 
         Raises:
-            OSError: the device failed, for the header or too many pages; the segment is left alone.
+            OSError: the device failed, for both copies of the header or too many pages; the segment is left alone.
         """
         found = Found()
         self._read_header(fd, number, found)
@@ -173,17 +173,27 @@ class SegmentReader:
         return found
 
     def _read_header(self, fd: int, number: int, found: Found) -> None:
-        copies = new_pages(HEADER_SLOTS)
-        self._files.read_at(fd, 0, copies)
+        """Each copy by itself: a power cut while one is written may leave it unreadable, and the other whole."""
+        copy, failure = new_pages(1), None
         for slot in range(HEADER_SLOTS):
-            with suppress(CorruptBlockError):
-                header = SegmentHeader.unpack(copies[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])
-                own = (header.uuid, header.nonce, header.placement, header.segment) == (
-                    self._store.uuid, self._store.nonce, self._store.placement, number,
-                )  # fmt: skip
-                found.foreign |= not own
-                if own and (found.header is None or header.rank > found.header.rank):
-                    found.header, found.slot = header, slot
+            try:
+                self._files.read_at(fd, slot * PAGE_BYTES, copy)
+                self._consider(found, slot, SegmentHeader.unpack(copy), number)
+            except OSError as error:
+                found.unreadable.add(slot)
+                failure = error
+            except CorruptBlockError:
+                pass
+        if found.header is None and failure is not None:
+            raise failure
+
+    def _consider(self, found: Found, slot: int, header: SegmentHeader, number: int) -> None:
+        own = (header.uuid, header.nonce, header.placement, header.segment) == (
+            self._store.uuid, self._store.nonce, self._store.placement, number,
+        )  # fmt: skip
+        found.foreign |= not own
+        if own and (found.header is None or header.rank > found.header.rank):
+            found.header, found.slot = header, slot
 
     def _read_footer(self, fd: int, header: SegmentHeader, pages: int) -> Table:
         guessed = max(0, pages - _TAIL_PAGES)
@@ -253,8 +263,8 @@ class SegmentReader:
             try:
                 self._files.read_at(fd, (first + at) * PAGE_BYTES, page)
             except OSError:
-                found.unreadable_pages += 1
-                if found.unreadable_pages > _UNREADABLE_PAGES:
+                found.unreadable.add(first + at)
+                if len(found.unreadable) > _UNREADABLE_PAGES:
                     raise
                 page[:] = 0
         return window

@@ -402,7 +402,7 @@ def _segment_of(found: Found, number: int, fd: int, file_pages: int) -> Segment:
     segment.entries += np.ascontiguousarray(found.entries).tobytes()
     segment.placed = segment.writes = len(found.entries)
     segment.cursor = found.end
-    if file_pages < header.pages or found.unreadable_pages:
+    if file_pages < header.pages or found.unreadable:
         segment.stage = Stage.POISONED
     elif found.sealed:
         segment.stage = Stage.FULL

@@ -17,6 +17,7 @@ from kvtier.codecs.record import RecordHeader, restamp
 from kvtier.runtime import SystemFiles
 from kvtier.runtime.seam import Buffer
 from kvtier.tiers.disk import recovery
+from kvtier.tiers.disk.format import HEADER_SLOTS
 from tests.interrupts import once, open_files
 from tests.tiers.disk.workbench import (
     RECORD_PAGES,
@@ -349,9 +350,7 @@ class TestDevice:
         bench = workbench().open()
         places = bench.fill(range(RECORDS + 1))
         bench.tier.close()
-        faulty = FaultyFiles(bench.files)
-        faulty.fail("read_at", errno.EIO, after=3)  # the first three are the superblocks and the layout
-        again = workbench(files=faulty).open()
+        again = workbench(files=BadPages(bench.segment_path(places[0].segment), {*range(HEADER_SLOTS)})).open()
         assert again.tier.recovery.unreadable_segments == 1
         assert again.tier.locate(places[0].segment, places[0].generation) is None
         assert set(again.recovered()) == {RECORDS}
@@ -368,6 +367,35 @@ class TestDevice:
         assert readable(again) == {*range(RECORDS - 1)} - {3}
         assert again.tier.recovery.samples()["unreadable_pages"] == 1
         assert again.put(100).segment != places[0].segment, "nothing more is written to it"
+
+    @pytest.mark.parametrize(
+        ("count", "slot"),
+        [(RECORDS - 1, 1), (RECORDS + 1, 0), (RECORDS + 1, 1)],
+        ids=["open", "sealed, the copy before", "sealed, the copy that says so"],
+    )
+    def test_one_copy_of_a_header_that_cannot_be_read_costs_no_record(
+        self, workbench: Make, count: int, slot: int
+    ) -> None:
+        bench = workbench().open()
+        places = bench.fill(range(count))
+        bench.tier.close()
+        again = workbench(files=BadPages(bench.segment_path(places[0].segment), {slot})).open()
+        assert readable(again) == {*range(count)}
+        assert again.tier.recovery.samples()["unreadable_pages"] == 1
+        assert again.put(100).segment != places[0].segment, "nothing more is written to it"
+
+    def test_a_page_that_comes_with_two_windows_is_counted_once(
+        self, workbench: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a record reaches over the end of one, the next begins with it."""
+        bench = workbench().open()
+        places = [bench.put(number) for number in range(RECORDS - 1)]
+        bench.sync()
+        abandon(bench)
+        monkeypatch.setattr("kvtier.tiers.disk.recovery.WINDOW_PAGES", places[4].page - HEADER_SLOTS + 2)
+        again = workbench(files=BadPages(bench.segment_path(places[0].segment), {places[4].page + 1})).open()
+        assert readable(again) == {*range(RECORDS - 1)} - {4}
+        assert again.tier.recovery.samples()["unreadable_pages"] == 1
 
     def test_a_footer_that_cannot_be_read_costs_no_record(self, workbench: Make) -> None:
         bench = workbench().open()
