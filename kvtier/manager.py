@@ -429,7 +429,9 @@ class CacheManager:
                 self._wanted_by.discard(who)
             if self._wanted_by - {self}:
                 return
-        self._close(CLOSE_S)
+            core = self._told_to_close()  # before anybody can come in to it
+        if core is not None:
+            self._end(core, CLOSE_S)
 
     def _close(self, timeout_s: float) -> bool:
         with self._lock:  # behind an opening

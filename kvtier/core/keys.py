@@ -139,19 +139,22 @@ class Keys:
         """Extend the sequence; only the blocks that become full are hashed.
 
         Raises:
-            ConfigError: a token id is outside [0, 2^31), ``tokens`` is not one-dimensional and integer, or the keys
-                are an engine's own.
+            ConfigError: a token id is outside [0, 2^31), ``tokens`` is not one-dimensional and integer, the keys are
+                an engine's own, or an earlier append was interrupted half-way.
         """
         if self.foreign_engine is not None:
             raise ConfigError(f"append: foreign keys of {self.foreign_engine!r} do not grow by tokens; make them anew")
-        ids = token_array(tokens)
-        self.num_tokens += len(ids)
+        if self.num_tokens != len(self.digests) * self.block_tokens + len(self._tail):
+            raise ConfigError(f"append: another one was interrupted after {self.num_tokens} tokens; make the keys anew")
+        ids = new = token_array(tokens)
         if len(self._tail):
-            ids = np.concatenate((self._tail, ids))
-        full = len(ids) // self.block_tokens
-        self._tail = ids[full * self.block_tokens :].copy()
-        if full:
-            self._hash_blocks(ids[: full * self.block_tokens])
+            ids = np.concatenate((self._tail, new))
+        hashed = len(ids) // self.block_tokens * self.block_tokens
+        digests = self._hash_blocks(ids[:hashed])
+        # What Ctrl-C leaves undone from here on, the next append finds out.
+        self.digests += digests
+        self._tail = ids[hashed:].copy()
+        self.num_tokens += len(new)
 
     def rows(self) -> npt.NDArray[np.uint8]:
         """All keys as one array, uint8 ``[len(self), 32]``."""
@@ -176,17 +179,19 @@ class Keys:
         last = self.digests[-1].hex()[:12] if self.digests else "-"
         return f"Keys({len(self)} x {self.block_tokens} tokens, last {last}, {self.num_tokens} tokens)"
 
-    def _hash_blocks(self, ids: npt.NDArray[np.int32]) -> None:
+    def _hash_blocks(self, ids: npt.NDArray[np.int32]) -> list[bytes]:
+        """The keys of the full blocks ``ids``, which follow on those that there are."""
         size = 4 * self.block_tokens
         data = ids.astype("<i4", copy=False).tobytes()
         before, between, after = pack("<Q", KEY_BYTES), pack("<Q", size), pack("<Q", 0)
         parent = self.digests[-1] if self.digests else self.root_digest
-        add = self.digests.append
+        digests: list[bytes] = []
         first = len(self.digests)
         for block, (piece,) in enumerate(iter_unpack(f"{size}s", data), first):
             tail = self._extra_of(block) if self.extra else after
             parent = sha256(b"".join((before, parent, between, piece, tail))).digest()
-            add(parent)
+            digests.append(parent)
+        return digests
 
     def _extra_of(self, block: int) -> bytes:
         start = block * self.block_tokens

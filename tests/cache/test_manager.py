@@ -269,6 +269,44 @@ async def test_whoever_leaves_last_closes_also_what_synchronous_code_opened(tmp_
         core.match(TOKENS)
 
 
+class Doorway:
+    """A lock behind which, when it is given up for the first time, somebody else passes through."""
+
+    def __init__(self, lock: Any, passing: Callable[[], None]) -> None:
+        self._lock = lock
+        self._passing = [passing]
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if self._passing:
+            self._passing.pop()()
+
+
+async def test_whoever_enters_while_the_last_one_leaves_finds_it_open(tmp_path: Path) -> None:
+    manager, inside, left = CacheManager(settings(tmp_path), LAYOUT, "m"), threading.Event(), threading.Event()
+
+    async def visit() -> int:
+        async with manager:
+            inside.set()
+            assert await asyncio.to_thread(left.wait, 30)
+            return manager.match(TOKENS)
+
+    def pass_through() -> None:
+        visitors.append(pool.submit(asyncio.run, visit()))
+        assert inside.wait(30)
+
+    visitors: list[Future[int]] = []
+    with ThreadPoolExecutor(1) as pool:
+        await manager.__aenter__()
+        manager._lock = Doorway(manager._lock, pass_through)  # type: ignore[assignment]
+        await manager.__aexit__(None, None, None)
+        left.set()
+        assert await asyncio.to_thread(visitors[0].result, 30) == 0
+
+
 async def test_close_is_for_all_who_are_inside(tmp_path: Path) -> None:
     """And nobody is, afterwards: who entered without `async with` leaves by it."""
     manager = CacheManager(settings(tmp_path), LAYOUT, "m")

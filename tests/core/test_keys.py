@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvtier.core.keys import KEY_BYTES, MAX_TOKEN_ID, Extra, Keys, Root, token_array
 from kvtier.errors import ConfigError
+from tests.interrupts import once
 
 ROOT = Root("llama", "v1", "lora", "acme")
 TOKENS = st.lists(st.integers(0, MAX_TOKEN_ID), max_size=70)
@@ -234,6 +235,25 @@ def test_a_refused_append_leaves_the_keys_as_they_were() -> None:
     keys.append([6, 7])
     assert keys.digests == Keys.from_tokens(ROOT, range(8), 4).digests
     assert keys.num_tokens == 8
+
+
+@pytest.mark.parametrize("hashed", range(3))
+def test_an_interrupted_append_leaves_the_keys_as_they_were(monkeypatch: pytest.MonkeyPatch, hashed: int) -> None:
+    """Half of it would chain what comes next onto another place than it has."""
+    keys = Keys.from_tokens(ROOT, range(6), 4)
+    monkeypatch.setattr("kvtier.core.keys.sha256", once(sha256, KeyboardInterrupt(), after=hashed))
+    with pytest.raises(KeyboardInterrupt):
+        keys.append(range(6, 20))
+    assert keys.num_tokens == 6
+    keys.append(range(6, 20))
+    assert keys.digests == Keys.from_tokens(ROOT, range(20), 4).digests
+
+
+def test_keys_whose_append_was_interrupted_at_its_end_do_not_grow_any_more() -> None:
+    keys = Keys.from_tokens(ROOT, range(6), 4)
+    keys.digests.append(bytes(32))  # and the number of tokens was not reached
+    with pytest.raises(ConfigError, match="interrupted after 6 tokens; make the keys anew"):
+        keys.append(range(6, 20))
 
 
 @pytest.mark.parametrize("block_tokens", [0, -4])
