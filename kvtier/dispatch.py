@@ -368,26 +368,33 @@ class Dispatch:
     # --- with no lock held ------------------------------------------------------------------------------------------
 
     def _deliver(self, news: _News) -> None:
+        """Send and tell what came of a turn, and what comes of it where a rank does not take its plans."""
+        while not self._deliver_once(news):
+            with self.lock:
+                news = self._collect()
+
+    def _deliver_once(self, news: _News) -> bool:
+        """Whether every rank took its plans."""
         for what, error in news.mistakes:
             log.error("%s failed; a job that waits for it, if any, is refused", what, exc_info=error)
         try:
-            self._send(news.plans)
+            return self._send(news.plans)
         finally:
             for event in news.arrived:
                 event.set()
             tell(news.jobs)
 
-    def _send(self, plans: Sequence[Plan]) -> None:
-        """Each rank gets its plans, whatever becomes of another.
+    def _send(self, plans: Sequence[Plan]) -> bool:
+        """Each rank gets its plans, whatever becomes of another; whether all took them.
 
         Where Ctrl-C strikes nobody knows what the rank has begun, so its plans are left to it.
         """
-        interrupt = None
+        interrupt, all_taken = None, True
         for rank, channel in enumerate(self.channels):
             mine = [plan for plan in plans if plan.rank == rank]
             try:
                 if mine:
-                    self._send_to(channel, mine)
+                    all_taken &= self._send_to(channel, mine)
             except BaseException as error:
                 interrupt = error
         for plan in plans if self._cancelled else ():
@@ -395,17 +402,18 @@ class Dispatch:
                 self.channels[plan.rank].cancel(plan.plan_id)
         if interrupt is not None:
             raise interrupt
+        return all_taken
 
-    def _send_to(self, channel: Channel, plans: Sequence[Plan]) -> None:
-        """One rank gets its plans; whoever waits for those that it does not take is refused."""
+    def _send_to(self, channel: Channel, plans: Sequence[Plan]) -> bool:
+        """One rank gets its plans, or takes none of them: then whoever waits for those is refused."""
         try:
             channel.send(plans)
         except Exception:
             log.exception("rank %d did not take %d plans; whoever waits is refused", plans[0].rank, len(plans))
             with self.lock:
                 self.planner.disown(plans)
-                news = self._collect()
-            self._deliver(news)
+            return False
+        return True
 
     def _cancel(self, job: AnyJob) -> None:
         self._check_here()

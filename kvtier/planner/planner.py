@@ -289,6 +289,7 @@ class Planner:
         for plan in plans:
             self._state.counts["failed_plans"] += 1
             self._commits.disown(plan)
+        self.follow_up()
 
     def take_in(self, message: Message) -> None:
         """Commit a completion, or take a report in; words of an earlier life of a rank are passed over.

@@ -310,11 +310,18 @@ class Broken(LocalChannel):
 
     breaks_on: PlanKind | None = None
     error: BaseException = BrokenPipeError("nobody reads")
+    meanwhile: Callable[[], object] = bool
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.took: list[PlanKind] = []
 
     def send(self, plans: Sequence[Plan]) -> None:
         if self.breaks_on is not None and any(plan.kind == self.breaks_on for plan in plans):
             self.breaks_on = None
+            self.meanwhile()
             raise self.error
+        self.took += [plan.kind for plan in plans]
         super().send(plans)
 
 
@@ -344,6 +351,27 @@ def test_plans_that_a_channel_does_not_take_are_refused_and_all_others_go_on(kin
     assert [job.result(60).failed for job in again] == [{}, {}, {}]
     assert all(job.done for job in jobs)
     assert cache.stats()["failed_plans"] == 1
+    assert cache.close(60)
+
+
+def test_what_follows_from_plans_that_a_channel_does_not_take_is_done_at_once() -> None:
+    """Whoever joined such a store goes on to the disk with what there is; nobody else may ever come to see to it."""
+    cache, channel = over_a_broken_channel()
+    tokens = [5] * (4 * SIZE)
+    assert cache.submit_store(tokens[: 2 * SIZE], ENGINE.pages).result(60).stored == 2 * SIZE
+    engine, joined = PseudoEngine(LAYOUT, 4), list[Any]()
+
+    def join() -> None:
+        joined.append(cache.submit_store(tokens, engine.pages, durability="process"))
+        cache.lookup(tokens).release()  # what was asked for before is planned by then
+
+    channel.breaks_on, channel.meanwhile = PlanKind.STORE, join
+    job = cache.submit_store(tokens, engine.pages)
+    cache.pump()
+    assert job.done
+    assert channel.took[-1] == PlanKind.SPILL
+    assert joined[0].result(60).failed == {"refused": 2 * SIZE}
+    assert joined[0].result(60).existing == 2 * SIZE
     assert cache.close(60)
 
 
