@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
+from kvtier.core.columns import column
 from kvtier.core.plan import NOWHERE
 from kvtier.index.cells import Cells, wide
-from kvtier.index.entries import EntryRows
+from kvtier.index.entries import MISSING, EntryRows
 from kvtier.index.space import Space
 from kvtier.planner.eviction import Keeper, Leaves
 from kvtier.planner.hops import Extent, Hop, Ints, Targets
@@ -28,6 +30,11 @@ class HostBook:
         self._policy = policy
         self._record_pages = tuple(record_pages)
         self._deferred: dict[int, list[Extent]] = {}
+        self._uses = 0
+        """How often entries came in, or were used."""
+        self._moved = column(index.table.capacity, np.int64)
+        """By entry: the use with which it and all that it extends were the newest, or a later one."""
+        self._moved_at = self._moved.data
 
     def attach(self, rank: int, host_pages: int) -> None:
         """Rank ``rank`` brings an empty arena of ``host_pages``; what was to be freed in an earlier one is void."""
@@ -126,7 +133,7 @@ class HostBook:
     def admit(self, entries: EntryRows) -> None:
         """Entries that are now complete in host memory, in prefix order. Used with them is what they extend."""
         self._policy.insert(entries)
-        self._touch_extended(entries)
+        self._used(entries)
 
     def touch(self, entries: EntryRows) -> None:
         """Entries that were used together, in prefix order, and with them what they extend.
@@ -136,7 +143,7 @@ class HostBook:
         if not self._index.all_on_host(entries):
             entries = entries[self._index.on_host(entries)]
         self._policy.touch(entries)
-        self._touch_extended(entries)
+        self._used(entries)
 
     def free(self, extents: Iterable[Extent]) -> None:
         """Room that nobody uses any more."""
@@ -147,31 +154,46 @@ class HostBook:
         """Entries in host memory."""
         return len(self._policy)
 
-    def _touch_extended(self, entries: EntryRows) -> None:
-        """What ``entries`` extend in host memory must not be older: none of it may go before them.
+    def _used(self, entries: EntryRows) -> None:
+        """``entries`` are the newest now. What they extend must not be much older: none of it may go before them.
 
-        Whoever holds the beginning of a sequence itself looks up, and stores, only the rest.
+        Whoever holds the beginning of a sequence itself looks up, and stores, only the rest. Where parents are older
+        than their children, every look at what may go walks over them in vain.
         """
-        parent_at, ranks_at, everywhere = self._index.parent_at, self._index.host_ranks_at, self._index.every_rank
-        extended: list[int] = []
-        seen: set[int] = set()
-        for parent in reversed(self._extended_by(entries)):
-            entry, above = parent, list[int]()
-            while entry >= 0 and entry not in seen and ranks_at[entry] == everywhere:
-                above.append(entry)
-                entry = parent_at[entry]
-            seen.update(above)
-            extended += reversed(above)
-        if extended:
-            self._policy.touch(wide(np.array(extended, np.int32)))
-
-    def _extended_by(self, entries: EntryRows) -> list[int]:
-        """The parents of those of ``entries`` that do not stand right behind their parent."""
+        if not len(entries):
+            return
+        self._uses += 1
         if len(entries) == 1:
-            return [self._index.parent_at[entries.item()]]
+            entry = entries.item()
+            self._moved_at[entry] = self._moved_with(self._index.parent_at[entry])
+            return
+        self._moved[entries] = self._uses
         parents = self._index.parent[entries]
-        apart = parents[1:] != entries[:-1]
-        return [*parents[:1].tolist(), *parents[1:][apart].tolist()]
+        begins = (parents[1:] != entries[:-1]).nonzero()[0] + 1  # those that do not stand right behind their parent
+        for first, stop in pairwise((0, *begins.tolist(), len(entries))):
+            self._moved[entries[first:stop]] = self._moved_with(int(parents[first]))
+
+    def _moved_with(self, entry: int) -> int:
+        """The use with which ``entry`` and all that it extends were moved to the newest; this one, if it is time again.
+
+        That takes a step for each. As many uses may pass between two times as there are 16 steps to take: so a sequence
+        that grows block by block costs 16 steps a block, however long it is.
+        """
+        index, uses, moved_at = self._index, self._uses, self._moved_at
+        extended: list[int] = []
+        while entry >= 0 and index.host_ranks_at[entry] == index.every_rank:
+            if moved_at[entry] >= uses - (index.depth_at[entry] >> 4):
+                break
+            extended.append(entry)
+            entry = index.parent_at[entry]
+        else:
+            entry = MISSING
+        moved = uses if entry == MISSING else moved_at[entry]
+        if extended:
+            order = wide(np.array(extended, np.int32))
+            self._policy.touch(order[::-1])
+            self._moved[order] = moved
+        return moved
 
     def _evict_until(self, pages: int, most: int, leaves: Leaves) -> int:
         gone, longest = 0, max(self._record_pages)

@@ -95,8 +95,9 @@ class JointPlans:
         count = sum(len(wish.ticket.outcome) for wish in joint)
         if len(joint) < 2 or not self._stores.has_room_for(count):
             return wishes
-        # What earlier wishes have already may not go to make room for later ones.
-        shield = self._entries_of(alone)
+        # What wishes have already, or extend, may not go to make room for others.
+        extended = (self._stores.before(wish.keys, 0, wish.ticket.first_block) for wish in joint)
+        shield = wide(np.union1d(self._entries_of(alone), self._stores.at_stake(extended)))
         state.index.pin(shield)
         fit, starts = state.host.reserve(0, count)
         state.unpinned(state.index.unpin(shield))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -118,6 +119,15 @@ class Stores:
         """The entry that ``block`` extends, or MISSING."""
         return self._state.index.table.find_one(keys.digests[block - 1], group) if block else MISSING
 
+    def at_stake(self, before: Iterable[int]) -> EntryRows:
+        """Those of ``before``, entries or MISSING, that would be gone if host memory freed them.
+
+        They are what somebody is about to extend: without them the new blocks would be of no use.
+        """
+        index = self._state.index
+        lone = {entry for entry in before if entry >= 0 and index.disk_ranks_at[entry] != index.every_rank}
+        return wide(np.array(sorted(lone), np.int32))
+
     def send(self, hop: Hop, parents: bytes, pages: PageTable, start: int, stop: int) -> None:
         """One STORE plan for each rank: tokens [start, stop) of ``pages``; ``parents`` are the keys the rows extend."""
         state, ticket = self._state, hop.ticket
@@ -231,7 +241,10 @@ class Stores:
         if not len(wanted):
             return _NewRows(entries[:0], wanted, {}, 0)
         wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
+        shield = self.at_stake((self.before(keys, group, first),) if keys.chained else ())
+        index.pin(shield)
         fit, starts = state.host.reserve(group, wanted_now)
+        state.unpinned(index.unpin(shield))
         if fit < len(wanted):
             for at in wanted[fit:].tolist():
                 ticket.fail(first + at, Reason.REFUSED)

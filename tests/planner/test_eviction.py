@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtier.core.keys import Keys
 from kvtier.core.plan import Tier
 from kvtier.planner import Outcome, eviction
 from kvtier.planner.state import ControlState
-from tests.planner.bench import Bench
+from kvtier.policy import LeafFirstLRU
+from tests.planner.bench import BLOCK, ROOT, Bench
 
 LONGEST = 2
 
@@ -269,6 +271,25 @@ def test_what_is_extended_is_no_older_than_what_extends_it(way: str) -> None:
         bench.stored(bench.keys(12, 0, shared=10), start=10 * 4)
     oldest = list(islice(bench.planner._state.host.candidates(), 10))
     assert oldest == [bench.entry(other, block) for block in reversed(range(10))]
+
+
+def test_a_sequence_that_grows_block_by_block_moves_its_beginning_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved with each block it would cost as much as all that there is, every time."""
+    bench = Bench(host_blocks=1000)
+    moved = []
+    touch = LeafFirstLRU.touch
+    monkeypatch.setattr(LeafFirstLRU, "touch", lambda lru, entries: moved.append(len(entries)) or touch(lru, entries))
+    keys = Keys(ROOT, BLOCK)
+    for block in range(900):
+        keys.append([block] * BLOCK)
+        bench.stored(keys, start=block * BLOCK)
+    keys.append([0])
+    assert bench.match(keys) == 900
+    assert sum(moved) <= 16 * 900
+    assert max(moved) > 800, "all of it, when it is time"
+    order = {entry: at for at, entry in enumerate(bench.planner._state.host.candidates())}
+    places = [order[bench.entry(keys, block)] for block in range(900)]
+    assert sum(after > before for before, after in pairwise(places)) <= 900 // 16, "nearly all are no older"
 
 
 @pytest.mark.parametrize(("kept", "gone"), [(30, 11), (31, 10)])

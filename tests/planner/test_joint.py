@@ -279,6 +279,15 @@ def test_what_an_earlier_wish_has_does_not_make_room_for_a_later_one() -> None:
     assert bench.match(known) == 2
 
 
+def test_what_wishes_extend_does_not_make_room_for_them() -> None:
+    bench = Bench(host_blocks=8)
+    bench.stored(bench.keys(4, shared=4))
+    bench.stored(bench.keys(4, 50))
+    bench.plan([store(bench.keys(5, seed, shared=4), table(seed), start=4 * BLOCK) for seed in range(3)])
+    bench.run()
+    assert bench.match(bench.keys(5, 2, shared=4)) == 5
+
+
 def test_wishes_of_a_version_that_was_retired_are_misses() -> None:
     bench = Bench(**ROOM)
     old = Root("model", "old")

@@ -125,6 +125,27 @@ def test_what_a_store_extends_is_not_evicted_to_make_room_for_it() -> None:
     assert bench.match(longer) == 4
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_what_a_store_from_start_on_extends_is_not_evicted_to_make_room_for_it(blocks: int) -> None:
+    """Nobody would find the new blocks without it, and they would keep it out for as long as they are there."""
+    bench = Bench(host_blocks=4)
+    bench.stored(bench.keys(4, shared=4))
+    longer = bench.keys(4 + blocks, shared=4)
+    ticket = bench.stored(longer, start=4 * BLOCK)
+    assert ticket.count(Outcome.FAILED) == blocks
+    assert bench.match(longer) == 4
+    bench.check_at_rest()
+
+
+def test_what_a_store_extends_makes_room_where_the_disk_has_it_too() -> None:
+    bench = Bench(host_blocks=4, segments=8)
+    bench.stored(bench.keys(4, shared=4))
+    longer = bench.keys(7, shared=4)
+    assert bench.stored(longer, start=4 * BLOCK).count(Outcome.DONE) == 3
+    assert bench.match(longer) == 7
+    bench.check_at_rest()
+
+
 def test_the_least_recently_used_leaves_make_room() -> None:
     bench = Bench(host_blocks=6)
     old, used, new = bench.keys(3, 0), bench.keys(3, 1), bench.keys(2, 2)
