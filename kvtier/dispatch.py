@@ -120,14 +120,18 @@ class Dispatch:
         Returns whether something follows that no copy thread could be asked to see to.
         """
         self._wishes.append(lease)
-        if not self.lock.acquire(blocking=False):
+        taken: list[bool] = []
+        try:
+            taken.extend(map(self.lock.acquire, (False,)))  # one call: Ctrl-C never finds the lock taken and not noted
+            if taken[0]:
+                self._plan_wishes(len(self._wishes))
+        finally:
+            if taken and taken[0]:
+                self.lock.release()
+        if not taken[0]:
             if not self.closed:
                 self.channels[0].call_back()
             return False
-        try:
-            self._plan_wishes(len(self._wishes))
-        finally:
-            self.lock.release()
         follows = self.planner.has_news or bool(self._wishes)
         return follows and not self.closed and not self.channels[0].call_back()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -46,6 +48,29 @@ def once(call: Callable[..., Any], error: BaseException, *, after: int = 0) -> C
         return result
 
     return calling
+
+
+def strike(call: Callable[[], object], within: FunctionType, number: int) -> bool:
+    """Call it, and raise right after the call of a built-in in ``within``, of that number; False where there are fewer.
+
+    There the interpreter looks for signals; between two built-ins that are called it hardly ever does.
+    """
+    left = [number]
+
+    def on_return(frame: FrameType, event: str, _: object) -> None:
+        if event == "c_return" and frame.f_code is within.__code__:
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+    sys.setprofile(on_return)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
 
 
 def open_files() -> list[str]:

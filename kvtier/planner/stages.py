@@ -64,7 +64,9 @@ class Stages:
         dirty = ~state.index.on_disk(entries)
         waiting, of_blocks = entries[dirty].tolist(), blocks[dirty].tolist()
         if not state.disk.usable:
-            for block in of_blocks:
+            # What a flush is for may have left host memory already, and gone nowhere.
+            gone = [0] if ticket.kind == TicketKind.FLUSH and state.counts["stored_host_blocks"] else []
+            for block in of_blocks + gone:
                 ticket.fail(block, Reason.NO_DISK)
             return
         ticket.waits += len(waiting)
@@ -96,8 +98,8 @@ class Stages:
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.succeed()
-        ticket.finished = ticket.source_free = True
-        for entries, _ in ticket.held:
+        while ticket.held:
+            entries, _ = ticket.held.pop()
             self._state.unpinned(self._state.index.unpin(entries))
-        ticket.held.clear()
+        ticket.finished = ticket.source_free = True
         self._state.news.append(ticket)

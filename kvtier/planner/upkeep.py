@@ -17,6 +17,7 @@ from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 
 _ENTRIES_LOOKED_AT: Final = 4096
+_NO_ENTRIES: Final = np.empty(0, np.int32)
 _NOTHING_SEEN: Final = (-1, -1, -1)
 _RECLAIMS_IN_VAIN: Final = 8
 _EVICTED_A_TURN: Final = 256
@@ -122,24 +123,30 @@ class Upkeep:
         state = self._state
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
         while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
-            wanted = wide(np.array(entries, np.int32))
-            wanted = (
-                wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
-            )
-            going = set(wanted.tolist())
-            hindrance = Reason.GONE if state.disk.usable else Reason.NO_DISK
-            for entry in entries:
-                if entry not in going:
-                    done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
-                    state.disk.take_back(entry)
-                    for ticket in state.row_ended(entry, Reason.NONE if done else hindrance):
-                        self._stages.advance(ticket)
-            for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
-                try:
-                    self._send_write(wanted[rows], nbytes)
-                except Exception as error:  # a mistake of ours: whoever waits for the disk must not wait for ever
-                    state.mistakes.append(("planning a write", error))
-                    self._refuse(wanted[rows])
+            try:
+                self._write_those(entries, nbytes)
+            except BaseException:  # Ctrl-C: whoever waits for the disk must not wait for ever
+                going = [hop.entries for hop in state.hops.values() if hop.kind == PlanKind.SPILL]
+                self._refuse(np.setdiff1d(np.array(entries, np.int32), np.concatenate([_NO_ENTRIES, *going])))
+                raise
+
+    def _write_those(self, entries: list[int], nbytes: int) -> None:
+        state, wanted = self._state, wide(np.array(entries, np.int32))
+        wanted = wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
+        going = set(wanted.tolist())
+        hindrance = Reason.GONE if state.disk.usable else Reason.NO_DISK
+        for entry in entries:
+            if entry not in going:
+                done = int(state.index.disk_ranks[entry]) == int(state.index.all_ranks)
+                state.disk.take_back(entry)
+                for ticket in state.row_ended(entry, Reason.NONE if done else hindrance):
+                    self._stages.advance(ticket)
+        for rows in stretches(len(wanted), nbytes, WRITE_HOP_BYTES):
+            try:
+                self._send_write(wanted[rows], nbytes)
+            except Exception as error:  # a mistake of ours
+                state.mistakes.append(("planning a write", error))
+                self._refuse(wanted[rows])
 
     def _refuse(self, entries: EntryRows) -> None:
         for entry in entries.tolist():

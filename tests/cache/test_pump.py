@@ -16,12 +16,14 @@ import pytest
 from kvtier import CacheManager, ClosedError, ConfigError, TieredCache
 from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.core.plan import COMPLETED, Completion, Hello, Message, Plan, Status, Tier
+from kvtier.dispatch import Dispatch
 from kvtier.hits import Hit
 from kvtier.jobs import Client
 from kvtier.memories import Memories
 from kvtier.metrics import Sample
 from kvtier.planner import Lease
 from kvtier.testing.contents import PseudoEngine, tiny_layout
+from tests.interrupts import strike
 
 LAYOUT = tiny_layout()
 SIZE = LAYOUT.block_tokens
@@ -273,6 +275,15 @@ def test_waiting_for_ranks_ends_when_the_cache_is_closed(cache: TieredCache) -> 
     assert cache.close()
     with pytest.raises(ClosedError):
         cache.wait_attached(600)
+
+
+def test_an_interrupt_while_a_hit_is_released_never_leaves_the_lock_taken(cache: TieredCache) -> None:
+    dispatch, number = cache._dispatch, 0
+    while strike(cache.lookup(tokens(1)).release, Dispatch.let_go, number):
+        assert dispatch.lock.acquire(blocking=False), f"struck after call {number}"
+        dispatch.lock.release()
+        number += 1
+    assert number >= 3
 
 
 class Origin:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from kvtier.core.plan import PAGE_BYTES, DiskState, Lineage, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
 from kvtier.planner.host import HostBook
+from kvtier.planner.upkeep import Upkeep
+from tests.interrupts import once, strike
 from tests.planner.bench import BACK, BLOCK, Bench
 
 LEVELS = [Durability.PROCESS, Durability.DURABLE]
@@ -394,3 +398,54 @@ def test_a_host_tier_that_cannot_be_drained_is_not_looked_through_again_before_s
     assert looked
     assert bench.planner.stats()["host_entries"] == 4
     bench.check_at_rest()
+
+
+def test_an_interrupt_while_writes_are_planned_keeps_nobody_waiting() -> None:
+    """What was taken out of the queue and not sent is refused: any later flush would wait for it for ever."""
+    number, struck = 0, True
+    while struck:
+        bench = Bench(segments=8, **BACK)
+        keys = bench.keys(4)
+        bench.stored(keys)
+        wanted = partial(bench.store, keys, durability=Durability.PROCESS)
+        struck = strike(wanted, Upkeep._write_those, number)
+        flush, again = bench.flush(), wanted()
+        bench.run()
+        assert flush.finished, f"struck after call {number}"
+        assert again.finished
+        bench.check_at_rest()
+        number += 1
+    assert number >= 4
+
+
+def test_an_interrupt_while_a_job_ends_leaves_it_to_be_ended_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(segments=8, **BACK)
+    keys = bench.keys(4)
+    bench.stored(keys)
+    ticket = bench.store(keys, durability=Durability.PROCESS)
+    stages, state = bench.planner._stages, bench.planner._state
+    monkeypatch.setattr(state, "unpinned", once(state.unpinned, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        stages.give_up(ticket, Reason.REFUSED)
+    bench.planner.take_finished()
+    stages.give_up(ticket, Reason.REFUSED)
+    assert bench.planner.take_finished() == [ticket]
+    bench.run()
+    assert bench.planner.stats()["pinned_entries"] == 0
+
+
+@pytest.mark.parametrize("segments", [0, 8])
+def test_a_flush_does_not_say_that_all_is_on_disk_when_it_left_host_memory_and_the_disk_was_gone(segments: int) -> None:
+    bench = Bench(segments=segments, host_blocks=4)
+    if segments:
+        bench.planes[0].usable = False
+        bench.planes[0].disk_state()
+        bench.hear()
+    assert not bench.flush().count(Outcome.FAILED), "nothing was stored"
+    bench.stored(bench.keys(4))
+    for seed in range(1, 3):
+        bench.stored(bench.keys(4, seed))
+    bench.planner._state.host.make_room(8)
+    assert bench.planner.stats()["host_entries"] == 0
+    flush = bench.flush()
+    assert list(flush.reason) == [Reason.NO_DISK]
