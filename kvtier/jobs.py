@@ -46,8 +46,9 @@ class LoadResult:
 class StoreResult:
     """Tokens of the full blocks in range: ``stored`` + ``existing`` + ``refused``; ``failed`` is refused by reason.
 
-    ``engine_error``: the engine's own memory raised when it was read; the log has the traceback. ``no_disk``: more than
-    host memory was asked for, and no directory is configured, or works; host memory may hold the blocks all the same.
+    ``engine_error``: the engine's own memory raised when it was read; the log has the traceback. What somebody else was
+    storing already ends as that store does, whatever becomes of it. ``no_disk``: more than host memory was asked for,
+    and no directory is configured, or works; host memory may hold the blocks all the same.
     What is ``existing`` keeps its place on disk: it goes with the blocks that were written beside it, the oldest first.
     ``nbytes`` is what was moved to host memory: whole records in 4 KiB pages, with their header pages.
     """

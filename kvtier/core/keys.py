@@ -13,9 +13,11 @@ its position relative to the block and its digest.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from operator import index
 from struct import iter_unpack, pack
 from typing import Any, TypeAlias
@@ -59,7 +61,9 @@ class Keys:
     """
 
     __slots__ = (
+        "_reaches",
         "_rows",
+        "_starts",
         "_tail",
         "block_tokens",
         "chained",
@@ -84,6 +88,8 @@ class Keys:
         self.block_tokens = block_tokens
         items = enumerate(_items("extra", extra))
         self.extra = tuple(sorted(_checked_extra(position, item) for position, item in items))
+        self._starts = [start for start, _, _ in self.extra]
+        self._reaches = list(accumulate((stop for _, stop, _ in self.extra), max))  # of each item and those before it
         self.foreign_engine: str | None = None
         self.chained = True
         self.digests: list[bytes] = []
@@ -196,11 +202,8 @@ class Keys:
     def _extra_of(self, block: int) -> bytes:
         start = block * self.block_tokens
         stop = start + self.block_tokens
-        items = [
-            pack("<qqQ", a - start, b - start, len(digest)) + digest
-            for a, b, digest in self.extra
-            if a < stop and b > start
-        ]
+        near = self.extra[bisect_right(self._reaches, start) : bisect_left(self._starts, stop)]
+        items = [pack("<qqQ", a - start, b - start, len(digest)) + digest for a, b, digest in near if b > start]
         joined = b"".join(items)
         return pack("<Q", len(joined)) + joined
 

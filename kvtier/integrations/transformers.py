@@ -116,10 +116,15 @@ class CachedGenerator:
         if not hasattr(model, "config") or not hasattr(model, "generate"):
             raise ConfigError(f"model: got {type(model).__name__}, want a model of transformers that generates")
         self.model = model
-        self.cache = cache.core if isinstance(cache, CacheManager) else cache
+        self._opened = cache
         self.timeout_s = timeout(timeout_s, MOST_SECONDS)
         self._clock = SystemClock()
         self._layers = layers_of(self.cache.layout, model)
+
+    @property
+    def cache(self) -> TieredCache:
+        """What holds the KV: of a manager that was entered again, the cache that it has open now."""
+        return self._opened.core if isinstance(self._opened, CacheManager) else self._opened
 
     def generate(
         self,

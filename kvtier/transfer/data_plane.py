@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from math import ceil
 from typing import Final
 
 import numpy as np
@@ -470,11 +471,12 @@ def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Ar
 
 
 def _check_host(config: Config, record_pages: int) -> None:
-    nbytes = record_pages * PAGE_BYTES
-    if config.host.capacity < nbytes:
+    least = ceil(record_pages / config.host.high_watermark) * PAGE_BYTES  # with less, no block would stay
+    if config.host.capacity < least:
         raise CapacityError(
-            f"host.capacity = {config.host.capacity}: one block of this model takes {nbytes} bytes; set it to at least"
-            " that, or use a smaller block_tokens"
+            f"host.capacity = {config.host.capacity}: one block of this model takes {record_pages * PAGE_BYTES} bytes; "
+            f"set it to at least {least} (host.high_watermark = {config.host.high_watermark:g} of it stays in use), or "
+            "use a smaller block_tokens"
         )
 
 

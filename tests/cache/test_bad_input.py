@@ -70,6 +70,21 @@ def test_a_block_larger_than_the_host_tier_is_refused_with_the_size_it_takes() -
         TieredCache(settings(capacity=4096), LAYOUT, "m")
 
 
+def test_a_host_tier_of_the_least_size_that_is_asked_for_keeps_a_block() -> None:
+    layout = tiny_layout(dim=1 << 14)  # blocks of 1 MiB
+    with pytest.raises(CapacityError) as refused:
+        TieredCache(settings(capacity="1MiB"), layout, "m")
+    least = re.search(r"set it to at least (\d+)", str(refused.value))
+    assert least is not None
+    with pytest.raises(CapacityError):
+        TieredCache(settings(capacity=int(least[1]) - 4096), layout, "m")
+    with TieredCache(settings(capacity=int(least[1]), staging="16MiB"), layout, "m") as cache:
+        engine = PseudoEngine(layout, 1)
+        assert cache.submit_store(TOKENS[: layout.block_tokens], engine.pages).result(60).stored == layout.block_tokens
+        cache.submit_prefetch(TOKENS).result(60)  # by then room has been made ahead, if any was wanted
+        assert cache.match(TOKENS) == layout.block_tokens
+
+
 @pytest.mark.parametrize("capacity", ["512KiB", "16MiB"], ids=["of less than a block", "of less than a few segments"])
 def test_a_disk_tier_too_small_for_blocks_of_this_size_is_refused_with_the_remedy(
     tmp_path: Path, capacity: str

@@ -355,6 +355,18 @@ def test_a_cache_that_was_closed_before_is_an_error_and_nothing_is_computed(mode
         generator.generate(_prompt(40), **GREEDY)
 
 
+async def test_a_generator_goes_on_with_what_its_manager_has_open(model):
+    manager = CacheManager({"host": {"capacity": "8MiB", "staging": "1MiB"}}, _layout(model), "tiny")
+    async with manager:
+        generator = CachedGenerator(model, manager)
+    with pytest.raises(ClosedError):
+        generator.generate(_prompt(40), **GREEDY)
+    async with manager:
+        first, again = (generator.generate(_prompt(40), **GREEDY) for _ in range(2))
+        assert sum(first.report.hit_tokens.values()) == 0
+        assert sum(again.report.hit_tokens.values()) > 0
+
+
 def test_what_is_computed_on_top_of_a_hit_is_stored_as_derived_from_it(model, cache, monkeypatch):
     generator = CachedGenerator(model, cache)
     generator.generate(_prompt(40), **GREEDY)
