@@ -59,6 +59,18 @@ def check_dropout(model: Any) -> None:
             )
 
 
+def check_keeps_kv(model: Any) -> None:
+    """Refuse a model that computes no KV cache, before it has computed an answer for nothing.
+
+    Raises:
+        ConfigError: it is in training mode, with gradient checkpointing.
+    """
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ConfigError(
+            "model: is in training mode with gradient checkpointing, and keeps no KV then; call model.eval() first"
+        )
+
+
 def check_autocast(model: Any) -> None:
     """Refuse to compute KV in another precision than that of the model: it would be found again as if it were exact.
 

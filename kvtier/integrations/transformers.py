@@ -21,7 +21,7 @@ from kvtier.core.checks import timeout
 from kvtier.core.keys import Keys
 from kvtier.errors import ClosedError, ConfigError, KVTierError
 from kvtier.hits import Hit
-from kvtier.integrations.fit import check_autocast, check_dropout, layers_of, sizes_of
+from kvtier.integrations.fit import check_autocast, check_dropout, check_keeps_kv, layers_of, sizes_of
 from kvtier.integrations.prompts import joined, without_padding
 from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
 from kvtier.manager import CacheManager
@@ -146,10 +146,11 @@ class CachedGenerator:
             ClosedError: the cache was closed before.
             ConfigError: an argument that would make KV depend on more than token ids, a way to generate that cannot
                 start from a filled cache, a mask with holes, a model that was turned into another dtype since or is in
-                training mode with dropout, or ``torch.autocast``.
+                training mode with dropout or gradient checkpointing, or ``torch.autocast``.
         """
         self._layers = layers_of(self.cache.layout, self.model)  # by now it may be of another dtype
         check_dropout(self.model)
+        check_keeps_kv(self.model)
         check_autocast(self.model)
         settings = self._settings(kwargs)
         _check(kwargs, settings)

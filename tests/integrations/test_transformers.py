@@ -355,6 +355,14 @@ def test_a_cache_that_was_closed_before_is_an_error_and_nothing_is_computed(mode
         generator.generate(_prompt(40), **GREEDY)
 
 
+def test_a_model_that_keeps_no_kv_is_refused_before_it_computes_anything(model, cache, monkeypatch):
+    generator = CachedGenerator(model, cache)
+    model.train().gradient_checkpointing_enable()
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(ConfigError, match="gradient checkpointing"):
+        generator.generate(_prompt(40), **GREEDY)
+
+
 async def test_a_generator_goes_on_with_what_its_manager_has_open(model):
     manager = CacheManager({"host": {"capacity": "8MiB", "staging": "1MiB"}}, _layout(model), "tiny")
     async with manager:
