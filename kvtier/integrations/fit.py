@@ -65,7 +65,7 @@ def check_keeps_kv(model: Any) -> None:
     Raises:
         ConfigError: it is in training mode, with gradient checkpointing.
     """
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ConfigError(
             "model: is in training mode with gradient checkpointing, and keeps no KV then; call model.eval() first"
         )
