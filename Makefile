@@ -24,7 +24,7 @@ demo: $(STAMP) ## a conversation with and without kvtier, then again in a second
 	$(BIN)/python -m kvtier demo
 
 test: $(STAMP) ## the tests that need neither a GPU nor the network
-	$(BIN)/python -m pytest -q -m "not gpu and not stress"
+	$(BIN)/python -m pytest -q -m "not gpu and not stress" --numprocesses auto --maxprocesses 4
 
 stress: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m "stress and not gpu" --timeout 7200
@@ -32,7 +32,7 @@ stress: $(STAMP) ## the long tests
 lint: $(STAMP) ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy kvtier
+	$(BIN)/mypy kvtier benchmarks
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## every benchmark that runs on this machine

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.machine import Bystanders, commit, describe
-from benchmarks.report import RESULTS, write_figures
+from benchmarks.report import MACHINES, RESULTS, write_figures
 from benchmarks.rows import Row, table
 from benchmarks.suite import BENCHMARKS, Benchmark, BenchmarkError, Settings
 
@@ -78,9 +78,10 @@ def run_all(
 def report(
     files: Annotated[list[Path] | None, typer.Argument(help=f"Files of rows; by default {RESULTS}/*.jsonl.")] = None,
     readme: Annotated[Path, typer.Option(help="The file to fill in.")] = Path("README.md"),
+    machines: Annotated[Path, typer.Option(help="The file for rows that have no cache in them.")] = MACHINES,
 ) -> None:
-    """Write the figures section of README.md from recorded rows."""
-    count = write_figures(readme, files or sorted(RESULTS.glob("*.jsonl")))
+    """Write the figures into README.md, and what the machines made of them beside the recorded rows."""
+    count = write_figures(readme, machines, files or sorted(RESULTS.glob("*.jsonl")))
     console.print(f"{readme}: {count} rows")
 
 

@@ -1,4 +1,4 @@
-"""The figures section of README.md, from recorded rows."""
+"""The sections with figures: what kvtier reaches in README.md, what the machine made of it beside the recorded rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from benchmarks.rows import AT_MOST, SURELY, Row
 from benchmarks.suite import BenchmarkError
 
 RESULTS: Final = Path("docs/results")
+MACHINES: Final = RESULTS / "README.md"
 OF_THE_MACHINE: Final = (".itself", ".bare")
 """Endings of rows that have no cache in them."""
 _SECTION: Final = re.compile(r"(?<=<!-- figures:begin -->\n).*?(?=<!-- figures:end -->)", re.DOTALL)
 
 
-def write_figures(readme: Path, files: Iterable[Path]) -> int:
-    """Replace the section between the markers; returns how many rows it now has.
+def write_figures(readme: Path, machines: Path, files: Iterable[Path]) -> int:
+    """Replace the section between the markers in both; returns how many rows ``readme`` now has.
 
     Raises:
-        BenchmarkError: there are no rows, a file is damaged, or ``readme`` has no markers.
+        BenchmarkError: there are no rows, a file is damaged, or one of the two has no markers.
     """
     rows = latest(row for file in files for row in read_rows(file))
-    if not rows:
+    ours = [row for row in rows if not row.bench.endswith(OF_THE_MACHINE)]
+    if not ours:
         raise BenchmarkError(f"no rows to report; record some: python -m benchmarks NAME --json {RESULTS}/NAME.jsonl")
-    text = readme.read_text(encoding="utf-8")
-    if not _SECTION.search(text):
-        raise BenchmarkError(f"{readme}: has no section between <!-- figures:begin --> and <!-- figures:end -->")
-    section = as_markdown(rows)
-    readme.write_text(_SECTION.sub(lambda _: section, text), encoding="utf-8")
-    return len(rows)
+    of_machines = [row for row in rows if row.bench.endswith(OF_THE_MACHINE)]
+    texts = {path: _with_section(path, as_markdown(own)) for path, own in ((readme, ours), (machines, of_machines))}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return len(ours)
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -57,21 +58,20 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """A table per machine, and one of what the machine itself made up; commits are named where rows differ."""
+    """A table per machine; commits are named where rows differ."""
     lines: list[str] = []
     for machine, group in groupby(rows, key=lambda row: row.machine):
         own = list(group)
         commits = sorted({row.commit for row in own})
-        lines += [f"Measured on {machine}, at {', '.join(commits)}:", ""]
-        lines += _table([row for row in own if not _is_of_the_machine(row)])
-        of_the_machine = [row for row in own if _is_of_the_machine(row)]
-        if of_the_machine:
-            lines += ["The machine meanwhile, with no cache:", "", *_table(of_the_machine)]
+        lines += [f"Measured on {machine}, at {', '.join(commits)}:", "", *_table(own)]
     return "\n".join(lines[:-1]) + "\n"
 
 
-def _is_of_the_machine(row: Row) -> bool:
-    return row.bench.endswith(OF_THE_MACHINE)
+def _with_section(path: Path, section: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    if not _SECTION.search(text):
+        raise BenchmarkError(f"{path}: has no section between <!-- figures:begin --> and <!-- figures:end -->")
+    return _SECTION.sub(lambda _: section, text)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from time import thread_time
 from typing import Any, Final
@@ -128,11 +129,11 @@ class _Bench:
         for number in range(ROUNDS + 1):
             keys = [self._fresh() for _ in range(JOBS)]
             if verb == "store":
-                spent_us = self._run(lambda at, keys=keys: self._store(keys[at], at))
+                spent_us = self._run(partial(self._store, keys))
             else:
-                self._run(lambda at, keys=keys: self._store(keys[at], at))
+                self._run(partial(self._store, keys))
                 hits = [self.cache.lookup(own) for own in keys]
-                spent_us = self._run(lambda at, hits=hits: self._load(hits[at], at))
+                spent_us = self._run(partial(self._load, hits))
                 for hit in hits:
                     hit.release()
             if number:
@@ -141,11 +142,11 @@ class _Bench:
     def _fresh(self) -> Keys:
         return self.cache.keys(self.prompts.take(self.blocks * BLOCK_TOKENS + 1))
 
-    def _store(self, keys: Keys, at: int) -> None:
-        self.cache.submit_store(keys, self.tables[at], client=self.client)
+    def _store(self, keys: Sequence[Keys], at: int) -> None:
+        self.cache.submit_store(keys[at], self.tables[at], client=self.client)
 
-    def _load(self, hit: Hit, at: int) -> None:
-        self.cache.submit_load(hit, self.tables[at], client=self.client)
+    def _load(self, hits: Sequence[Hit], at: int) -> None:
+        self.cache.submit_load(hits[at], self.tables[at], client=self.client)
 
     def _run(self, submit: Callable[[int], None]) -> dict[str, float]:
         self.clocks.take()

@@ -35,8 +35,15 @@ def readme(tmp_path: Path) -> Path:
     return path
 
 
-def test_only_the_section_between_the_markers_changes(readme: Path, tmp_path: Path) -> None:
-    count = write_figures(readme, [recorded(tmp_path / "a.jsonl", row("disk.load", 1.9))])
+@pytest.fixture
+def machines(tmp_path: Path) -> Path:
+    path = tmp_path / "machines.md"
+    path.write_text(README)
+    return path
+
+
+def test_only_the_section_between_the_markers_changes(readme: Path, machines: Path, tmp_path: Path) -> None:
+    count = write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", row("disk.load", 1.9))])
     text = readme.read_text()
     assert count == 1
     assert text.startswith("before\n<!-- figures:begin -->\n")
@@ -45,25 +52,25 @@ def test_only_the_section_between_the_markers_changes(readme: Path, tmp_path: Pa
     assert "| disk.load | 1.9 GB/s | 2 GB/s, raw | 0.95 (0.475) | 0.9 | yes |" in text
 
 
-def test_writing_the_same_rows_again_changes_nothing(readme: Path, tmp_path: Path) -> None:
+def test_writing_the_same_rows_again_changes_nothing(readme: Path, machines: Path, tmp_path: Path) -> None:
     files = [recorded(tmp_path / "a.jsonl", row("disk.load", 1.9), row("disk.store", 1.0))]
-    write_figures(readme, files)
+    write_figures(readme, machines, files)
     first = readme.read_text()
-    write_figures(readme, files)
+    write_figures(readme, machines, files)
     assert readme.read_text() == first
 
 
-def test_machine_and_commit_stand_above_their_rows(readme: Path, tmp_path: Path) -> None:
+def test_machine_and_commit_stand_above_their_rows(readme: Path, machines: Path, tmp_path: Path) -> None:
     rows = [row("disk.load", 1.9), row("disk.load", 9.9, "another"), row("memory.load", 1.0, commit="def")]
-    write_figures(readme, [recorded(tmp_path / "a.jsonl", *rows)])
+    write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", *rows)])
     text = readme.read_text()
     assert text.count("Measured on") == 2
     assert "Measured on a machine, at abc, def:" in text
     assert "Measured on another, at abc:" in text
 
 
-def test_what_was_missed_is_reported_as_missed(readme: Path, tmp_path: Path) -> None:
-    write_figures(readme, [recorded(tmp_path / "a.jsonl", row("disk.store", 1.0))])
+def test_what_was_missed_is_reported_as_missed(readme: Path, machines: Path, tmp_path: Path) -> None:
+    write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", row("disk.store", 1.0))])
     assert "| 0.5 (0.25) | 0.9 | no |" in readme.read_text()
 
 
@@ -73,22 +80,21 @@ def test_what_was_missed_is_reported_as_missed(readme: Path, tmp_path: Path) -> 
      (Ratio(0.95, 0.85, 5), 64, "no")],
 )  # fmt: skip
 def test_what_must_be_sure_and_is_so_by_the_median_only_says_so(
-    readme: Path, tmp_path: Path, ratio: Ratio, refused: int, met: str
+    readme: Path, machines: Path, tmp_path: Path, ratio: Ratio, refused: int, met: str
 ) -> None:
     made = Row.of(
         "disk.store", 1.0, "GB/s", baseline=1.0, baseline_name="raw", ratio=ratio, target=0.9, ok_if=SURELY,
         data_checked=True, refused_tokens=refused,
     )  # fmt: skip
-    write_figures(readme, [recorded(tmp_path / "a.jsonl", made.stamped("a machine", "abc"))])
+    write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", made.stamped("a machine", "abc"))])
     assert readme.read_text().count(f" | {met} |") == 1
 
 
-def test_rows_without_a_cache_stand_in_a_table_of_their_own(readme: Path, tmp_path: Path) -> None:
+def test_rows_without_a_cache_stand_in_a_file_of_their_own(readme: Path, machines: Path, tmp_path: Path) -> None:
     rows = [row("disk.load.itself", 1.9), row("disk.load", 1.8), row("disk.load.bare", 1.7)]
-    write_figures(readme, [recorded(tmp_path / "a.jsonl", *rows)])
-    ours, machines = readme.read_text().split("with no cache")
-    assert ours.count("| disk.load | ") == 1
-    assert (ours.count("disk.load."), machines.count("disk.load.")) == (0, 2)
+    assert write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", *rows)]) == 1
+    assert readme.read_text().count("| disk.load | ") == 1
+    assert (readme.read_text().count("disk.load."), machines.read_text().count("disk.load.")) == (0, 2)
 
 
 def test_the_last_row_of_a_benchmark_counts() -> None:
@@ -103,27 +109,28 @@ def test_code_that_is_not_committed_is_never_reported() -> None:
     assert latest([row("disk.load", 1.0, commit="abc+changes")]) == []
 
 
-def test_a_limit_is_told_from_a_ratio(readme: Path, tmp_path: Path) -> None:
+def test_a_limit_is_told_from_a_ratio(readme: Path, machines: Path, tmp_path: Path) -> None:
     limit = Row.of(
         "lookup", 15.0, "ms", baseline=8.0, baseline_name="bare", ratio=Ratio(0.5, 0.5, 30), target=25.0,
         ok_if=AT_MOST, data_checked=True,
     )  # fmt: skip
-    write_figures(readme, [recorded(tmp_path / "a.jsonl", limit)])
+    write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", limit)])
     assert "| at most 25 ms | yes |" in readme.read_text()
 
 
-def test_without_rows_the_section_stays_as_it_is(readme: Path) -> None:
+def test_without_rows_the_section_stays_as_it_is(readme: Path, machines: Path) -> None:
     with pytest.raises(BenchmarkError, match="no rows"):
-        write_figures(readme, [])
+        write_figures(readme, machines, [])
     assert readme.read_text() == README
 
 
-def test_a_file_without_markers_is_left_alone(tmp_path: Path) -> None:
-    plain = tmp_path / "README.md"
-    plain.write_text("no section\n")
+@pytest.mark.parametrize("unmarked", ["README.md", "machines.md"])
+def test_without_markers_both_files_are_left_alone(readme: Path, machines: Path, tmp_path: Path, unmarked: str) -> None:
+    (tmp_path / unmarked).write_text("no section\n")
+    before = readme.read_text(), machines.read_text()
     with pytest.raises(BenchmarkError, match="no section between"):
-        write_figures(plain, [recorded(tmp_path / "a.jsonl", row("disk.load", 1.0))])
-    assert plain.read_text() == "no section\n"
+        write_figures(readme, machines, [recorded(tmp_path / "a.jsonl", row("disk.load", 1.0))])
+    assert (readme.read_text(), machines.read_text()) == before
 
 
 @pytest.mark.parametrize("line", ["{", '{"bench": "x"}', "[1, 2]"])
