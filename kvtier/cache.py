@@ -199,13 +199,20 @@ class TieredCache:
         if owner is not None:
             check_owner(owner)
         self._check_open()
-        now_s = self._clock.monotonic()
+        now_s, found = self._clock.monotonic(), list[Lease]()
 
-        def find() -> Lease:
-            return self._planner.lookup(keys, now_s=now_s, start=start, exact=exact, session=session, owner=owner)
+        def find() -> None:
+            found.append(
+                self._planner.lookup(keys, now_s=now_s, start=start, exact=exact, session=session, owner=owner)
+            )
 
-        lease = self._dispatch.decide(find)
-        return Hit(lease, start, self)
+        try:
+            self._dispatch.decide(find)
+            return Hit(found[0], start, self)
+        except BaseException:  # Ctrl-C: what has an owner, its owner finds again
+            for lease in found if owner is None else ():
+                self.let_go(lease)
+            raise
 
     def session(self, session: str) -> Session:
         """Hints about a conversation, by the name that ``lookup(session=)`` was given.

@@ -286,6 +286,16 @@ def test_an_interrupt_while_a_hit_is_released_never_leaves_the_lock_taken(cache:
     assert number >= 3
 
 
+def test_an_interrupt_while_a_hit_is_made_leaves_no_lease(cache: TieredCache) -> None:
+    number = 0
+    while strike(lambda: cache.lookup(tokens(1)), Dispatch.decide, number):
+        gc.collect()
+        cache.pump()
+        assert cache.stats()["leases"] == 0, f"struck after call {number}"
+        number += 1
+    assert number >= 2
+
+
 class Origin:
     """Notes what is asked of it."""
 
