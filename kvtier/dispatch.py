@@ -375,7 +375,8 @@ class Dispatch:
         """Send and tell what came of a turn, and what comes of it where a rank does not take its plans."""
         while not self._deliver_once(news):
             with self.lock:
-                news = self._collect()
+                following = self._collect()
+            news = following  # what was delivered dies with no lock held
 
     def _deliver_once(self, news: _News) -> bool:
         """Whether every rank took its plans."""

@@ -120,19 +120,21 @@ class DiskBook:
             return
         (self._awaited if first else self._queue).append(entry)
 
-    def next_writes(self, nbytes: int, in_flight_bytes: int) -> list[int]:
-        """Take entries for one plan of writes: as many as the budget allows, at ``nbytes`` each."""
+    def next_writes(self, nbytes: int, in_flight_bytes: int, taken: list[int]) -> None:
+        """Take entries for one plan of writes into ``taken``: as many as the budget allows, at ``nbytes`` each.
+
+        Each is there before it leaves the queue: wherever Ctrl-C strikes, one of the two has it.
+        """
         room = max(0, self.write_budget_bytes - in_flight_bytes) // max(1, nbytes)
         if not in_flight_bytes:
             room = max(1, room)  # one block larger than the budget must still get through
-        taken: list[int] = []
         while len(taken) < room and (queue := self._awaited or self._queue):
-            entry = queue.popleft()
+            entry = queue[0]
             # It may stand in both queues, if somebody came to wait for it.
             if self._queued[entry] == _WAITING:
-                self._queued[entry] = _UNDER_WAY
                 taken.append(entry)
-        return taken
+                self._queued[entry] = _UNDER_WAY
+            queue.popleft()
 
     def awaits_write(self, entry: int) -> bool:
         """Whether ``entry`` is queued for the disk or on its way."""

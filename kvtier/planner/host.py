@@ -11,7 +11,7 @@ import numpy as np
 from kvtier.core.columns import column
 from kvtier.core.plan import NOWHERE
 from kvtier.index.cells import Cells, wide
-from kvtier.index.entries import MISSING, EntryRows
+from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
 from kvtier.planner.eviction import Keeper, Leaves
 from kvtier.planner.hops import Extent, Hop, Ints, Targets
@@ -31,7 +31,7 @@ class HostBook:
         self._record_pages = tuple(record_pages)
         self._deferred: dict[int, list[Extent]] = {}
         self._uses = 0
-        """How often entries came in, or were used."""
+        """Entries that came in, or were used, so far."""
         self._moved = column(index.table.capacity, np.int64)
         """By entry: the use with which it and all that it extends were the newest, or a later one."""
         self._moved_at = self._moved.data
@@ -162,7 +162,7 @@ class HostBook:
         """
         if not len(entries):
             return
-        self._uses += 1
+        self._uses += len(entries)
         if len(entries) == 1:
             entry = entries.item()
             self._moved_at[entry] = self._moved_with(self._index.parent_at[entry])
@@ -176,19 +176,16 @@ class HostBook:
     def _moved_with(self, entry: int) -> int:
         """The use with which ``entry`` and all that it extends were moved to the newest; this one, if it is time again.
 
-        That takes a step for each. As many uses may pass between two times as there are 16 steps to take: so a sequence
-        that grows block by block costs 16 steps a block, however long it is.
+        That takes a step for each. It is time when a sixteenth of what is in host memory has been used since: however
+        many sequences grow block by block, and however long they are, that makes 16 steps a block.
         """
-        index, uses, moved_at = self._index, self._uses, self._moved_at
+        index, moved_at, due = self._index, self._moved_at, self._uses - (len(self._policy) >> 4)
         extended: list[int] = []
-        while entry >= 0 and index.host_ranks_at[entry] == index.every_rank:
-            if moved_at[entry] >= uses - (index.depth_at[entry] >> 4):
-                break
+        while entry >= 0 and index.host_ranks_at[entry] == index.every_rank and moved_at[entry] < due:
             extended.append(entry)
             entry = index.parent_at[entry]
-        else:
-            entry = MISSING
-        moved = uses if entry == MISSING else moved_at[entry]
+        is_fresh = entry >= 0 and index.host_ranks_at[entry] == index.every_rank
+        moved = moved_at[entry] if is_fresh else self._uses
         if extended:
             order = wide(np.array(extended, np.int32))
             self._policy.touch(order[::-1])

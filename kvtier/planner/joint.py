@@ -99,8 +99,10 @@ class JointPlans:
         extended = (self._stores.before(wish.keys, 0, wish.ticket.first_block) for wish in joint)
         shield = wide(np.union1d(self._entries_of(alone), self._stores.at_stake(extended)))
         state.index.pin(shield)
-        fit, starts = state.host.reserve(0, count)
-        state.unpinned(state.index.unpin(shield))
+        try:
+            fit, starts = state.host.reserve(0, count)
+        finally:
+            state.unpinned(state.index.unpin(shield))
         if fit < count:
             pages = state.layout.record_pages[0]
             state.host.free((rank, start, pages) for rank, own in starts.items() for start in own)

@@ -64,8 +64,7 @@ class Stages:
         dirty = ~state.index.on_disk(entries)
         waiting, of_blocks = entries[dirty].tolist(), blocks[dirty].tolist()
         if not state.disk.usable:
-            # What a flush is for may have left host memory already, and gone nowhere.
-            gone = [0] if ticket.kind == TicketKind.FLUSH and state.counts["stored_host_blocks"] else []
+            gone = [0] if ticket.kind == TicketKind.FLUSH and state.lost_unwritten else []
             for block in of_blocks + gone:
                 ticket.fail(block, Reason.NO_DISK)
             return

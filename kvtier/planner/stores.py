@@ -243,8 +243,10 @@ class Stores:
         wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
         shield = self.at_stake((self.before(keys, group, first),) if keys.chained else ())
         index.pin(shield)
-        fit, starts = state.host.reserve(group, wanted_now)
-        state.unpinned(index.unpin(shield))
+        try:
+            fit, starts = state.host.reserve(group, wanted_now)
+        finally:
+            state.unpinned(index.unpin(shield))
         if fit < len(wanted):
             for at in wanted[fit:].tolist():
                 ticket.fail(first + at, Reason.REFUSED)

@@ -120,15 +120,26 @@ class Upkeep:
             yield from some[~held].tolist()
 
     def _write(self) -> None:
-        state = self._state
+        state, more = self._state, True
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
-        while entries := state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL]):
+        while more:
+            entries: list[int] = []
             try:
-                self._write_those(entries, nbytes)
+                state.disk.next_writes(nbytes, state.in_flight_bytes[PlanKind.SPILL], entries)
+                more = bool(entries)
+                if more:
+                    self._write_those(entries, nbytes)
             except BaseException:  # Ctrl-C: whoever waits for the disk must not wait for ever
                 going = [hop.entries for hop in state.hops.values() if hop.kind == PlanKind.SPILL]
-                self._refuse(np.setdiff1d(np.array(entries, np.int32), np.concatenate([_NO_ENTRIES, *going])))
+                self._let_go(np.setdiff1d(np.array(entries, np.int32), np.concatenate([_NO_ENTRIES, *going])))
                 raise
+
+    def _let_go(self, entries: EntryRows) -> None:
+        """``entries`` are not written now, which is no refusal by the disk."""
+        for entry in entries.tolist():
+            self._state.disk.take_back(entry)
+            for ticket in self._state.row_ended(entry, Reason.REFUSED):
+                self._stages.advance(ticket)
 
     def _write_those(self, entries: list[int], nbytes: int) -> None:
         state, wanted = self._state, wide(np.array(entries, np.int32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import Mock
@@ -309,6 +310,7 @@ class Broken(LocalChannel):
     """A channel that does not take the next plans of some kind."""
 
     breaks_on: PlanKind | None = None
+    always = False
     error: BaseException = BrokenPipeError("nobody reads")
     meanwhile: Callable[[], object] = bool
 
@@ -318,9 +320,9 @@ class Broken(LocalChannel):
 
     def send(self, plans: Sequence[Plan]) -> None:
         if self.breaks_on is not None and any(plan.kind == self.breaks_on for plan in plans):
-            self.breaks_on = None
+            self.breaks_on = self.breaks_on if self.always else None
             self.meanwhile()
-            raise self.error
+            raise type(self.error)(*self.error.args)  # one that was raised keeps the frames alive
         self.took += [plan.kind for plan in plans]
         super().send(plans)
 
@@ -372,6 +374,34 @@ def test_what_follows_from_plans_that_a_channel_does_not_take_is_done_at_once() 
     assert channel.took[-1] == PlanKind.SPILL
     assert joined[0].result(60).failed == {"refused": 2 * SIZE}
     assert joined[0].result(60).existing == 2 * SIZE
+    assert cache.close(60)
+
+
+def test_engine_memory_of_jobs_that_end_one_after_the_other_is_let_go_with_no_lock_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its finalizer may use the cache, also where a rank takes none of the plans that follow from each other."""
+    cache, channel = over_a_broken_channel()
+    cache._dispatch.planner._state.disk.write_budget_bytes = 1  # a block at a time
+    for number in (1, 2):
+        assert cache.submit_store([number] * SIZE, ENGINE.pages).result(60).stored == SIZE
+    monkeypatch.setattr(logging.getLogger("kvtier.dispatch"), "disabled", True)  # a record keeps the frames alive
+    engine, free = PseudoEngine(LAYOUT, 2), list[bool]()
+
+    def use() -> None:
+        free.append(cache._dispatch.lock.acquire(blocking=False))
+        if free[-1]:
+            cache._dispatch.lock.release()
+
+    weakref.finalize(engine.memory, use)
+    channel.always = True
+    channel.breaks_on = PlanKind.SPILL
+    cache.submit_store([1] * SIZE, engine.pages, durability="process")
+    last = cache.submit_store([2] * SIZE, ENGINE.pages, durability="process")
+    del engine
+    cache.pump()
+    assert last.done
+    assert free == [True]
     assert cache.close(60)
 
 

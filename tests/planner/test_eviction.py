@@ -273,23 +273,26 @@ def test_what_is_extended_is_no_older_than_what_extends_it(way: str) -> None:
     assert oldest == [bench.entry(other, block) for block in reversed(range(10))]
 
 
-def test_a_sequence_that_grows_block_by_block_moves_its_beginning_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moved with each block it would cost as much as all that there is, every time."""
+@pytest.mark.parametrize(("sequences", "blocks"), [(1, 900), (9, 100)])
+def test_sequences_that_grow_block_by_block_move_their_beginnings_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, sequences: int, blocks: int
+) -> None:
+    """Moved with each block they would cost as much as all that there is, every time."""
     bench = Bench(host_blocks=1000)
     moved = []
     touch = LeafFirstLRU.touch
     monkeypatch.setattr(LeafFirstLRU, "touch", lambda lru, entries: moved.append(len(entries)) or touch(lru, entries))
-    keys = Keys(ROOT, BLOCK)
-    for block in range(900):
-        keys.append([block] * BLOCK)
-        bench.stored(keys, start=block * BLOCK)
-    keys.append([0])
-    assert bench.match(keys) == 900
+    growing = [Keys(ROOT, BLOCK) for _ in range(sequences)]
+    for block in range(blocks):
+        for number, keys in enumerate(growing):
+            keys.append([number] * BLOCK)
+            bench.stored(keys, start=block * BLOCK)
     assert sum(moved) <= 16 * 900
-    assert max(moved) > 800, "all of it, when it is time"
+    assert max(moved) > 0.8 * blocks, "all of it, when it is time"
     order = {entry: at for at, entry in enumerate(bench.planner._state.host.candidates())}
-    places = [order[bench.entry(keys, block)] for block in range(900)]
-    assert sum(after > before for before, after in pairwise(places)) <= 900 // 16, "nearly all are no older"
+    for keys in growing:
+        places = [order[bench.entry(keys, block)] for block in range(blocks)]
+        assert sum(after > before for before, after in pairwise(places)) <= blocks // 8, "nearly all are no older"
 
 
 @pytest.mark.parametrize(("kept", "gone"), [(30, 11), (31, 10)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from kvtier.core.plan import NOWHERE, Completion, Lineage, PlanKind, Priority, R
 from kvtier.core.wire import decode, encode
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability, Outcome
+from kvtier.planner.host import HostBook
 from kvtier.planner.wishes import StoreWish
+from tests.interrupts import strike
 from tests.planner.bench import BLOCK, PAGES, ROOT, Bench
 
 
@@ -135,6 +138,17 @@ def test_what_a_store_from_start_on_extends_is_not_evicted_to_make_room_for_it(b
     assert ticket.count(Outcome.FAILED) == blocks
     assert bench.match(longer) == 4
     bench.check_at_rest()
+
+
+def test_an_interrupt_while_room_is_made_leaves_nothing_pinned() -> None:
+    number, struck = 0, True
+    while struck:
+        bench = Bench(host_blocks=4)
+        bench.stored(bench.keys(4, shared=4))
+        struck = strike(partial(bench.store, bench.keys(6, shared=4), start=4 * BLOCK), HostBook.reserve, number)
+        assert bench.planner.stats()["pinned_entries"] == 0, f"struck after call {number}"
+        number += 1
+    assert number >= 3
 
 
 def test_what_a_store_extends_makes_room_where_the_disk_has_it_too() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from types import FunctionType
 
 import pytest
 
 from kvtier.core.plan import PAGE_BYTES, DiskState, Lineage, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
+from kvtier.planner.disk import DiskBook
 from kvtier.planner.host import HostBook
 from kvtier.planner.upkeep import Upkeep
 from tests.interrupts import once, strike
@@ -400,19 +402,21 @@ def test_a_host_tier_that_cannot_be_drained_is_not_looked_through_again_before_s
     bench.check_at_rest()
 
 
-def test_an_interrupt_while_writes_are_planned_keeps_nobody_waiting() -> None:
-    """What was taken out of the queue and not sent is refused: any later flush would wait for it for ever."""
+@pytest.mark.parametrize("within", [Upkeep._write_those, DiskBook.next_writes])
+def test_an_interrupt_while_writes_are_planned_keeps_nobody_waiting(within: FunctionType) -> None:
+    """What was taken out of the queue and not sent is let go of: any later flush would wait for it for ever."""
     number, struck = 0, True
     while struck:
         bench = Bench(segments=8, **BACK)
         keys = bench.keys(4)
         bench.stored(keys)
         wanted = partial(bench.store, keys, durability=Durability.PROCESS)
-        struck = strike(wanted, Upkeep._write_those, number)
+        struck = strike(wanted, within, number)
         flush, again = bench.flush(), wanted()
         bench.run()
         assert flush.finished, f"struck after call {number}"
         assert again.finished
+        assert set(again.outcome) == {Outcome.EXISTING}, "the disk has refused nothing"
         bench.check_at_rest()
         number += 1
     assert number >= 4
@@ -449,3 +453,13 @@ def test_a_flush_does_not_say_that_all_is_on_disk_when_it_left_host_memory_and_t
     assert bench.planner.stats()["host_entries"] == 0
     flush = bench.flush()
     assert list(flush.reason) == [Reason.NO_DISK]
+
+
+def test_a_flush_of_what_is_all_on_disk_is_done_while_the_disk_takes_nothing() -> None:
+    bench = Bench(segments=8)
+    bench.stored(bench.keys(4), durability=Durability.PROCESS)
+    bench.planner._state.host.make_room(16)
+    for directory in bench.planner._state.disk.ranks[0].directories.values():
+        directory.writable = False
+    assert not bench.planner._state.disk.usable
+    assert not bench.flush().count(Outcome.FAILED)
