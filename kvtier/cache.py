@@ -506,7 +506,6 @@ class TieredCache:
             log.warning("close: some blocks could not be written to disk (%s); they are lost", result.reason)
 
     def __enter__(self) -> TieredCache:
-        self._check_open()
         return self
 
     def __exit__(

@@ -28,7 +28,8 @@ class Hit:
     """The longest stored prefix of a sequence, pinned until released; a context manager that releases.
 
     Leaving ``with`` while a load of it is under way is allowed: the load holds what it needs itself. One that has no
-    owner and is dropped lets go as well.
+    owner and is dropped lets go as well. Until then all of it keeps its place in host memory: release a long one before
+    you store what follows it, or there may be no room; ``derived_from=`` takes a released hit, too.
     """
 
     def __init__(self, lease: Lease, start: int, origin: _Origin) -> None:

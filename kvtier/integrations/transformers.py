@@ -148,7 +148,8 @@ class CachedGenerator:
                 start from a filled cache, a mask with holes, a model that was turned into another dtype since or is in
                 training mode with dropout or gradient checkpointing, or ``torch.autocast``.
         """
-        self._layers = layers_of(self.cache.layout, self.model)  # by now it may be of another dtype
+        cache = self.cache  # for all of this call
+        self._layers = layers_of(cache.layout, self.model)  # by now it may be of another dtype
         check_dropout(self.model)
         check_keeps_kv(self.model)
         check_autocast(self.model)
@@ -156,8 +157,8 @@ class CachedGenerator:
         _check(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = without_padding(input_ids, attention_mask)
-        self.cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
-        done = [self._generate_row(prompt, tenant, adapter, session, copies, kwargs) for prompt in prompts]
+        cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
+        done = [self._generate_row(cache, prompt, tenant, adapter, session, copies, kwargs) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
             sequences=joined(input_ids, new, _pad_token(settings)),
@@ -170,18 +171,22 @@ class CachedGenerator:
 
         ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded.
         """
+        return self._restore(self.cache, hit)
+
+    def _restore(self, cache: TieredCache, hit: Hit) -> tuple[DynamicCache, LoadResult | None]:
         past = DynamicCache()
         if not hit.num_tokens:
             return past, None
         layers = [(_room(k, hit.num_tokens), _room(v, hit.num_tokens)) for k, v in self._layers]
-        memory = DenseKV(self.cache.layout, [keys for keys, _ in layers], [values for _, values in layers])
-        loaded = self._result(self.cache.submit_load(hit, memory.row()))
+        memory = DenseKV(cache.layout, [keys for keys, _ in layers], [values for _, values in layers])
+        loaded = self._result(cache.submit_load(hit, memory.row()))
         if loaded and loaded.ok_tokens:
             past.layers = [_filled(keys, values, loaded.ok_tokens, self.model.device) for keys, values in layers]
         return past, loaded
 
     def _generate_row(
         self,
+        cache: TieredCache,
         prompt: torch.Tensor,
         tenant: str,
         adapter: str,
@@ -192,9 +197,9 @@ class CachedGenerator:
         started_s = self._clock.monotonic()
         first_token = FirstTokenClock(self._clock)
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), first_token])
-        keys = self.cache.keys(prompt, tenant=tenant, adapter=adapter)
-        with self._lookup(keys, session) as hit:
-            past, loaded = self._begin(hit)
+        keys = cache.keys(prompt, tenant=tenant, adapter=adapter)
+        with _lookup(cache, keys, session) as hit:
+            past, loaded = self._begin(cache, hit)
             start = loaded.ok_tokens if loaded else 0
             if copies > 1:
                 past.batch_repeat_interleave(copies)
@@ -207,26 +212,19 @@ class CachedGenerator:
         _check_prompt(prompt, sequences)
         if copies == 1:  # of several sequences only the prompt is known to be alike
             keys.append(_computed(sequences[0], past)[len(prompt) :])
-        stored = self._store(keys, past, start, hit, session)  # the hit is let go: its blocks may make room
+        stored = self._store(cache, keys, past, start, hit, session)  # the hit is let go: its blocks may make room
         ttft_s = first_token.first_token_s - started_s
         return output, _report(len(prompt), ttft_s, loaded, stored)
 
-    def _lookup(self, keys: Keys, session: str | None) -> AbstractContextManager[Hit | None]:
-        """A hit; None where the cache was closed since the call began."""
-        try:
-            return self.cache.lookup(keys, session=session)
-        except ClosedError:
-            return nullcontext()
-
-    def _begin(self, hit: Hit | None) -> tuple[DynamicCache, LoadResult | None]:
+    def _begin(self, cache: TieredCache, hit: Hit | None) -> tuple[DynamicCache, LoadResult | None]:
         """What a row begins with, as ``restore``; nothing where the cache was closed since the call began."""
         if hit is not None:
             with suppress(ClosedError):
-                return self.restore(hit)
+                return self._restore(cache, hit)
         return DynamicCache(), None
 
     def _store(
-        self, keys: Keys, past: DynamicCache, start: int, hit: Hit | None, session: str | None
+        self, cache: TieredCache, keys: Keys, past: DynamicCache, start: int, hit: Hit | None, session: str | None
     ) -> StoreResult | None:
         """Offer the full blocks of ``keys`` from ``start`` on; the KV of every token of ``keys`` is in ``past``."""
         stop = len(keys) * keys.block_tokens
@@ -234,13 +232,13 @@ class CachedGenerator:
             return None
         layers: list[Any] = past.layers
         memory = DenseKV(
-            self.cache.layout,
+            cache.layout,
             [layer.keys[:1, :, start:stop].cpu() for layer in layers],
             [layer.values[:1, :, start:stop].cpu() for layer in layers],
         )
         pages = memory.row(first_token=start)
         try:
-            job = self.cache.submit_store(keys, pages, start=start, derived_from=hit, session=session)
+            job = cache.submit_store(keys, pages, start=start, derived_from=hit, session=session)
         except ClosedError:
             log.warning("the cache was closed while the model generated: %d tokens are not stored", stop - start)
             return None
@@ -263,9 +261,18 @@ class CachedGenerator:
         return resolved
 
 
+def _lookup(cache: TieredCache, keys: Keys, session: str | None) -> AbstractContextManager[Hit | None]:
+    """A hit; None where the cache was closed since the call began."""
+    try:
+        return cache.lookup(keys, session=session)
+    except ClosedError:
+        return nullcontext()
+
+
 def _room(part: Part, tokens: int) -> torch.Tensor:
     sizes = sizes_of(part)
-    return torch.empty((1, sizes["head"], tokens, sizes["dim"]), dtype=getattr(torch, part.dtype))
+    shape, dtype = (1, sizes["head"], tokens, sizes["dim"]), getattr(torch, part.dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
 
 
 def _filled(keys: torch.Tensor, values: torch.Tensor, tokens: int, device: torch.device) -> DynamicLayer:

@@ -102,7 +102,7 @@ class DataPlane:
         self._busy_threads = 0
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
-        _check_host(config, record_pages)
+        _check_host(config, sum(layout.record_pages))
         with ExitStack() as held:
             host = _make_arena(machine, "host", config.host.capacity // PAGE_BYTES * PAGE_BYTES, held)
             staging = _make_arena(machine, "staging", Staging.arena_bytes(config.host.staging, record_pages), held)
@@ -470,13 +470,15 @@ def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Ar
     return arena
 
 
-def _check_host(config: Config, record_pages: int) -> None:
-    least = ceil(record_pages / config.host.high_watermark) * PAGE_BYTES  # with less, no block would stay
-    if config.host.capacity < least:
+def _check_host(config: Config, block_pages: int) -> None:
+    high = config.host.high_watermark
+    least = ceil(block_pages / high)
+    least += least * high < block_pages  # with less, no block would stay
+    if config.host.capacity < least * PAGE_BYTES:
         raise CapacityError(
-            f"host.capacity = {config.host.capacity}: one block of this model takes {record_pages * PAGE_BYTES} bytes; "
-            f"set it to at least {least} (host.high_watermark = {config.host.high_watermark:g} of it stays in use), or "
-            "use a smaller block_tokens"
+            f"host.capacity = {config.host.capacity}: one block of this model takes {block_pages * PAGE_BYTES} bytes; "
+            f"set it to at least {least * PAGE_BYTES} (host.high_watermark = {high:g} of it stays in use), or use a "
+            "smaller block_tokens"
         )
 
 

@@ -70,15 +70,17 @@ def test_a_block_larger_than_the_host_tier_is_refused_with_the_size_it_takes() -
         TieredCache(settings(capacity=4096), LAYOUT, "m")
 
 
-def test_a_host_tier_of_the_least_size_that_is_asked_for_keeps_a_block() -> None:
+@pytest.mark.parametrize("high", [0.9, 0.58])
+def test_a_host_tier_of_the_least_size_that_is_asked_for_keeps_a_block(high: float) -> None:
     layout = tiny_layout(dim=1 << 14)  # blocks of 1 MiB
+    marks = {"high_watermark": high, "low_watermark": 0.5}
     with pytest.raises(CapacityError) as refused:
-        TieredCache(settings(capacity="1MiB"), layout, "m")
+        TieredCache(settings(capacity="1MiB", **marks), layout, "m")
     least = re.search(r"set it to at least (\d+)", str(refused.value))
     assert least is not None
     with pytest.raises(CapacityError):
-        TieredCache(settings(capacity=int(least[1]) - 4096), layout, "m")
-    with TieredCache(settings(capacity=int(least[1]), staging="16MiB"), layout, "m") as cache:
+        TieredCache(settings(capacity=int(least[1]) - 4096, **marks), layout, "m")
+    with TieredCache(settings(capacity=int(least[1]), staging="16MiB", **marks), layout, "m") as cache:
         engine = PseudoEngine(layout, 1)
         assert cache.submit_store(TOKENS[: layout.block_tokens], engine.pages).result(60).stored == layout.block_tokens
         cache.submit_prefetch(TOKENS).result(60)  # by then room has been made ahead, if any was wanted

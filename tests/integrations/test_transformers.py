@@ -356,6 +356,15 @@ def test_a_cache_that_was_closed_before_is_an_error_and_nothing_is_computed(mode
         generator.generate(_prompt(40), **GREEDY)
 
 
+def test_kv_comes_back_to_the_model_where_torch_makes_tensors_elsewhere_by_default(model, cache):
+    generator = CachedGenerator(model, cache)
+    generator.generate(_prompt(40), **GREEDY)
+    with cache.lookup(cache.keys(_prompt(40)[0])) as hit, torch.device("meta"):
+        past, loaded = generator.restore(hit)
+    assert loaded.ok_tokens == hit.num_tokens > 0
+    assert past.layers[0].keys.device == model.device
+
+
 def test_a_model_that_keeps_no_kv_is_refused_before_it_computes_anything(cache, monkeypatch):
     model = _model()
     generator = CachedGenerator(model, cache)

@@ -58,7 +58,7 @@ class Found:
     """The file is shorter than its segment."""
     scanned: bool = False
     unreadable: set[int] = field(default_factory=set)
-    """Pages that were passed over, a copy of the header or what the scan met; what does not lie on them is found."""
+    """Pages that the scan passed over; what does not lie on them is found."""
     damaged: int = 0
     """Records that are not whole, or not of this place though they begin so: torn by a crash, or rotten."""
 
@@ -89,7 +89,7 @@ class Recovery:
     damaged_tails: int = 0
     """Sealed without a whole footer, or shorter than the header says: no crash does that."""
     unreadable_pages: int = 0
-    """Those in records of a sealed segment are met when they are read. No other segment with one is written on."""
+    """In segments that were scanned, and that are written no more in this life."""
     foreign_segments: int = 0
     """Of another store or another place, so that nothing in them is found."""
     unreadable_segments: int = 0
@@ -156,7 +156,7 @@ class SegmentReader:
         """What is in the segment behind ``fd``.
 
         Raises:
-            OSError: the device failed, for both copies of the header or too many pages; the segment is left alone.
+            OSError: the device failed, for the header or too many pages; the segment is left alone.
         """
         found = Found()
         self._read_header(fd, number, found)
@@ -173,27 +173,18 @@ class SegmentReader:
         return found
 
     def _read_header(self, fd: int, number: int, found: Found) -> None:
-        """Each copy by itself: a power cut while one is written may leave it unreadable, and the other whole."""
-        copy, failure = new_pages(1), None
+        """The copy in force. Where one cannot be read nobody knows which that is, so both must be."""
+        copies = new_pages(HEADER_SLOTS)
+        self._files.read_at(fd, 0, copies)
         for slot in range(HEADER_SLOTS):
-            try:
-                self._files.read_at(fd, slot * PAGE_BYTES, copy)
-                self._consider(found, slot, SegmentHeader.unpack(copy), number)
-            except OSError as error:
-                found.unreadable.add(slot)
-                failure = error
-            except CorruptBlockError:
-                pass
-        if found.header is None and failure is not None:
-            raise failure
-
-    def _consider(self, found: Found, slot: int, header: SegmentHeader, number: int) -> None:
-        own = (header.uuid, header.nonce, header.placement, header.segment) == (
-            self._store.uuid, self._store.nonce, self._store.placement, number,
-        )  # fmt: skip
-        found.foreign |= not own
-        if own and (found.header is None or header.rank > found.header.rank):
-            found.header, found.slot = header, slot
+            with suppress(CorruptBlockError):
+                header = SegmentHeader.unpack(copies[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])
+                own = (header.uuid, header.nonce, header.placement, header.segment) == (
+                    self._store.uuid, self._store.nonce, self._store.placement, number,
+                )  # fmt: skip
+                found.foreign |= not own
+                if own and (found.header is None or header.rank > found.header.rank):
+                    found.header, found.slot = header, slot
 
     def _read_footer(self, fd: int, header: SegmentHeader, pages: int) -> Table:
         guessed = max(0, pages - _TAIL_PAGES)
