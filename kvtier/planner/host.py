@@ -177,7 +177,7 @@ class HostBook:
         """The use with which ``entry`` and all that it extends were moved to the newest; this one, if it is time again.
 
         That takes a step for each. It is time when a sixteenth of what is in host memory has been used since: however
-        many sequences grow block by block, and however long they are, that makes 16 steps a block.
+        many sequences grow block by block, and however long they are, that makes about 16 steps a block.
         """
         index, moved_at, due = self._index, self._moved_at, self._uses - (len(self._policy) >> 4)
         extended: list[int] = []

@@ -124,7 +124,11 @@ class Planner:
         if session is not None:
             self.sessions.used(session, keys, now_s)
         state.leases.open(lease)
-        self._admit_to_disk(groups)
+        try:
+            self._admit_to_disk(groups)
+        except BaseException:  # Ctrl-C: nobody gets to know of the lease
+            self.release(lease)
+            raise
         return lease
 
     def release(self, lease: Lease) -> None:

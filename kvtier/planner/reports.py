@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvtier.core.plan import DiskState, Hello, Lost, Tier
+from kvtier.index.entries import Mask
 from kvtier.planner.commits import Commits
 from kvtier.planner.hellos import check_hello
 from kvtier.planner.recovery import Recovery
@@ -58,7 +59,9 @@ class Reports:
         index.drop_disk(rank, on_disk)
         state.tell("removed", on_host, Tier.HOST)
         state.tell("removed", complete, Tier.DISK)
-        state.forget_unreadable(np.union1d(on_host, on_disk))
+        either = np.union1d(on_host, on_disk)
+        self._note_lost(index.readable(either))
+        state.forget_unreadable(either)
 
     def lost(self, report: Lost) -> None:
         """Copies that turned out damaged or gone; newer copies at other places stay."""
@@ -71,9 +74,15 @@ class Reports:
             if row["tier"] == Tier.HOST:
                 state.host.drop(entry)
                 state.tell("removed", lost, Tier.HOST)
+                self._note_lost(index.readable(lost))
                 state.forget_unreadable(lost)
             else:
+                self._note_lost(index.on_host(lost))
                 state.leave_disk(rank, lost)
+
+    def _note_lost(self, is_kept: Mask) -> None:
+        """Of entries that lost a copy, whether there is another."""
+        self._state.lost_blocks |= not is_kept.all()
 
     def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
         """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
@@ -92,4 +101,5 @@ class Reports:
         """How a directory is; one that cannot be used any more loses all its copies."""
         if self._state.disk.update(report):
             entries = self._state.index.in_directory(report.rank, report.directory)
+            self._note_lost(self._state.index.on_host(entries))
             self._state.leave_disk(report.rank, entries)

@@ -64,7 +64,7 @@ class Stages:
         dirty = ~state.index.on_disk(entries)
         waiting, of_blocks = entries[dirty].tolist(), blocks[dirty].tolist()
         if not state.disk.usable:
-            gone = [0] if ticket.kind == TicketKind.FLUSH and state.lost_unwritten else []
+            gone = [0] if ticket.kind == TicketKind.FLUSH and state.lost_blocks else []
             for block in of_blocks + gone:
                 ticket.fail(block, Reason.NO_DISK)
             return

@@ -53,8 +53,8 @@ class ControlState:
         self.unpinned_entries = 0
         self.missing_entries = 0
         """So many more a store would have taken than may be; nothing has been done about it."""
-        self.lost_unwritten = False
-        """Blocks have left host memory while no disk could take them: no flush will reach them."""
+        self.lost_blocks = False
+        """Blocks have gone that the disk never had, or had no longer though they were not the oldest."""
         self.mistakes: list[tuple[str, BaseException]] = []
         self.in_flight_bytes: Counter[PlanKind] = Counter()
         self.is_plain = index.ranks == 1 and len(layout.groups) == 1
@@ -194,8 +194,7 @@ class ControlState:
         self.tell("removed", entries, Tier.HOST)
         if np.count_nonzero(self.index.disk_ranks[entries]):
             entries = entries[~self.index.on_disk(entries)]
-        if len(entries) and not self.disk.usable:
-            self.lost_unwritten = True
+        self.lost_blocks |= len(entries) > 0
         self._forget(entries)
 
     def _forget(self, entries: EntryRows) -> None:

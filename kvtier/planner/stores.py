@@ -74,16 +74,18 @@ class Stores:
             self._make_entries_free(keys, span)
         new: list[_NewRows] = []
         shields: list[EntryRows] = []
-        for group in range(len(state.layout.groups)):
-            entries = state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
-            wanted = self._wanted(ticket, entries, first, lineage, shields)
-            new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
-            if ticket.durability > Durability.MEMORY:
-                self._hold(ticket, entries, first)
-        self._mark_existing(ticket, new)
-        self._send_store(wish, new)
-        for shield in shields:
-            state.unpinned(state.index.unpin(shield))
+        try:
+            for group in range(len(state.layout.groups)):
+                entries = state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
+                wanted = self._wanted(ticket, entries, first, lineage, shields)
+                new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
+                if ticket.durability > Durability.MEMORY:
+                    self._hold(ticket, entries, first)
+            self._mark_existing(ticket, new)
+            self._send_store(wish, new)
+        finally:
+            for shield in shields:
+                state.unpinned(state.index.unpin(shield))
         self._stages.advance(ticket)
 
     def _make_entries_free(self, keys: Keys, span: slice) -> None:

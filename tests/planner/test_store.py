@@ -140,12 +140,13 @@ def test_what_a_store_from_start_on_extends_is_not_evicted_to_make_room_for_it(b
     bench.check_at_rest()
 
 
-def test_an_interrupt_while_room_is_made_leaves_nothing_pinned() -> None:
+@pytest.mark.parametrize("start", [0, 4])
+def test_an_interrupt_while_room_is_made_leaves_nothing_pinned(start: int) -> None:
     number, struck = 0, True
     while struck:
         bench = Bench(host_blocks=4)
         bench.stored(bench.keys(4, shared=4))
-        struck = strike(partial(bench.store, bench.keys(6, shared=4), start=4 * BLOCK), HostBook.reserve, number)
+        struck = strike(partial(bench.store, bench.keys(6, shared=4), start=start * BLOCK), HostBook.reserve, number)
         assert bench.planner.stats()["pinned_entries"] == 0, f"struck after call {number}"
         number += 1
     assert number >= 3

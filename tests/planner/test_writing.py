@@ -11,6 +11,7 @@ from kvtier.core.plan import PAGE_BYTES, DiskState, Lineage, Plan, PlanKind, Pri
 from kvtier.planner import Durability, Outcome, Ticket
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.host import HostBook
+from kvtier.planner.planner import Planner
 from kvtier.planner.upkeep import Upkeep
 from tests.interrupts import once, strike
 from tests.planner.bench import BACK, BLOCK, Bench
@@ -463,3 +464,35 @@ def test_a_flush_of_what_is_all_on_disk_is_done_while_the_disk_takes_nothing() -
         directory.writable = False
     assert not bench.planner._state.disk.usable
     assert not bench.flush().count(Outcome.FAILED)
+
+
+@pytest.mark.parametrize("loss", ["directory", "refused", "rank"])
+def test_a_flush_is_not_done_where_blocks_were_lost_and_no_disk_works(loss: str) -> None:
+    bench = Bench(segments=8)
+    plane = bench.planes[0]
+    bench.store(bench.keys(4))
+    bench.run(lambda plan, _: Status.FAILED if loss == "refused" and plan.kind == PlanKind.SPILL else Status.OK)
+    if loss != "rank":
+        bench.planner._state.host.make_room(32)
+        assert bench.planner.stats()["host_entries"] == 0
+    plane.usable = False
+    if loss == "rank":
+        plane.restart()
+        plane.recover()
+    plane.disk_state()
+    bench.hear()
+    assert bench.match(bench.keys(4)) == 0
+    assert list(bench.flush().reason) == [Reason.NO_DISK]
+
+
+def test_an_interrupt_while_a_lookup_admits_to_the_disk_leaves_no_lease() -> None:
+    number, struck = 0, True
+    while struck:
+        bench = Bench(segments=8, policy={"write": "write_through_selective"})
+        keys = bench.keys(4)
+        bench.stored(keys)
+        struck = strike(partial(bench.lookup, keys), Planner._admit_to_disk, number)
+        if struck:
+            assert bench.planner.stats()["leases"] == 0, f"struck after call {number}"
+        number += 1
+    assert number >= 2

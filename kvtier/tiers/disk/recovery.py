@@ -89,7 +89,7 @@ class Recovery:
     damaged_tails: int = 0
     """Sealed without a whole footer, or shorter than the header says: no crash does that."""
     unreadable_pages: int = 0
-    """In segments that were scanned, and that are written no more in this life."""
+    """In segments that were scanned; none of these takes records any more in this life."""
     foreign_segments: int = 0
     """Of another store or another place, so that nothing in them is found."""
     unreadable_segments: int = 0
