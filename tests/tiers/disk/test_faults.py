@@ -291,6 +291,18 @@ def test_a_failed_sync_at_closing_is_no_error(workbench: Make, faulty: FaultyFil
 # --- reclaiming and growing -----------------------------------------------------------------------------------------
 
 
+def fail_headers(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[Segment], bool]) -> None:
+    """From now on no header of such a segment can be written."""
+    write_header = Housekeeper._write_header
+
+    def failing(house: Housekeeper, segment: Segment, state: SegmentState, generation: int) -> int:
+        if is_bad(segment):
+            raise OFF
+        return write_header(house, segment, state, generation)
+
+    monkeypatch.setattr(Housekeeper, "_write_header", failing)
+
+
 @pytest.mark.parametrize("operation", ["write_at", "sync", "links", "size"])
 def test_a_segment_that_cannot_be_written_anew_is_tried_again_later(
     workbench: Make, faulty: FaultyFiles, runtime: HandRuntime, operation: str
@@ -346,14 +358,7 @@ def test_a_segment_that_alone_cannot_be_written_anew_is_removed_once_another_cou
     bench = workbench().open()
     bench.fill(range(4 * RECORDS))
     bad, good, *_ = events_of(bench).sealed
-    write_header = Housekeeper._write_header
-
-    def failing(house: Housekeeper, segment: Segment, state: SegmentState, generation: int) -> int:
-        if (segment.number, segment.generation) == bad:
-            raise OFF
-        return write_header(house, segment, state, generation)
-
-    monkeypatch.setattr(Housekeeper, "_write_header", failing)
+    fail_headers(monkeypatch, lambda segment: (segment.number, segment.generation) == bad)
     path = bench.segment_path(bad[0])
     inode = os.stat(path).st_ino
     for life in (bad, None, good, None):
@@ -369,19 +374,12 @@ def test_a_segment_that_alone_cannot_be_written_anew_is_removed_once_another_cou
 def test_one_segment_that_can_never_be_written_anew_does_not_stop_a_directory_that_grows(
     workbench: Make, runtime: HandRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_header = Housekeeper._write_header
-
-    def failing(house: Housekeeper, segment: Segment, state: SegmentState, generation: int) -> int:
-        if segment.number == 0:
-            raise OFF
-        return write_header(house, segment, state, generation)
-
     bench = workbench(segments=8).open()
     (first, *_) = bench.fill(range(2 * RECORDS))
     bench.tier.close()
     with open(bench.segment_path(first.segment), "r+b") as file:
         file.write(bytes(HEADER_SLOTS * PAGE_BYTES))
-    monkeypatch.setattr(Housekeeper, "_write_header", failing)
+    fail_headers(monkeypatch, lambda segment: segment.number == 0)
     bench = workbench(segments=8).open()
     for number in range(4 * POISONED_IN_A_ROW):
         advance(runtime, RECLAIM_PAUSE_S)
