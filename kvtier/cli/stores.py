@@ -188,8 +188,8 @@ def _layout_of(text: str) -> KVLayout | None:
             KVGroup(
                 group["name"],
                 tuple(
-                    Part(layer, kind, dtype, tuple(axes), tuple(shape))
-                    for layer, kind, dtype, axes, shape in group["parts"]
+                    Part(layer, kind, dtype, tuple(axes), tuple(shape), *more)
+                    for layer, kind, dtype, axes, shape, *more in group["parts"]
                 ),
                 Reuse(*group["reuse"]),
             )

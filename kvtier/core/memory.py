@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+NO_PAGE: Final = -1
+"""In place of a page id: the engine has no page there, or not any more, as behind a sliding window."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPages:
-    """Where one group of a request lies: page ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``."""
+    """Where one group of a request lies: page ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``.
+
+    In a group of states page ``ids[i]`` is the state behind the i-th block that begins at ``first_token`` or later. In
+    groups that need no whole prefix (``trailing``, ``last``) ids may be ``NO_PAGE``.
+    """
 
     first_token: int
     ids: npt.NDArray[np.int32]
@@ -50,7 +57,10 @@ class KVMemory(Protocol):
         """
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
-        """Refuse a page table that does not cover tokens [start, stop) in every group; called for every job.
+        """Refuse a page table that does not cover tokens [start, stop); called for every job.
+
+        They have to be covered in every group that needs the whole prefix (rule ``all``); ids of all groups have to be
+        those of pages.
 
         Raises:
             ConfigError: what is missing, and how many pages it would take; or the memory is not where it was.
@@ -66,6 +76,19 @@ class KVMemory(Protocol):
         self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
         """Write ``source`` (as ``gather`` lays it out) to the tokens in [start, stop) of these blocks, no others."""
+
+
+Blocks = npt.NDArray[np.int64]
+"""Numbers of blocks in a sequence."""
+Mask = npt.NDArray[np.bool_]
+
+
+@runtime_checkable
+class WindowedMemory(KVMemory, Protocol):
+    """What a layout with rules ``trailing`` or ``last`` takes: of such groups an engine has some blocks only."""
+
+    def held(self, table: PageTable, group: int, blocks: Blocks) -> Mask:
+        """Which of ``blocks`` lie in the pages of ``group``, all that their records hold: the others are not stored."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,7 +37,8 @@ class SliceSpan:
 class KVLayout:
     """The KV of one model on one rank.
 
-    ``block_tokens`` is a multiple of ``page_tokens``. ``page_tokens`` is the size along the token axis of every part.
+    ``block_tokens`` is a multiple of ``page_tokens``, and that of every part's ``tokens_per_entry``: the token axis of
+    a part has ``page_tokens / tokens_per_entry`` entries.
     """
 
     block_tokens: int
@@ -97,7 +98,26 @@ class KVLayout:
     @cached_property
     def slices(self) -> tuple[tuple[SliceSpan, ...], ...]:
         """Per group, the slices of its records in layer order."""
-        return tuple(self._cut(group) for group in self.groups)
+        return tuple(self._cut(group, pages) for group, pages in zip(self.groups, self.block_pages, strict=True))
+
+    @cached_property
+    def kept_tokens(self) -> tuple[int, ...]:
+        """Per group, the last tokens of a block that its records hold.
+
+        All of them, or, where a window is shorter than a block, as many whole pages as cover it: a hit ends with a
+        block, so nothing before them is ever needed. 0 for states.
+        """
+        return tuple(self._kept(group) for group in self.groups)
+
+    @cached_property
+    def block_pages(self) -> tuple[int, ...]:
+        """Per group, the engine pages that one record holds; one for a state."""
+        return tuple(max(1, kept // self.page_tokens) for kept in self.kept_tokens)
+
+    @cached_property
+    def window_blocks(self) -> tuple[int, ...]:
+        """Per group, the blocks at its end that a hit needs; 0 stands for all of them."""
+        return tuple(self._window(group) for group in self.groups)
 
     @cached_property
     def block_bytes(self) -> tuple[int, ...]:
@@ -114,9 +134,15 @@ class KVLayout:
         """KV bytes of one token over all groups."""
         return sum(self.block_bytes) / self.block_tokens
 
-    def part_bytes(self, part: Part) -> int:
-        """Bytes of one block of ``part``."""
-        return part.page_bytes * (self.block_tokens // self.page_tokens)
+    def part_bytes(self, group: int, part: Part) -> int:
+        """Bytes of one block of ``part``, which is one of group number ``group``."""
+        return part.page_bytes * self.block_pages[group]
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """What an engine has of a sequence of ``tokens``, without unfinished entries and what left a window."""
+        return sum(
+            _sequence_bytes(group, part, tokens, self.page_tokens) for group in self.groups for part in group.parts
+        )
 
     def describe(self) -> dict[str, Any]:
         """The layout as plain values: what the placement digest is over, and what is stored beside the blocks."""
@@ -129,30 +155,52 @@ class KVLayout:
                 {
                     "name": group.name,
                     "reuse": [group.reuse.rule, group.reuse.window_tokens],
-                    "parts": [[p.layer, p.kind, p.dtype, list(p.axes), list(p.shape)] for p in group.parts],
+                    "parts": [_described(part) for part in group.parts],
                 }
                 for group in self.groups
             ],
         }
 
     def _check_parts(self, group: KVGroup) -> None:
-        seen: set[tuple[int, str]] = set()
+        seen: set[str] = set()
         for part in group.parts:
             where = f"group {group.name!r}, {part.label}"
-            if part.shape[part.token_axis] != self.page_tokens:
+            if not part.is_state:
+                self._check_entries(where, part)
+            if part.label in seen:
                 raise ConfigError(
-                    f"{where}: shape {part.shape} does not have {self.page_tokens} tokens along its token axis"
+                    f"{where}: a group holds one part of a kind and name per layer, this one is there twice"
                 )
-            if (part.layer, part.kind) in seen:
-                raise ConfigError(f"{where}: a group holds one part of a kind per layer, this one is there twice")
-            seen.add((part.layer, part.kind))
+            seen.add(part.label)
 
-    def _cut(self, group: KVGroup) -> tuple[SliceSpan, ...]:
+    def _check_entries(self, where: str, part: Part) -> None:
+        entries, odd = divmod(self.page_tokens, part.tokens_per_entry)
+        if odd:
+            raise ConfigError(
+                f"{where}: tokens_per_entry = {part.tokens_per_entry}: page_tokens ="
+                f" {self.page_tokens} must be a multiple of it"
+            )
+        if part.shape[part.token_axis] != entries:
+            raise ConfigError(
+                f"{where}: shape {part.shape} does not have {entries} {_of_what(part)} along its token axis"
+            )
+
+    def _kept(self, group: KVGroup) -> int:
+        if group.reuse.rule == "last":
+            return 0
+        if group.reuse.rule == "all":
+            return self.block_tokens
+        return min(self.block_tokens, ceil(group.reuse.window_tokens / self.page_tokens) * self.page_tokens)
+
+    def _window(self, group: KVGroup) -> int:
+        return {"all": 0, "last": 1, "trailing": ceil(group.reuse.window_tokens / self.block_tokens)}[group.reuse.rule]
+
+    def _cut(self, group: KVGroup, pages: int) -> tuple[SliceSpan, ...]:
         fair = ceil(len(group.parts) / MAX_SLICES)
         spans: list[SliceSpan] = []
         first = nbytes = 0
         for number, part in enumerate(group.parts, 1):
-            nbytes += self.part_bytes(part)
+            nbytes += part.page_bytes * pages
             if nbytes >= _slice_bytes(len(spans)) and number - first >= fair:
                 spans.append(SliceSpan(range(first, number), nbytes))
                 first, nbytes = number, 0
@@ -215,6 +263,24 @@ def _check_slices(group: KVGroup, spans: tuple[SliceSpan, ...]) -> None:
                 f"group {group.name!r}, {what}: {span.nbytes} bytes of one block in one slice of its record, want at"
                 f" most {MAX_SLICE_BYTES}; use fewer tokens per block, or more and smaller parts"
             )
+
+
+def _of_what(part: Part) -> str:
+    return "tokens" if part.tokens_per_entry == 1 else f"entries of {part.tokens_per_entry} tokens"
+
+
+def _described(part: Part) -> list[Any]:
+    """Plain attention parts are described as they always were: their directories keep their names."""
+    more = [part.tokens_per_entry, part.name] if part.tokens_per_entry > 1 or part.name else []
+    return [part.layer, part.kind, part.dtype, list(part.axes), list(part.shape), *more]
+
+
+def _sequence_bytes(group: KVGroup, part: Part, tokens: int, page_tokens: int) -> int:
+    if part.is_state:
+        return part.page_bytes
+    held = min(tokens, group.reuse.window_tokens) if group.reuse.rule == "trailing" else tokens
+    entry_bytes = part.page_bytes * part.tokens_per_entry // page_tokens
+    return held // part.tokens_per_entry * entry_bytes
 
 
 def _slice_bytes(number: int) -> int:

@@ -10,7 +10,8 @@ from kvtier.core.checks import at_least, one_of, several, whole
 from kvtier.errors import ConfigError
 
 PartKind: TypeAlias = Literal["k", "v", "kv", "latent", "rope", "index", "state"]
-Axis: TypeAlias = Literal["token", "head", "dim"]
+Axis: TypeAlias = Literal["token", "head", "dim", "state"]
+"""What a dimension counts: ``state`` is an inner dimension of a state, such as the taps of a convolution."""
 ReuseRule: TypeAlias = Literal["all", "trailing", "last"]
 
 DTYPE_BYTES: Final = {
@@ -22,7 +23,9 @@ DTYPE_BYTES: Final = {
 class Part:
     """One tensor of one layer: ``shape`` is one engine page of it, ``axes`` says what each dimension is.
 
-    The bytes of a block are the bytes of its pages in token order, as the engine has them.
+    The bytes of a block are the bytes of its pages in token order, as the engine has them. Where one entry stands for
+    ``tokens_per_entry`` tokens (compressed attention), the token axis counts entries. A part without a token axis is a
+    state: the page is all of it, at one position. ``name`` tells parts of one kind in one layer apart.
     """
 
     layer: int
@@ -30,6 +33,8 @@ class Part:
     dtype: str
     axes: tuple[Axis, ...]
     shape: tuple[int, ...]
+    tokens_per_entry: int = 1
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is no tensor of a layer. Integers of numpy become int, lists tuple.
@@ -44,8 +49,18 @@ class Part:
         sizes = several(f"{self.label}: shape", self.shape)
         shape = tuple(at_least(f"{self.label}: shape[{at}]", size, 1) for at, size in enumerate(sizes))
         object.__setattr__(self, "shape", shape)
-        if len(self.axes) != len(shape) or len(set(self.axes)) != len(self.axes) or "token" not in self.axes:
+        if not shape or len(self.axes) != len(shape) or len(set(self.axes)) != len(self.axes):
             raise ConfigError(f"{self.label}: axes {self.axes} do not describe shape {shape}")
+        _check_name(f"{self.label}: name", self.name, least=0)
+        ratio = at_least(f"{self.label}: tokens_per_entry", self.tokens_per_entry, 1)
+        object.__setattr__(self, "tokens_per_entry", ratio)
+        if ratio > 1 and self.is_state:
+            raise ConfigError(f"{self.label}: tokens_per_entry = {ratio}, but its axes {self.axes} count no tokens")
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is one value at one position, not one for every token or entry."""
+        return "token" not in self.axes
 
     @property
     def page_bytes(self) -> int:
@@ -60,12 +75,15 @@ class Part:
     @property
     def label(self) -> str:
         """How messages name it: ``layer 3 k``."""
-        return f"layer {self.layer} {self.kind}"
+        return f"layer {self.layer} {self.kind} {self.name}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position."""
+    """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position.
+
+    A window is that of the last ``window_tokens`` tokens before the hit's end.
+    """
 
     rule: ReuseRule = "all"
     window_tokens: int = 0
@@ -100,8 +118,7 @@ class KVGroup:
         Raises:
             ConfigError: naming the field that does not fit.
         """
-        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
-            raise ConfigError(f"name = {self.name!r}: a group needs a string of printable characters")
+        _check_name("name", self.name, least=1)
         parts = several(f"group {self.name!r}: parts", self.parts)
         for at, part in enumerate(parts):
             if not isinstance(part, Part):
@@ -109,6 +126,17 @@ class KVGroup:
         if not isinstance(self.reuse, Reuse):
             raise ConfigError(f"group {self.name!r}: reuse = {self.reuse!r}, want a Reuse, such as Reuse('all')")
         object.__setattr__(self, "parts", parts)
+        for part in parts:
+            if part.is_state != (self.reuse.rule == "last"):
+                raise ConfigError(
+                    f"group {self.name!r}, {part.label}: axes {part.axes} under rule {self.reuse.rule!r}: states, which"
+                    " have no token axis, belong into a group with Reuse('last'), all other parts into another one"
+                )
+
+
+def _check_name(what: str, name: Any, *, least: int) -> None:
+    if not isinstance(name, str) or len(name) < least or not name.isprintable():
+        raise ConfigError(f"{what} = {name!r}: want a string of printable characters")
 
 
 def checked_axes(name: str, axes: Any) -> tuple[Axis, ...]:

@@ -154,7 +154,7 @@ class _DensePart:
             page_shape=(*part.shape[:-1], dim * DTYPE_BYTES[part.dtype]),
             to_heads_first=(0, 1 + part.axes.index("head"), 1 + part.token_axis, 3),
             page_tokens=layout.page_tokens,
-            block_bytes=layout.part_bytes(part),
+            block_bytes=layout.part_bytes(0, part),
         )
 
     def block(self, data: Bytes1D) -> npt.NDArray[np.uint8]:

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtier.core.checks import whole
-from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
+from kvtier.core.memory import NO_PAGE, Blocks, Bytes1D, Bytes2D, GroupPages, KVPages, Mask, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.kernels import Rows, RowSpace
-from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
+from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
-from kvtier.pages.spans import check_groups, cut, frozen_ids
+from kvtier.pages.spans import BlockPages, check_groups, cut, frozen_ids
 from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -27,11 +27,11 @@ _SHORT: Final = 32
 
 
 class PagedTensors:
-    """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.KVMemory``.
+    """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.WindowedMemory``.
 
-    ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind).
-    They are torch tensors or numpy arrays, contiguous, in CPU memory; nothing is copied, and they are kept alive. All
-    parts of a group have the same number of pages.
+    ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind),
+    of parts that have a name from (layer, name). They are torch tensors or numpy arrays, contiguous, in CPU memory;
+    nothing is copied, and they are kept alive. All parts of a group have the same number of pages.
     They have to stay where they are. One that was moved since, as ``share_memory_()``, a queue of torch.multiprocessing
     and an assignment to ``.data`` do, is refused by every later job, and must not be moved while one runs.
     """
@@ -45,8 +45,8 @@ class PagedTensors:
         self.layout = checked_layout(layout)
         given = iter(_in_order(layout, tensors))
         self._groups = tuple(
-            _GroupRows.of(layout, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))
-            for group in layout.groups
+            _GroupRows.of(layout, number, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))
+            for number, group in enumerate(layout.groups)
         )
         check_apart((part.what, part.pages) for rows in self._groups for part in rows.parts)
         self.num_pages = tuple(
@@ -69,21 +69,28 @@ class PagedTensors:
         """A request's pages: ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``.
 
         ``ids`` is a list, an array or a tensor of integers; for a layout of several groups a list of them, one each.
+        Of a group of states, ``ids[i]`` is the state behind token ``first_token + (i + 1) * block_tokens``. Where a
+        group needs no whole prefix, an id may be ``NO_PAGE`` (-1).
 
         Raises:
-            ConfigError: no such pages, or ``first_token`` is not a multiple of ``page_tokens``.
+            ConfigError: no such pages, or ``first_token`` is not a multiple of ``page_tokens``, or, with a group of
+                states, of ``block_tokens``.
         """
         groups, first_token = self.layout.groups, whole("first_token", first_token)
         lists = [ids] if len(groups) == 1 else listed("page ids", ids)
         if len(lists) != len(groups):
             raise ConfigError(f"page ids: got {len(lists)} lists, the layout has {len(groups)} groups")
         per_group = tuple(
-            GroupPages(first_token, frozen_ids(own, f"page ids of group {group.name!r}"))
+            GroupPages(first_token, frozen_ids(own, f"page ids of group {group.name!r}", least=_least_id(group)))
             for own, group in zip(lists, groups, strict=True)
         )
         table = PageTable(-1, per_group)
-        covered = min(pages.first_token + len(pages.ids) * self.layout.page_tokens for pages in per_group)
-        self._check_table(table, first_token, covered)
+        covered = [
+            first_token + len(pages.ids) * self.layout.page_tokens
+            for pages, group in zip(per_group, groups, strict=True)
+            if group.reuse.rule == "all"
+        ]
+        self._check_table(table, first_token, min(covered, default=first_token))
         return KVPages(self, table)
 
     def check(self, table: PageTable, start: int, stop: int) -> None:
@@ -91,17 +98,26 @@ class PagedTensors:
         self._moored.check()
         self._check_table(table, start, stop)
 
+    def held(self, table: PageTable, group: int, blocks: Blocks) -> Mask:
+        """Which of ``blocks`` lie in the pages of ``group``; see ``WindowedMemory``."""
+        return self._groups[group].blocks.held(table.groups[group], blocks)
+
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
-        rows = self._groups[group]
-        rows.space.gather(rows.of_blocks(table.groups[group].ids, self._bases(table, group, first_tokens), parts), out)
+        rows, pages = self._groups[group], table.groups[group]
+        rows.space.gather(rows.of_blocks(pages.ids, rows.blocks.bases(pages, first_tokens), parts), out)
 
     def scatter(
         self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
         """Write tokens [start, stop) of blocks of ``parts``; see ``KVMemory``."""
-        rows, ids, bases = self._groups[group], table.groups[group].ids, self._bases(table, group, first_tokens)
-        whole = (first_tokens >= start) & (first_tokens + self.layout.block_tokens <= stop)
+        rows, ids = self._groups[group], table.groups[group].ids
+        bases, first_tokens = (
+            rows.blocks.bases(table.groups[group], first_tokens),
+            first_tokens + rows.blocks.skipped_tokens,
+        )
+        kept = self.layout.kept_tokens[group]
+        whole = (first_tokens >= start) & (first_tokens + kept <= stop) if kept else first_tokens == first_tokens
         if whole.all():
             rows.space.scatter(rows.of_blocks(ids, bases, parts), source)
             return
@@ -109,13 +125,9 @@ class PagedTensors:
             rows.space.scatter(rows.of_blocks(ids, bases[whole], parts), source[whole])
         for block in np.flatnonzero(~whole).tolist():
             first = int(first_tokens[block])
-            begin, end = max(start - first, 0), min(stop - first, self.layout.block_tokens)
+            begin, end = max(start - first, 0), min(stop - first, kept)
             if begin < end:
                 self._scatter_tokens(rows, ids, int(bases[block]), parts, source[block], begin, end)
-
-    def _bases(self, table: PageTable, group: int, first_tokens: Tokens) -> Tokens:
-        bases: Tokens = (first_tokens - table.groups[group].first_token) // self.layout.page_tokens
-        return bases
 
     def _scatter_tokens(
         self, rows: _GroupRows, ids: Ids, base: int, parts: range, source: Bytes1D, begin: int, end: int
@@ -132,7 +144,9 @@ class PagedTensors:
                 between = block[whole.start * part.page_bytes : whole.stop * part.page_bytes]
                 rows.space.scatter(rows.space.rows_of(number, pages), between)
             for edge in edges:
-                span = np.s_[:, edge.start : edge.stop]
+                # An entry of several tokens is there once its last one is: what the engine has before is unfinished.
+                ratio = part.tokens_per_entry
+                span = np.s_[:, edge.start // ratio : edge.stop // ratio]
                 cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
                 part.cells[ids[base + edge.page]][span] = cells[span]
 
@@ -142,17 +156,15 @@ class PagedTensors:
             self._check_group(group, pages, start, stop)
 
     def _check_group(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
-        size, first = self.layout.page_tokens, pages.first_token
+        size, first = self._groups[group].blocks.unit_tokens, pages.first_token
         if first < 0 or first % size:
-            raise ConfigError(f"{self._where(group)}: first_token = {first}, want a multiple of page_tokens = {size}")
-        covered = first + len(pages.ids) * size
-        if start < first or stop > covered:
-            begin = start // size * size
-            raise ConfigError(
-                f"{self._where(group)}: its {len(pages.ids)} pages hold tokens [{first}, {covered}), want "
-                f"[{start}, {stop}): {-(-(stop - begin) // size)} pages of {size} tokens from token {begin}"
-            )
-        touched = pages.ids[(start - first) // size : -(-(stop - first) // size)]
+            name = "page_tokens" if size == self.layout.page_tokens else "block_tokens"
+            raise ConfigError(f"{self._where(group)}: first_token = {first}, want a multiple of {name} = {size}")
+        if self.layout.groups[group].reuse.rule == "all":
+            self._check_covered(group, pages, start, stop)
+            touched = pages.ids[(start - first) // size : -(-(stop - first) // size)]
+        else:
+            touched = pages.ids[pages.ids != NO_PAGE]
         if not len(touched):
             return
         low, high, are_distinct = _range_of(touched)
@@ -162,6 +174,16 @@ class PagedTensors:
         if not are_distinct:
             raise ConfigError(
                 f"{self._where(group)}: a page id is there twice; two parts of a sequence cannot lie in one page"
+            )
+
+    def _check_covered(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
+        size, first = self.layout.page_tokens, pages.first_token
+        covered = first + len(pages.ids) * size
+        if start < first or stop > covered:
+            begin = start // size * size
+            raise ConfigError(
+                f"{self._where(group)}: its {len(pages.ids)} pages hold tokens [{first}, {covered}), want "
+                f"[{start}, {stop}): {-(-(stop - begin) // size)} pages of {size} tokens from token {begin}"
             )
 
     def _where(self, group: int) -> str:
@@ -175,8 +197,9 @@ class _PartPages:
     what: str  # as messages call it
     tensor: Tensor  # as the engine has it
     pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
-    cells: npt.NDArray[np.uint8]  # [num_pages, outer, page_tokens, inner bytes]: the same, cut at the token axis
+    cells: npt.NDArray[np.uint8]  # [num_pages, outer, entries, inner bytes]: the same, cut at the token axis
     page_bytes: int
+    tokens_per_entry: int
 
     @classmethod
     def of(cls, group: KVGroup, part: Part, tensor: Tensor) -> _PartPages:
@@ -191,15 +214,15 @@ class _PartPages:
             raise ConfigError(f"{what}: got {list(tensor.shape)}: it has no pages, want at least one")
         if not data.flags.c_contiguous:
             raise ConfigError(f"{what}: strides {data.strides} of bytes, want a contiguous tensor")
-        outer = prod(part.shape[: part.token_axis])
-        inner = prod(part.shape[part.token_axis + 1 :]) * DTYPE_BYTES[part.dtype]
-        count = data.shape[0]
+        count, at = data.shape[0], 0 if part.is_state else part.token_axis
+        outer, entries = prod(part.shape[:at]), 1 if part.is_state else part.shape[at]
         return cls(
             what=what,
             tensor=tensor,
             pages=data.reshape(count, part.page_bytes),
-            cells=data.reshape(count, outer, part.shape[part.token_axis], inner),
+            cells=data.reshape(count, outer, entries, -1),
             page_bytes=part.page_bytes,
+            tokens_per_entry=part.tokens_per_entry,
         )
 
 
@@ -209,6 +232,7 @@ class _GroupRows:
 
     parts: tuple[_PartPages, ...]
     block_pages: int
+    blocks: BlockPages
     space: RowSpace
     first: Rows  # [rows of a block]: where the row would lie if its page were page 0
     page: Rows  # the page of the block that it belongs to
@@ -216,8 +240,8 @@ class _GroupRows:
     begins: tuple[int, ...]  # [parts + 1]: a block's rows of part i are begins[i] to begins[i + 1]
 
     @classmethod
-    def of(cls, layout: KVLayout, parts: tuple[_PartPages, ...]) -> _GroupRows:
-        space, block_pages = RowSpace([part.pages for part in parts]), layout.block_tokens // layout.page_tokens
+    def of(cls, layout: KVLayout, group: int, parts: tuple[_PartPages, ...]) -> _GroupRows:
+        space, block_pages = RowSpace([part.pages for part in parts]), layout.block_pages[group]
         counts = space.rows_a_page
         zeros = np.zeros(block_pages, np.intp)
         first, second = (
@@ -227,6 +251,7 @@ class _GroupRows:
         return cls(
             parts=parts,
             block_pages=block_pages,
+            blocks=BlockPages.of(layout, group),
             space=space,
             first=first,
             page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
@@ -239,6 +264,10 @@ class _GroupRows:
         own = slice(self.begins[parts.start], self.begins[parts.stop])
         rows: Rows = ids[bases[:, None] + self.page[own]] * self.step[own] + self.first[own]
         return rows
+
+
+def _least_id(group: KVGroup) -> int:
+    return 0 if group.reuse.rule == "all" else NO_PAGE
 
 
 def _range_of(ids: Ids) -> tuple[int, int, bool]:
@@ -273,7 +302,7 @@ def _in_order(layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, s
         if len(given) != len(parts):
             raise ConfigError(f"tensors: got {len(given)}, the layout has {len(parts)} parts")
         return given
-    names = [(part.layer, part.kind) for part in parts]
+    names = [(part.layer, part.name or part.kind) for part in parts]
     if len(set(names)) != len(names):
         raise ConfigError(
             "tensors: two groups have a part of the same layer and kind; pass a list in the layout's order"

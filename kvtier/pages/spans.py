@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.memory import GroupPages
+from kvtier.core.memory import NO_PAGE, Blocks, GroupPages, Mask
 from kvtier.errors import ConfigError
+from kvtier.models import KVLayout
 
 _INT32: Final = np.dtype(np.int32)
 
@@ -65,8 +66,41 @@ def _check_ids(ids: Any) -> None:
         raise ConfigError(f"page table: ids are {ids.dtype} {ids.shape}, want one dimension of int32")
 
 
-def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
-    """``ids`` (a list, an array or a tensor) as an int32 array of our own that nobody can change.
+@dataclass(frozen=True, slots=True)
+class BlockPages:
+    """Which pages of a table the blocks of one group take."""
+
+    unit_tokens: int
+    """From one id to the next: the tokens of a page, or of a block, where a page is a state."""
+    skipped_tokens: int
+    """At the beginning of a block, which its records do not hold."""
+    pages: int
+    block_tokens: int
+
+    @classmethod
+    def of(cls, layout: KVLayout, group: int) -> BlockPages:
+        """Those of ``group``."""
+        if layout.groups[group].reuse.rule == "last":
+            return cls(layout.block_tokens, 0, 1, layout.block_tokens)
+        skipped = layout.block_tokens - layout.kept_tokens[group]
+        return cls(layout.page_tokens, skipped, layout.block_pages[group], layout.block_tokens)
+
+    def bases(self, table: GroupPages, first_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in the ids of ``table`` the pages begin of blocks that begin at ``first_tokens``."""
+        bases: npt.NDArray[np.int64] = (first_tokens + self.skipped_tokens - table.first_token) // self.unit_tokens
+        return bases
+
+    def held(self, table: GroupPages, blocks: Blocks) -> Mask:
+        """Which of ``blocks`` have all of their pages in ``table``."""
+        ids = self.bases(table, blocks * self.block_tokens)[:, None] + np.arange(self.pages)
+        inside = (ids >= 0) & (ids < len(table.ids))
+        there = np.where(inside, table.ids[np.where(inside, ids, 0)], NO_PAGE) if len(table.ids) else inside - 1
+        held: Mask = np.all(there >= 0, axis=1)
+        return held
+
+
+def frozen_ids(ids: Any, what: str, *, least: int = 0) -> npt.NDArray[np.int32]:
+    """``ids`` (a list, an array or a tensor), ``least`` or more, as an int32 array of our own that nobody can change.
 
     Raises:
         ConfigError: they are not one dimension of integers that fit.
@@ -79,8 +113,8 @@ def frozen_ids(ids: Any, what: str) -> npt.NDArray[np.int32]:
         raise ConfigError(f"{what}: want one dimension of integers, got {type(ids).__name__}: {error}") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ConfigError(f"{what}: want one dimension of integers, got shape {given.shape} of {given.dtype}")
-    if given.size and (int(given.min()) < 0 or int(given.max()) > np.iinfo(np.int32).max):
-        raise ConfigError(f"{what}: ids lie in [0, 2^31), got {int(given.min())} to {int(given.max())}")
+    if given.size and (int(given.min()) < least or int(given.max()) > np.iinfo(np.int32).max):
+        raise ConfigError(f"{what}: ids lie in [{least}, 2^31), got {int(given.min())} to {int(given.max())}")
     return np.frombuffer(given.astype(np.int32).tobytes(), np.int32)  # of bytes, which nobody can make writeable
 
 

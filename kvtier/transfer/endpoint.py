@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens
+from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens, WindowedMemory
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
 from kvtier.transfer.equipment import Equipment
@@ -66,7 +66,15 @@ def table_fits(equipment: Equipment, plan: Plan) -> bool:
         memory.check(plan.pages, start, min(plan.stop, (int(blocks.max()) + 1) * size))
     except ConfigError:
         return False
-    return True
+    return all(
+        _are_held(memory, plan.pages, number, blocks[plan.rows["group"] == number])
+        for number, group in enumerate(equipment.layout.groups)
+        if group.reuse.rule != "all"
+    )
+
+
+def _are_held(memory: KVMemory, pages: PageTable, group: int, blocks: Table) -> bool:
+    return isinstance(memory, WindowedMemory) and bool(memory.held(pages, group, blocks.astype(np.int64)).all())
 
 
 def table_of(plan: Plan, rows: Rows) -> Table:

@@ -35,7 +35,7 @@ def test_slices_cover_every_part_once_and_in_order(layout):
     for group, spans in zip(layout.groups, layout.slices, strict=True):
         assert [number for span in spans for number in span.parts] == list(range(len(group.parts)))
         for span in spans:
-            assert span.nbytes == sum(layout.part_bytes(group.parts[number]) for number in span.parts)
+            assert span.nbytes == sum(layout.part_bytes(0, group.parts[number]) for number in span.parts)
 
 
 @given(layouts())
@@ -52,7 +52,7 @@ def test_a_slice_takes_no_more_parts_than_it_must(layout):
     for group, spans in zip(layout.groups, layout.slices, strict=True):
         fair = ceil(len(group.parts) / MAX_SLICES)
         for number, span in enumerate(spans[:-1]):
-            last = layout.part_bytes(group.parts[span.parts[-1]])
+            last = layout.part_bytes(0, group.parts[span.parts[-1]])
             size = wanted[number] if number < len(wanted) else 2 << 20
             assert span.nbytes >= size
             assert len(span.parts) <= fair or span.nbytes - last < size

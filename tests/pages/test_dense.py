@@ -67,7 +67,7 @@ def test_gather_gives_a_block_in_the_order_of_the_layout(case, outside, row, blo
     start = data.draw(st.integers(0, 4))
     parts = range(start, data.draw(st.integers(start, 4)))
     pages = DenseKV(layout, keys, values).row(row, first_token=block * layout.block_tokens)
-    out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
+    out = np.zeros(sum(layout.part_bytes(0, layout.groups[0].parts[part]) for part in parts), np.uint8)
     first_token = (block + 1) * layout.block_tokens
     pages.memory.gather(pages.table, 0, np.array([first_token]), parts, out[None])
     assert out.tobytes() == _block(layout, _in_order(keys, values), row, layout.block_tokens, parts)

@@ -70,7 +70,7 @@ def test_gather_gives_the_pages_of_each_part_in_token_order(case, data):
     before = data.draw(st.integers(0, 2)) * layout.block_tokens
     parts = _draw_parts(data)
     pages = PagedTensors(layout, tensors).pages(ids, first_token=before)
-    out = np.zeros(sum(layout.part_bytes(layout.groups[0].parts[part]) for part in parts), np.uint8)
+    out = np.zeros(sum(layout.part_bytes(0, layout.groups[0].parts[part]) for part in parts), np.uint8)
     _gather(pages, 0, [before + block * layout.block_tokens], parts, out)
     assert out.tobytes() == _block(layout, tensors, ids[block * size : (block + 1) * size], parts)
 
