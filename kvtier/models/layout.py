@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from kvtier.core.checks import at_least, several
 from kvtier.errors import ConfigError
-from kvtier.models.families import groups_of
-from kvtier.models.parts import Axis, KVGroup, Part, checked_axes, dtype_name
+from kvtier.models.families import checked_form, groups_of
+from kvtier.models.parts import Axis, KVGroup, Part, checked_axes
 
 MIN_SLICE_BYTES: Final = 256 * 1024
 GROWN_SLICE_BYTES: Final = 2 * 1024 * 1024
@@ -77,18 +77,32 @@ class KVLayout:
         *,
         axes: tuple[Axis, ...] = ("head", "token", "dim"),
         page_tokens: int | None = None,
+        index_dtype: Any = None,
+        state_dtype: Any = None,
+        windows: bool | None = None,
     ) -> KVLayout:
         """The layout of a Hugging Face model; see ``kvtier.models.families`` for the families that are known.
 
-        ``hf_config`` is a ``PretrainedConfig`` or its dict; ``dtype`` is a name or a ``torch.dtype``. ``axes`` is the
-        order inside one engine page; the default is that of transformers' own caches, with pages as long as blocks.
+        ``hf_config`` is a ``PretrainedConfig`` or its dict. ``axes`` is the order inside one engine page of keys and
+        values; the default is that of transformers' own caches, with pages as long as blocks.
+
+        Dtypes are names or ``torch.dtype``. ``dtype`` may also be ``"fp8_ds_mla"``: FlashMLA's packed entries of
+        DeepSeek V3.2 (656 bytes) and V4 (584 bytes, pages padded to a multiple of 576). ``index_dtype`` is that of
+        index keys, ``dtype`` by default, and may be ``"fp8_scaled"`` (DeepGEMM's 132 bytes; the default beside packed
+        entries) or ``"mxfp4"`` (68 bytes). ``state_dtype`` is that of states, ``dtype`` by default, or bfloat16 where
+        that has one byte.
+
+        ``windows`` decides whether layers with a sliding window are kept as windows (True) or whole (False). None
+        leaves it to the family: windows beside full layers are kept as such (Gemma 3, gpt-oss), those of Mistral and
+        Qwen whole. DeepSeek V4 has its windows in any case.
 
         Raises:
             ConfigError: the architecture is not known; the message names it and says what to pass instead. Or an
-                argument is none that a layout can have.
+                argument is none that a layout can have, such as a block that ends inside an entry of several tokens.
         """
         sizes = _checked_sizes(block_tokens, block_tokens if page_tokens is None else page_tokens)
-        return cls(*sizes, groups_of(hf_config, dtype_name(dtype), checked_axes("axes", axes), sizes[1]))
+        form = checked_form(*sizes, checked_axes("axes", axes), dtype, index_dtype, state_dtype, windows)
+        return cls(*sizes, groups_of(hf_config, form))
 
     @cached_property
     def placement(self) -> str:
@@ -129,20 +143,43 @@ class KVLayout:
         """Per group, the 4 KiB pages of one raw record: a header page, then every slice rounded up."""
         return tuple(1 + sum(ceil(span.nbytes / 4096) for span in spans) for spans in self.slices)
 
+    @cached_property
+    def token_bytes(self) -> tuple[float, ...]:
+        """Per group, what one more token adds to a long sequence: 0 for windows and states, which grow no more.
+
+        Entries alone are counted, without what pads a page; of an entry that stands for several tokens a share.
+        """
+        return tuple(
+            sum(part.entry_bytes / part.tokens_per_entry for part in group.parts) if group.reuse.rule == "all" else 0.0
+            for group in self.groups
+        )
+
     @property
     def bytes_per_token(self) -> float:
-        """KV bytes of one token over all groups."""
-        return sum(self.block_bytes) / self.block_tokens
+        """KV bytes that one more token adds to a long sequence, over all groups; see ``token_bytes``."""
+        return sum(self.token_bytes)
+
+    @property
+    def page_bytes_per_token(self) -> float:
+        """As ``bytes_per_token``, with what pads pages: what an engine's memory really holds."""
+        return sum(
+            part.page_bytes / self.page_tokens
+            for group in self.groups
+            if group.reuse.rule == "all"
+            for part in group.parts
+        )
 
     def part_bytes(self, group: int, part: Part) -> int:
         """Bytes of one block of ``part``, which is one of group number ``group``."""
         return part.page_bytes * self.block_pages[group]
 
     def sequence_bytes(self, tokens: int) -> int:
-        """What an engine has of a sequence of ``tokens``, without unfinished entries and what left a window."""
-        return sum(
-            _sequence_bytes(group, part, tokens, self.page_tokens) for group in self.groups for part in group.parts
-        )
+        """What a sequence of ``tokens`` is at its end, without unfinished entries, padding and what left a window."""
+        return sum(self.sequence_group_bytes(tokens))
+
+    def sequence_group_bytes(self, tokens: int) -> tuple[int, ...]:
+        """Per group, its part of ``sequence_bytes``."""
+        return tuple(sum(_sequence_bytes(group, part, tokens) for part in group.parts) for group in self.groups)
 
     def describe(self) -> dict[str, Any]:
         """The layout as plain values: what the placement digest is over, and what is stored beside the blocks."""
@@ -180,6 +217,13 @@ class KVLayout:
                 f"{where}: tokens_per_entry = {part.tokens_per_entry}: page_tokens ="
                 f" {self.page_tokens} must be a multiple of it"
             )
+        if part.planes:
+            if entries * part.entry_bytes > part.page_bytes:
+                raise ConfigError(
+                    f"{where}: a page of {part.page_bytes} bytes has no room for {entries} {_of_what(part)} of"
+                    f" {part.entry_bytes} bytes"
+                )
+            return
         if part.shape[part.token_axis] != entries:
             raise ConfigError(
                 f"{where}: shape {part.shape} does not have {entries} {_of_what(part)} along its token axis"
@@ -271,16 +315,16 @@ def _of_what(part: Part) -> str:
 
 def _described(part: Part) -> list[Any]:
     """Plain attention parts are described as they always were: their directories keep their names."""
-    more = [part.tokens_per_entry, part.name] if part.tokens_per_entry > 1 or part.name else []
+    planes = [list(part.planes)] if part.planes else []
+    more = [part.tokens_per_entry, part.name, *planes] if part.tokens_per_entry > 1 or part.name or planes else []
     return [part.layer, part.kind, part.dtype, list(part.axes), list(part.shape), *more]
 
 
-def _sequence_bytes(group: KVGroup, part: Part, tokens: int, page_tokens: int) -> int:
+def _sequence_bytes(group: KVGroup, part: Part, tokens: int) -> int:
     if part.is_state:
-        return part.page_bytes
+        return part.entry_bytes if tokens else 0
     held = min(tokens, group.reuse.window_tokens) if group.reuse.rule == "trailing" else tokens
-    entry_bytes = part.page_bytes * part.tokens_per_entry // page_tokens
-    return held // part.tokens_per_entry * entry_bytes
+    return held // part.tokens_per_entry * part.entry_bytes
 
 
 def _slice_bytes(number: int) -> int:

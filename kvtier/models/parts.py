@@ -10,8 +10,12 @@ from kvtier.core.checks import at_least, one_of, several, whole
 from kvtier.errors import ConfigError
 
 PartKind: TypeAlias = Literal["k", "v", "kv", "latent", "rope", "index", "state"]
-Axis: TypeAlias = Literal["token", "head", "dim", "state"]
-"""What a dimension counts: ``state`` is an inner dimension of a state, such as the taps of a convolution."""
+Axis: TypeAlias = Literal["token", "head", "dim", "state", "page"]
+"""What a dimension counts.
+
+``state`` is an inner dimension of a state, such as the taps of a convolution; ``page`` counts the bytes of a page whose
+entries lie in planes.
+"""
 ReuseRule: TypeAlias = Literal["all", "trailing", "last"]
 
 DTYPE_BYTES: Final = {
@@ -26,6 +30,10 @@ class Part:
     The bytes of a block are the bytes of its pages in token order, as the engine has them. Where one entry stands for
     ``tokens_per_entry`` tokens (compressed attention), the token axis counts entries. A part without a token axis is a
     state: the page is all of it, at one position. ``name`` tells parts of one kind in one layer apart.
+
+    Kernels that read quantised entries keep a page in ``planes``: the values of all its entries, then their scales.
+    ``planes`` are the bytes that one entry has in each; the page is uint8 ``(bytes,)`` with the axis ``page``, and what
+    the entries leave of it is padding.
     """
 
     layer: int
@@ -35,6 +43,7 @@ class Part:
     shape: tuple[int, ...]
     tokens_per_entry: int = 1
     name: str = ""
+    planes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is no tensor of a layer. Integers of numpy become int, lists tuple.
@@ -54,13 +63,14 @@ class Part:
         _check_name(f"{self.label}: name", self.name, least=0)
         ratio = at_least(f"{self.label}: tokens_per_entry", self.tokens_per_entry, 1)
         object.__setattr__(self, "tokens_per_entry", ratio)
+        self._check_planes()
         if ratio > 1 and self.is_state:
             raise ConfigError(f"{self.label}: tokens_per_entry = {ratio}, but its axes {self.axes} count no tokens")
 
     @property
     def is_state(self) -> bool:
         """Whether it is one value at one position, not one for every token or entry."""
-        return "token" not in self.axes
+        return not self.planes and "token" not in self.axes
 
     @property
     def page_bytes(self) -> int:
@@ -68,14 +78,35 @@ class Part:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry, without what pads a page; of a state all of it."""
+        if self.planes:
+            return sum(self.planes)
+        return self.page_bytes if self.is_state else self.page_bytes // self.shape[self.token_axis]
+
+    @property
     def token_axis(self) -> int:
-        """Which dimension of ``shape`` counts tokens."""
+        """Which dimension of ``shape`` counts tokens, or entries of several; a page in planes has none."""
         return self.axes.index("token")
 
     @property
     def label(self) -> str:
         """How messages name it: ``layer 3 k``."""
         return f"layer {self.layer} {self.kind} {self.name}".rstrip()
+
+    def _check_planes(self) -> None:
+        found = several(f"{self.label}: planes", self.planes)
+        planes = tuple(at_least(f"{self.label}: planes[{at}]", width, 1) for at, width in enumerate(found))
+        object.__setattr__(self, "planes", planes)
+        if bool(planes) != ("page" in self.axes):
+            raise ConfigError(
+                f"{self.label}: axes {self.axes} with planes {planes}: a page in planes has the one axis 'page', and"
+                " only such a page"
+            )
+        if planes and (self.axes != ("page",) or self.dtype != "uint8"):
+            raise ConfigError(
+                f"{self.label}: a {self.dtype} page of axes {self.axes} in planes {planes}: want uint8 and ('page',)"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +182,15 @@ def checked_axes(name: str, axes: Any) -> tuple[Axis, ...]:
     return found
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any, *, name: str = "dtype", others: tuple[str, ...] = ()) -> str:
     """The plain name of a dtype: ``"bfloat16"`` for ``"bfloat16"``, ``torch.bfloat16`` and ``numpy.dtype`` alike.
+
+    ``name`` is what messages call it; ``others`` would have been allowed besides.
 
     Raises:
         ConfigError: it is none that KV is kept in.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise ConfigError(f"dtype = {dtype!r}: not one of {', '.join(DTYPE_BYTES)}")
-    return name
+    plain = str(dtype).removeprefix("torch.")
+    if plain not in DTYPE_BYTES:
+        raise ConfigError(f"{name} = {dtype!r}: not one of {', '.join((*DTYPE_BYTES, *others))}")
+    return plain

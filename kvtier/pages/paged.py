@@ -22,6 +22,8 @@ from kvtier.pages.spans import BlockPages, check_groups, cut, frozen_ids
 from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
 
 Ids: TypeAlias = npt.NDArray[np.int32]
+Cells: TypeAlias = npt.NDArray[np.uint8]
+"""uint8 ``[pages, outer, entries, inner bytes]``: pages cut at the token axis, or one plane of them."""
 _SHORT: Final = 32
 """Page ids that are looked at one by one in less time than as an array."""
 
@@ -45,7 +47,11 @@ class PagedTensors:
         self.layout = checked_layout(layout)
         given = iter(_in_order(layout, tensors))
         self._groups = tuple(
-            _GroupRows.of(layout, number, tuple(_PartPages.of(group, part, next(given)) for part in group.parts))
+            _GroupRows.of(
+                layout,
+                number,
+                tuple(_PartPages.of(group, part, next(given), layout.page_tokens) for part in group.parts),
+            )
             for number, group in enumerate(layout.groups)
         )
         check_apart((part.what, part.pages) for rows in self._groups for part in rows.parts)
@@ -145,10 +151,11 @@ class PagedTensors:
                 rows.space.scatter(rows.space.rows_of(number, pages), between)
             for edge in edges:
                 # An entry of several tokens is there once its last one is: what the engine has before is unfinished.
-                ratio = part.tokens_per_entry
+                ratio = part.part.tokens_per_entry
                 span = np.s_[:, edge.start // ratio : edge.stop // ratio]
-                cells = block.reshape(-1, *part.cells.shape[1:])[edge.page]
-                part.cells[ids[base + edge.page]][span] = cells[span]
+                page = block[edge.page * part.page_bytes : (edge.page + 1) * part.page_bytes]
+                for theirs, mine in zip(part.cells, part.cells_of(page), strict=True):
+                    theirs[ids[base + edge.page]][span] = mine[0][span]
 
     def _check_table(self, table: PageTable, start: int, stop: int) -> None:
         check_groups(table.groups, len(self.num_pages))
@@ -197,12 +204,16 @@ class _PartPages:
     what: str  # as messages call it
     tensor: Tensor  # as the engine has it
     pages: npt.NDArray[np.uint8]  # [num_pages, page_bytes]
-    cells: npt.NDArray[np.uint8]  # [num_pages, outer, entries, inner bytes]: the same, cut at the token axis
-    page_bytes: int
-    tokens_per_entry: int
+    cells: tuple[Cells, ...]  # the same, cut into entries
+    part: Part
+    entries: int  # of a page
+
+    @property
+    def page_bytes(self) -> int:
+        return self.part.page_bytes
 
     @classmethod
-    def of(cls, group: KVGroup, part: Part, tensor: Tensor) -> _PartPages:
+    def of(cls, group: KVGroup, part: Part, tensor: Tensor, page_tokens: int) -> _PartPages:
         what = f"tensor of group {group.name!r}, {part.label}"
         data = bytes_of(tensor, what)
         if tuple(tensor.shape[1:]) != part.shape or dtype_of(tensor) != part.dtype:
@@ -214,16 +225,24 @@ class _PartPages:
             raise ConfigError(f"{what}: got {list(tensor.shape)}: it has no pages, want at least one")
         if not data.flags.c_contiguous:
             raise ConfigError(f"{what}: strides {data.strides} of bytes, want a contiguous tensor")
-        count, at = data.shape[0], 0 if part.is_state else part.token_axis
-        outer, entries = prod(part.shape[:at]), 1 if part.is_state else part.shape[at]
-        return cls(
-            what=what,
-            tensor=tensor,
-            pages=data.reshape(count, part.page_bytes),
-            cells=data.reshape(count, outer, entries, -1),
-            page_bytes=part.page_bytes,
-            tokens_per_entry=part.tokens_per_entry,
-        )
+        pages = data.reshape(len(data), part.page_bytes)
+        entries = 1 if part.is_state else page_tokens // part.tokens_per_entry
+        return cls(what, tensor, pages, _cells(part, pages, entries), part, entries)
+
+    def cells_of(self, page: Bytes1D) -> tuple[Cells, ...]:
+        """One page, wherever it lies, cut into entries as ``cells``: ``[1, outer, entries, inner bytes]``."""
+        return _cells(self.part, page.reshape(1, -1), self.entries)
+
+
+def _cells(part: Part, pages: npt.NDArray[np.uint8], entries: int) -> tuple[Cells, ...]:
+    """Views of ``pages``, one for each plane, or one for all."""
+    count = len(pages)
+    if not part.planes:
+        outer = 1 if part.is_state else prod(part.shape[: part.token_axis])
+        return (pages.reshape(count, outer, entries, -1),)
+    begins = accumulate((entries * width for width in part.planes), initial=0)
+    planes = (pages[:, begin : begin + entries * width] for begin, width in zip(begins, part.planes, strict=False))
+    return tuple(plane.reshape(count, 1, entries, -1) for plane in planes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
