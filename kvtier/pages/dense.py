@@ -36,6 +36,12 @@ class DenseKV:
             ConfigError: naming the part, what was given and what it wants.
         """
         self.layout = checked_layout(layout)
+        for group in layout.groups:
+            if group.reuse.rule != "all":
+                raise ConfigError(
+                    f"group {group.name!r}: reuse rule {group.reuse.rule!r}: DenseKV holds whole sequences; use"
+                    " PagedTensors, or describe windows as kept whole: KVLayout.from_hf_config(config, windows=False)"
+                )
         layers = {layer: row for row, layer in enumerate(sorted({p.layer for g in layout.groups for p in g.parts}))}
         sides = {"k": listed("keys", keys), "v": listed("values", values)}
         for name, given in zip(("keys", "values"), sides.values(), strict=True):

@@ -18,7 +18,7 @@ from kvtier.kernels import Rows, RowSpace
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
-from kvtier.pages.spans import BlockPages, check_groups, cut, frozen_ids
+from kvtier.pages.spans import BlockPages, Edge, check_groups, cut, frozen_ids
 from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -109,53 +109,66 @@ class PagedTensors:
         return self._groups[group].blocks.held(table.groups[group], blocks)
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
-        """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
+        """Copy blocks of ``parts`` to ``out``; see ``KVMemory``.
+
+        Raises:
+            ConfigError: a block has no pages, or lacks some, as ``held`` tells.
+        """
         rows, pages = self._groups[group], table.groups[group]
+        if rows.blocks.may_lack_pages:
+            self._check_held(group, pages, first_tokens)
         rows.space.gather(rows.of_blocks(pages.ids, rows.blocks.bases(pages, first_tokens), parts), out)
 
     def scatter(
         self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
     ) -> None:
-        """Write tokens [start, stop) of blocks of ``parts``; see ``KVMemory``."""
-        rows, ids = self._groups[group], table.groups[group].ids
-        bases, first_tokens = (
-            rows.blocks.bases(table.groups[group], first_tokens),
-            first_tokens + rows.blocks.skipped_tokens,
-        )
-        kept = self.layout.kept_tokens[group]
-        whole = (first_tokens >= start) & (first_tokens + kept <= stop) if kept else first_tokens == first_tokens
+        """Write tokens [start, stop) of blocks of ``parts``; see ``KVMemory``.
+
+        An entry of several tokens is written if its last token is among them, a state if that of its block is: what
+        the engine has before is unfinished. Nothing is written where it has no page.
+        """
+        rows, pages = self._groups[group], table.groups[group]
+        whole = rows.blocks.whole(first_tokens, start, stop)
+        if rows.blocks.may_lack_pages:
+            whole &= rows.blocks.held(pages, first_tokens // self.layout.block_tokens)
+        bases = rows.blocks.bases(pages, first_tokens)
         if whole.all():
-            rows.space.scatter(rows.of_blocks(ids, bases, parts), source)
+            rows.space.scatter(rows.of_blocks(pages.ids, bases, parts), source)
             return
         if whole.any():
-            rows.space.scatter(rows.of_blocks(ids, bases[whole], parts), source[whole])
+            rows.space.scatter(rows.of_blocks(pages.ids, bases[whole], parts), source[whole])
+        if rows.blocks.is_state:
+            return
+        ids, kept = rows.blocks.ids_of(pages, first_tokens), self.layout.kept_tokens[group]
         for block in np.flatnonzero(~whole).tolist():
-            first = int(first_tokens[block])
+            first = int(first_tokens[block]) + rows.blocks.skipped_tokens
             begin, end = max(start - first, 0), min(stop - first, kept)
             if begin < end:
-                self._scatter_tokens(rows, ids, int(bases[block]), parts, source[block], begin, end)
+                self._scatter_tokens(rows, ids[block], parts, source[block], begin, end)
 
-    def _scatter_tokens(
-        self, rows: _GroupRows, ids: Ids, base: int, parts: range, source: Bytes1D, begin: int, end: int
-    ) -> None:
-        """Tokens [begin, end) of one block, whose pages are ``ids[base:]``: whole pages, and cells at both ends."""
+    def _scatter_tokens(self, rows: _GroupRows, ids: Ids, parts: range, source: Bytes1D, begin: int, end: int) -> None:
+        """Tokens [begin, end) of one block, whose pages are ``ids``: whole pages, and cells at both ends."""
         whole, edges = cut(begin, end, self.layout.page_tokens)
+        numbers = [page for page in whole if ids[page] != NO_PAGE]
         at = 0
         for number in parts:
             part = rows.parts[number]
-            block = source[at : at + part.page_bytes * rows.block_pages]
+            block = source[at : at + part.page_bytes * rows.block_pages].reshape(rows.block_pages, part.page_bytes)
             at += block.nbytes
-            if whole:
-                pages = ids[base + whole.start : base + whole.stop]
-                between = block[whole.start * part.page_bytes : whole.stop * part.page_bytes]
-                rows.space.scatter(rows.space.rows_of(number, pages), between)
+            if numbers:
+                rows.space.scatter(rows.space.rows_of(number, ids[numbers]), block[numbers])
             for edge in edges:
-                # An entry of several tokens is there once its last one is: what the engine has before is unfinished.
-                ratio = part.part.tokens_per_entry
-                span = np.s_[:, edge.start // ratio : edge.stop // ratio]
-                page = block[edge.page * part.page_bytes : (edge.page + 1) * part.page_bytes]
-                for theirs, mine in zip(part.cells, part.cells_of(page), strict=True):
-                    theirs[ids[base + edge.page]][span] = mine[0][span]
+                if ids[edge.page] != NO_PAGE:
+                    part.write_entries(int(ids[edge.page]), block[edge.page], edge)
+
+    def _check_held(self, group: int, pages: GroupPages, first_tokens: Tokens) -> None:
+        held = self._groups[group].blocks.held(pages, first_tokens // self.layout.block_tokens)
+        if not held.all():
+            first = int(first_tokens[~held][0])
+            raise ConfigError(
+                f"{self._where(group)}: the block of tokens [{first}, {first + self.layout.block_tokens}) has no pages,"
+                " or lacks some: held() tells which blocks can be stored"
+            )
 
     def _check_table(self, table: PageTable, start: int, stop: int) -> None:
         check_groups(table.groups, len(self.num_pages))
@@ -229,9 +242,11 @@ class _PartPages:
         entries = 1 if part.is_state else page_tokens // part.tokens_per_entry
         return cls(what, tensor, pages, _cells(part, pages, entries), part, entries)
 
-    def cells_of(self, page: Bytes1D) -> tuple[Cells, ...]:
-        """One page, wherever it lies, cut into entries as ``cells``: ``[1, outer, entries, inner bytes]``."""
-        return _cells(self.part, page.reshape(1, -1), self.entries)
+    def write_entries(self, page_id: int, source: Bytes1D, edge: Edge) -> None:
+        """Write what is finished by the tokens of ``edge``, from ``source``, a whole page."""
+        span = np.s_[:, edge.start // self.part.tokens_per_entry : edge.stop // self.part.tokens_per_entry]
+        for mine, theirs in zip(self.cells, _cells(self.part, source[None], self.entries), strict=True):
+            mine[page_id][span] = theirs[0][span]
 
 
 def _cells(part: Part, pages: npt.NDArray[np.uint8], entries: int) -> tuple[Cells, ...]:

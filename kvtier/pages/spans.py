@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvtier.core.memory import NO_PAGE, Blocks, GroupPages, Mask
 from kvtier.errors import ConfigError
 from kvtier.models import KVLayout
+from kvtier.models.parts import ReuseRule
 
 _INT32: Final = np.dtype(np.int32)
 
@@ -76,27 +77,58 @@ class BlockPages:
     """At the beginning of a block, which its records do not hold."""
     pages: int
     block_tokens: int
+    rule: ReuseRule
 
     @classmethod
     def of(cls, layout: KVLayout, group: int) -> BlockPages:
         """Those of ``group``."""
-        if layout.groups[group].reuse.rule == "last":
-            return cls(layout.block_tokens, 0, 1, layout.block_tokens)
+        rule = layout.groups[group].reuse.rule
+        if rule == "last":
+            return cls(layout.block_tokens, 0, 1, layout.block_tokens, rule)
         skipped = layout.block_tokens - layout.kept_tokens[group]
-        return cls(layout.page_tokens, skipped, layout.block_pages[group], layout.block_tokens)
+        return cls(layout.page_tokens, skipped, layout.block_pages[group], layout.block_tokens, rule)
+
+    @property
+    def is_state(self) -> bool:
+        """Whether a page is a state, behind the last token of its block."""
+        return self.rule == "last"
+
+    @property
+    def may_lack_pages(self) -> bool:
+        """Whether a block may have pages in part, or none at all."""
+        return self.rule != "all"
 
     def bases(self, table: GroupPages, first_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where in the ids of ``table`` the pages begin of blocks that begin at ``first_tokens``."""
         bases: npt.NDArray[np.int64] = (first_tokens + self.skipped_tokens - table.first_token) // self.unit_tokens
         return bases
 
+    def ids_of(self, table: GroupPages, first_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Ids of the pages of blocks that begin at ``first_tokens``: ``[blocks, pages]``.
+
+        NO_PAGE stands where ``table`` says so, and where it does not reach.
+        """
+        at = self.bases(table, first_tokens)[:, None] + np.arange(self.pages)
+        inside = (at >= 0) & (at < len(table.ids))
+        ids = np.full(at.shape, NO_PAGE, np.int32)
+        ids[inside] = table.ids[at[inside]]
+        return ids
+
     def held(self, table: GroupPages, blocks: Blocks) -> Mask:
         """Which of ``blocks`` have all of their pages in ``table``."""
-        ids = self.bases(table, blocks * self.block_tokens)[:, None] + np.arange(self.pages)
-        inside = (ids >= 0) & (ids < len(table.ids))
-        there = np.where(inside, table.ids[np.where(inside, ids, 0)], NO_PAGE) if len(table.ids) else inside - 1
-        held: Mask = np.all(there >= 0, axis=1)
+        held: Mask = (self.ids_of(table, blocks * self.block_tokens) != NO_PAGE).all(axis=1)
         return held
+
+    def whole(self, first_tokens: npt.NDArray[np.int64], start: int, stop: int) -> Mask:
+        """Of which blocks all that their records hold lies in tokens [start, stop).
+
+        A state is there once the last token of its block is.
+        """
+        begins, ends = first_tokens + self.skipped_tokens, first_tokens + self.block_tokens
+        if self.is_state:
+            begins = ends - 1
+        whole: Mask = (begins >= start) & (ends <= stop)
+        return whole
 
 
 def frozen_ids(ids: Any, what: str, *, least: int = 0) -> npt.NDArray[np.int32]:

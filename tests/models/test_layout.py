@@ -220,3 +220,80 @@ def test_numbers_of_numpy_and_lists_are_described_like_those_of_python():
     assert layout.placement == BASE.placement
     assert Reuse("trailing", np.int64(128)) == Reuse("trailing", 128)
     assert type(Reuse("trailing", np.int64(128)).window_tokens) is int
+
+
+ROWS = ("token", "dim")
+
+
+@pytest.mark.parametrize(
+    ("window", "kept", "blocks"),
+    [(1, 16, 1), (16, 16, 1), (17, 32, 1), (64, 64, 1), (65, 64, 2), (128, 64, 2), (129, 64, 3)],
+)
+def test_records_of_a_window_hold_its_last_pages_and_a_hit_needs_its_last_blocks(window, kept, blocks):
+    layout = replace(BASE, groups=(replace(BASE.groups[0], reuse=Reuse("trailing", window)),))
+    assert layout.kept_tokens == (kept,)
+    assert layout.block_pages == (kept // 16,)
+    assert layout.block_bytes == (BASE.groups[0].parts[0].page_bytes * kept // 16,)
+    assert layout.window_blocks == (blocks,)
+
+
+def test_a_record_of_a_state_is_one_page_whatever_the_block():
+    state = KVGroup("state", (Part(0, "state", "float32", ("head", "state", "dim"), (2, 3, 4)),), Reuse("last"))
+    layout = KVLayout(64, 16, (*BASE.groups, state))
+    assert layout.kept_tokens == (64, 0)
+    assert layout.block_pages == (4, 1)
+    assert layout.window_blocks == (0, 1)
+    assert layout.block_bytes[1] == layout.part_bytes(1, state.parts[0]) == 2 * 3 * 4 * 4
+
+
+def test_what_a_part_has_beside_its_shape_is_described_only_where_it_has_it():
+    """So that directories of plain layouts keep their names."""
+    plain, entries, planes, named = (
+        KVLayout(64, 16, (KVGroup("a", (part,)),)).describe()["groups"][0]["parts"][0]
+        for part in (
+            Part(0, "kv", "uint8", ROWS, (16, 8)),
+            Part(0, "kv", "uint8", ROWS, (4, 8), 4),
+            Part(0, "kv", "uint8", ("page",), (64,), 4, planes=(12, 2)),
+            Part(0, "kv", "uint8", ROWS, (16, 8), name="window"),
+        )
+    )
+    assert plain == [0, "kv", "uint8", ["token", "dim"], [16, 8]]
+    assert entries == [0, "kv", "uint8", ["token", "dim"], [4, 8], 4, ""]
+    assert planes == [0, "kv", "uint8", ["page"], [64], 4, "", [12, 2]]
+    assert named == [0, "kv", "uint8", ["token", "dim"], [16, 8], 1, "window"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Part(0, "kv", "uint8", ("page",), (64,)), r"layer 0 kv: axes \('page',\) with planes \(\): a page in"),
+        (lambda: Part(0, "kv", "uint8", ROWS, (4, 8), planes=(6, 2)), r"axes \('token', 'dim'\) with planes \(6, 2\)"),
+        (lambda: Part(0, "kv", "float16", ("page",), (64,), planes=(6, 2)), r"want uint8 and \('page',\)"),
+        (lambda: Part(0, "kv", "uint8", ("page", "dim"), (4, 8), planes=(6, 2)), r"want uint8 and \('page',\)"),
+        (lambda: Part(0, "kv", "uint8", ("page",), (64,), planes=(6, 0)), r"^layer 0 kv: planes\[1\] = 0"),
+        (lambda: Part(0, "kv", "uint8", ("page",), (64,), planes=6), "^layer 0 kv: planes = 6"),
+        (
+            lambda: KVLayout(64, 16, (KVGroup("a", (Part(0, "kv", "uint8", ("page",), (31,), 4, planes=(6, 2)),)),)),
+            "group 'a', layer 0 kv: a page of 31 bytes has no room for 4 entries of 4 tokens of 8 bytes",
+        ),
+        (
+            lambda: KVLayout(64, 16, (KVGroup("a", (Part(0, "kv", "uint8", ROWS, (1, 8), 32),)),)),
+            "tokens_per_entry = 32: page_tokens = 16 must be a multiple of it",
+        ),
+        (
+            lambda: KVLayout(64, 16, (KVGroup("a", (Part(0, "kv", "uint8", ROWS, (16, 8), 4),)),)),
+            "does not have 4 entries of 4 tokens along its token axis",
+        ),
+        (lambda: Part(0, "state", "uint8", ("dim",), (8,), 4), "tokens_per_entry = 4, but its axes"),
+        (lambda: Part(0, "kv", "uint8", ROWS, (4, 8), 0), "^layer 0 kv: tokens_per_entry = 0"),
+        (lambda: Part(0, "kv", "uint8", ROWS, (4, 8), name="a\n"), "^layer 0 kv.*: name = 'a"),
+        (
+            lambda: KVGroup("a", (Part(0, "state", "uint8", ("dim",), (8,)),)),
+            "states, which have no token axis, belong",
+        ),
+        (lambda: KVGroup("a", (Part(0, "kv", "uint8", ROWS, (4, 8)),), Reuse("last")), "under rule 'last'"),
+    ],
+)
+def test_entries_planes_and_states_that_do_not_fit_are_refused_by_name(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
