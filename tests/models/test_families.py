@@ -221,7 +221,12 @@ def test_a_lightning_layer_has_one_state_a_head():
 )
 def test_states_are_not_quantised_with_the_kv(dtype, state_dtype):
     layout = KVLayout.from_hf_config(configs.V4_FLASH, 128, dtype)
-    assert {part.dtype for part in layout.groups[-1].parts} == {state_dtype}
+    assert {part.name: part.dtype for part in layout.groups[-1].parts}["overlap_kv"] == state_dtype
+
+
+def test_gates_of_v4_are_float32_whatever_else_is_kept_in():
+    state = KVLayout.from_hf_config(configs.V4_FLASH, 128, "bfloat16").groups[-1]
+    assert {part.dtype for part in state.parts if part.name.endswith("gate")} == {"float32"}
 
 
 @pytest.mark.parametrize("index_dtype", ["fp8_scaled", "mxfp4"])

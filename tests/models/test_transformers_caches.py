@@ -12,13 +12,17 @@ TOKENS = 256
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def filled(request):
-    """A config, and the cache that its model fills with two blocks."""
+def filled(request, tmp_path_factory):
+    """A config, and the cache that its model fills with two blocks, loaded from a directory as released ones are."""
     torch.manual_seed(0)
     config = tiny_config(request.param)
-    of = MiniMaxM3VLTextModel if request.param == "minimax_m3_vl_text" else AutoModelForCausalLM
-    make = of if of is MiniMaxM3VLTextModel else of.from_config
-    model = make(config).to(torch.bfloat16).eval()
+    path = tmp_path_factory.mktemp("model")
+    if request.param == "minimax_m3_vl_text":
+        MiniMaxM3VLTextModel(config).save_pretrained(path)
+        model = MiniMaxM3VLTextModel.from_pretrained(path, dtype=torch.bfloat16)
+    else:
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     with torch.no_grad():
         return config, model(torch.arange(TOKENS)[None] % 64, use_cache=True).past_key_values
 

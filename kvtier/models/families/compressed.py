@@ -59,12 +59,15 @@ def _vector(settings: Settings, form: Form, layer: int, ratio: int, name: str) -
 
 
 def _overlap(settings: Settings, form: Form, layer: int, ratio: int) -> tuple[Part, ...]:
-    """Half of what the last tokens of the last entry gave, which the next entry is made of too, and its gates."""
+    """Half of what the last tokens of the last entry gave, which the next entry is made of too, and its gates.
+
+    Gates are float32 whatever the model computes in: released weights have a bias of that dtype, which is added.
+    """
     sizes = {"": count(settings, "head_dim"), "index_": count(settings, "index_head_dim")}
     return tuple(
-        form.state(layer, ("state", "dim"), (ratio, dim), f"{prefix}overlap_{what}")
+        form.state(layer, ("state", "dim"), (ratio, dim), f"{prefix}overlap_{what}", dtype)
         for prefix, dim in sizes.items()
-        for what in ("kv", "gate")
+        for what, dtype in (("kv", None), ("gate", "float32"))
     )
 
 
