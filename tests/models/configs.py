@@ -1,4 +1,4 @@
-"""What the config.json of released models says, as far as a layout needs it (docs/layouts.md names the sources)."""
+"""Fields of the config.json of released models, as far as a layout needs them."""
 
 from typing import Any
 

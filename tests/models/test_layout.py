@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from math import ceil
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from kvtier.errors import ConfigError
 from kvtier.models import KVGroup, KVLayout, Part, Reuse
 from kvtier.models.layout import MAX_SLICES, MIN_SLICE_BYTES
+from tests.models import configs
 
 AXES = ("head", "token", "dim")
 
@@ -244,6 +246,19 @@ def test_a_record_of_a_state_is_one_page_whatever_the_block():
     assert layout.block_pages == (4, 1)
     assert layout.window_blocks == (0, 1)
     assert layout.block_bytes[1] == layout.part_bytes(1, state.parts[0]) == 2 * 3 * 4 * 4
+
+
+@pytest.mark.parametrize("config", [configs.LLAMA_8B, configs.V32, configs.V4_PRO, configs.QWEN3_NEXT])
+@pytest.mark.parametrize("index_dtype", [None, "mxfp4"])
+def test_a_description_is_all_of_a_layout(config, index_dtype):
+    """As plain values that JSON keeps, a part's in the order of its fields."""
+    layout = KVLayout.from_hf_config(config, 128, index_dtype=index_dtype)
+    said = json.loads(json.dumps(layout.describe()))
+    groups = tuple(
+        KVGroup(group["name"], tuple(Part(*part) for part in group["parts"]), Reuse(*group["reuse"]))
+        for group in said["groups"]
+    )
+    assert KVLayout(said["block_tokens"], said["page_tokens"], groups, *said["ranks"]) == layout
 
 
 def test_what_a_part_has_beside_its_shape_is_described_only_where_it_has_it():
