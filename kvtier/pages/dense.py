@@ -146,6 +146,10 @@ class _DensePart:
         what = f"tensor of group {group.name!r}, {part.label}"
         if sorted(part.axes) != ["dim", "head", "token"] or part.axes[-1] != "dim":
             raise ConfigError(f"{what}: axes {part.axes} of the layout, want head, token and dim with dim last")
+        if part.tokens_per_entry > 1:
+            raise ConfigError(
+                f"{what}: an entry of the layout is {part.tokens_per_entry} tokens, want one for each token"
+            )
         data = bytes_of(tensor, what)
         heads, dim = part.shape[part.axes.index("head")], part.shape[-1]
         if data.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (heads, dim) or dtype_of(tensor) != part.dtype:

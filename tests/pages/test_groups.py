@@ -277,3 +277,9 @@ def test_dense_memory_takes_whole_prefixes_only():
     layout = KVLayout(4, 4, (KVGroup("window", (Part(0, "k", "uint8", ORDERS[0], (4, 1, 1)),), Reuse("trailing", 4)),))
     with pytest.raises(ConfigError, match=r"group 'window': reuse rule 'trailing': DenseKV holds .* windows=False"):
         DenseKV(layout, [], [])
+
+
+def test_dense_memory_has_something_for_each_token():
+    layout = KVLayout(4, 4, (KVGroup("a", (Part(0, "k", "uint8", ORDERS[0], (1, 1, 1), 4),)),))
+    with pytest.raises(ConfigError, match="layer 0 k: an entry of the layout is 4 tokens, want one for each token"):
+        DenseKV(layout, [np.zeros((1, 1, 4, 1), np.uint8)], [np.zeros((1, 1, 4, 1), np.uint8)])
