@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 from kvtier.codecs.chain import chain_of
 from kvtier.config import MOST_SECONDS, Config
-from kvtier.core.checks import is_number, whole
+from kvtier.core.checks import at_least, is_number, whole
 from kvtier.core.keys import Keys
 from kvtier.core.plan import Priority
 from kvtier.errors import ConfigError
@@ -88,6 +88,21 @@ def checked_start(keys: Keys, start: int) -> int:
     if not 0 <= start <= stop:
         raise ConfigError(f"start = {start}: must lie in [0, {stop}], the length of the sequence")
     return start
+
+
+def checked_checkpoints(checkpoints: Any) -> tuple[int, ...]:
+    """``checkpoints``.
+
+    Raises:
+        ConfigError: they are no list of integers from 0 on.
+    """
+    try:
+        given = list(checkpoints)
+    except TypeError:
+        raise ConfigError(
+            f"checkpoints = {checkpoints!r}: want numbers of tokens, such as (len(prompt), len(tokens))"
+        ) from None
+    return tuple(at_least(f"checkpoints[{at}]", value, 0) for at, value in enumerate(given))
 
 
 def checked_name(name: str, value: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ from kvtier.arguments import (
     check_codecs,
     check_owner,
     check_root,
+    checked_checkpoints,
     checked_deadline_s,
     checked_model_id,
     checked_name,
@@ -36,7 +37,7 @@ from kvtier.jobs import Client, FlushResult, Job, LoadResult, PrefetchResult, St
 from kvtier.memories import EnginePages, own_table
 from kvtier.metrics import Sample
 from kvtier.models.layout import KVLayout, checked_layout
-from kvtier.planner import FlushWish, Lease, LoadWish, Planner, PrefetchWish, StoreWish
+from kvtier.planner import FlushWish, Held, Lease, LoadWish, Planner, PrefetchWish, StoreWish
 from kvtier.planner.events import BlockEvent, events_of
 from kvtier.runtime import system_machine, this_process
 from kvtier.runtime.deadline import Deadline
@@ -257,6 +258,7 @@ class TieredCache:
         deadline = self._clock.monotonic() + checked_deadline_s(deadline_s, self.config.read.deadline_s)
         service = priority_of(priority)
         own = self._pages(pages, start, stop)
+        self._check_windows(hit, own, start, stop)
         wish = LoadWish.of(
             hit.lease, own.table, start=start, stop=stop, priority=service, deadline_s=deadline, is_paged=own.is_paged
         )
@@ -272,6 +274,7 @@ class TieredCache:
         start: int = 0,
         derived_from: Hit | None = None,
         durability: str = "memory",
+        checkpoints: Sequence[int] | None = None,
         session: str | None = None,
         client: Client | None = None,
     ) -> Job[StoreResult]:
@@ -280,9 +283,12 @@ class TieredCache:
         ``derived_from`` is the hit that these tokens were computed on top of: they inherit its lineage.
         ``durability`` is the level of acknowledgement: ``memory``, ``process`` (survives kill -9) or ``durable``
         (survives a power cut); the last two write to disk for this call, whatever the write policy.
+        ``checkpoints`` are numbers of tokens behind which hits are likely to end, such as the length of the prompt and
+        that of all tokens, by default the latter alone: of sliding windows and states what the ends of full blocks
+        there need is kept (``policy.windows``), as far as the pages have it.
 
         Raises:
-            ConfigError: the pages do not fit, or a word is not known.
+            ConfigError: the pages do not fit, a word is not known, or a checkpoint is no number of tokens.
             ClosedError: the cache is closed.
         """
         self._check_open()
@@ -301,10 +307,12 @@ class TieredCache:
         if session is not None:
             with self._lock:
                 self._planner.sessions.used(session, keys, self._clock.monotonic())
+        ends = None if checkpoints is None else checked_checkpoints(checkpoints)
         own = self._pages(pages, first, max(first, stop * keys.block_tokens))
         wish = StoreWish.of(
-            keys, stop, own.table, start=start, lineage=lineage, durability=level, is_paged=own.is_paged
-        )
+            keys, stop, own.table, start=start, lineage=lineage, durability=level, is_paged=own.is_paged,
+            checkpoints=ends, held=self._held(own, first // keys.block_tokens, stop),
+        )  # fmt: skip
         return self._dispatch.submit(wish, _NO_SPAN, own.lent, client)
 
     def submit_prefetch(
@@ -559,7 +567,7 @@ class TieredCache:
             self._check_open()
             memory_id = self._memories.use(pages.memory)
         table = PageTable(memory_id, own.groups)
-        return EnginePages(table, is_paged=pages.memory.is_paged, lent=pages.memory)
+        return EnginePages(table, is_paged=pages.memory.is_paged, lent=pages.memory, memory=pages.memory)
 
     def _registered_pages(self, table: PageTable, start: int, stop: int) -> EnginePages:
         self._check_open()
@@ -572,7 +580,29 @@ class TieredCache:
         if memory is None:  # only the ranks know it, and compare the table with it
             return EnginePages(own)
         memory.check(own, start, stop)
-        return EnginePages(own, is_paged=memory.is_paged)
+        return EnginePages(own, is_paged=memory.is_paged, memory=memory)
+
+    def _held(self, pages: EnginePages, first: int, stop: int) -> Mapping[int, Held]:
+        """Of groups that need no whole prefix, which blocks of a store of [first, stop) lie in ``pages``."""
+        windows, held = self._planner.windows, dict[int, Held]()
+        for group in windows.stored if first < stop else ():
+            blocks = windows.reach(group, first, stop)
+            held[group] = Held(blocks.start, pages.held(self.layout, group, blocks))
+        return held
+
+    def _check_windows(self, hit: Hit, pages: EnginePages, start: int, stop: int) -> None:
+        """Refuse pages without a place for what ``hit`` has in [start, stop) of windows and states."""
+        size, lease = self.layout.block_tokens, hit.lease
+        for group in self._planner.windows.partial if start < stop else ():
+            first, end = lease.begins[group], lease.first_block + lease.blocks
+            blocks = range(max(first, start // size), min(end, -(-stop // size)))
+            if len(lease.groups[group]) and blocks and not (held := pages.held(self.layout, group, blocks)).all():
+                missing = blocks[int(held.argmin())]
+                raise ConfigError(
+                    f"pages: group {self.layout.groups[group].name!r} has no pages for block {missing} (tokens"
+                    f" [{missing * size}, {missing * size + size})), want pages for blocks {blocks.start} to"
+                    f" {blocks.stop - 1}: the end of a hit needs them"
+                )
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch

@@ -201,6 +201,20 @@ class PolicyConfig(_Section):
         "write_back: when host memory frees them",
     )
     admission: Literal["every"] = Field("every", description="which stored blocks a tier takes")
+    windows: Literal["full", "checkpoint", "zero", "replay"] = Field(
+        "checkpoint",
+        description="what is kept of sliding windows and states, which only the end of a hit needs; full: every block; "
+        "checkpoint: what the ends of stores need, and every checkpoint_tokens; zero: nothing that can be computed "
+        "again, a hit says how many tokens that takes; replay: as checkpoint, but where one is missing a hit asks for "
+        "one window to be computed again, which is approximate",
+    )
+    checkpoint_tokens: int = Field(
+        2048, ge=0, le=1 << 30, description="tokens from one checkpoint inside a store to the next; 0: its ends only"
+    )
+    checkpoint_ttl_s: Seconds = Field(
+        0.0, description="seconds after their last use for which checkpoints stay as other blocks do; 0: for good"
+    )
+    spill_windows: bool = Field(True, description="write sliding windows and states to disk, too")
 
 
 class PrefetchConfig(_Section):

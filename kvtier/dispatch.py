@@ -306,7 +306,7 @@ class Dispatch:
                         side_by_side.append(wish)
                     self._wishes.popleft()
                 if side_by_side:
-                    self.planner.plan(side_by_side)
+                    self.planner.plan(side_by_side, now_s=self._runtime.clock.monotonic())
                 elif count:
                     count -= 1
                     self._let_go_of_first()

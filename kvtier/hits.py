@@ -68,6 +68,15 @@ class Hit:
         return self.lease.pending_blocks * self.keys.block_tokens
 
     @property
+    def replay_tokens(self) -> int:
+        """Tokens at its end that the engine has to compute again before it goes on: their windows are not there.
+
+        0 unless ``policy.windows`` is ``zero`` or ``replay``. All else of the prefix is loaded; with ``zero`` what
+        comes out is what was computed before, with ``replay`` it is approximate (``exact`` is false).
+        """
+        return self.lease.replay_tokens
+
+    @property
     def exact(self) -> bool:
         """Whether every block is what the model computes, not derived from lossy or approximate KV."""
         return self.lease.lineage == Lineage.EXACT

@@ -260,6 +260,7 @@ class CacheManager:
         start: int = 0,
         derived_from: Hit | None = None,
         durability: str = "memory",
+        checkpoints: Sequence[int] | None = None,
         session: str | None = None,
     ) -> AsyncJob[StoreResult]:
         """Keep the full blocks in [start, len(tokens)); what is kept or being stored already is not moved again.
@@ -268,16 +269,19 @@ class CacheManager:
         ``durability`` is the level of acknowledgement: ``memory``, ``process`` (survives kill -9) or ``durable``
         (survives a power cut); the last two write to disk for this call, whatever the write policy. The job goes on by
         itself; the pages are its own until ``source_free``.
+        ``checkpoints`` are numbers of tokens behind which hits are likely to end, such as the length of the prompt and
+        that of all tokens, by default the latter alone: of sliding windows and states what the ends of full blocks
+        there need is kept (``policy.windows``), as far as the pages have it.
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
-            ConfigError: the pages do not fit, or a word is not known.
+            ConfigError: the pages do not fit, a word is not known, or a checkpoint is no number of tokens.
             ClosedError: the cache is closed, or not open yet.
         """
         loop = _loop_for("store")
         job = self.core.submit_store(
             tokens, pages, tenant=tenant, adapter=adapter, start=start, derived_from=derived_from,
-            durability=durability, session=session,
+            durability=durability, checkpoints=checkpoints, session=session,
         )  # fmt: skip
         return AsyncJob(job, loop)
 

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kvtier.channel import Channel
-from kvtier.core.memory import GroupPages, KVMemory, PageTable
+from kvtier.core.memory import GroupPages, KVMemory, Mask, PageTable, WindowedMemory
 from kvtier.errors import ConfigError
-from kvtier.pages.spans import are_frozen, check_groups
+from kvtier.models.layout import KVLayout
+from kvtier.pages.spans import BlockPages, are_frozen, check_groups
 
 
 class EnginePages(NamedTuple):
@@ -20,6 +23,25 @@ class EnginePages(NamedTuple):
     """Their memory is known to be in pages, and ``table`` was compared with it."""
     lent: KVMemory | None = None
     """Memory that is used for this job, to be let go when it ends."""
+    memory: KVMemory | None = None
+    """Where they lie; None where only the ranks know."""
+
+    def held(self, layout: KVLayout, group: int, blocks: range) -> Mask:
+        """Which of ``blocks`` of ``group``, which needs no whole prefix, lie in these pages.
+
+        Raises:
+            ConfigError: the memory cannot tell.
+        """
+        numbers = np.arange(blocks.start, blocks.stop)
+        if self.memory is None:
+            return BlockPages.of(layout, group).held(self.table.groups[group], numbers)
+        if not isinstance(self.memory, WindowedMemory):
+            raise ConfigError(
+                f"pages: a {type(self.memory).__name__} does not say which blocks it has of group"
+                f" {layout.groups[group].name!r}, whose rule is {layout.groups[group].reuse.rule!r}: it needs the"
+                " method held() of kvtier.core.memory.WindowedMemory, which PagedTensors has"
+            )
+        return self.memory.held(self.table, group, numbers)
 
 
 @dataclass(slots=True, eq=False)

@@ -113,11 +113,14 @@ class Part:
 class Reuse:
     """What a hit needs of a group: ``all`` prefix blocks, those of a ``trailing`` window, or the ``last`` position.
 
-    A window is that of the last ``window_tokens`` tokens before the hit's end.
+    A window is that of the last ``window_tokens`` tokens before the hit's end. ``replay_tokens`` is how many tokens at
+    the hit's end have to be computed again to have exactly what the group would have held there, from the groups with
+    rule ``all`` alone; 0 where that cannot be done. That says nothing of how KV lies: equal layouts may differ in it.
     """
 
     rule: ReuseRule = "all"
     window_tokens: int = 0
+    replay_tokens: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown rule, and a window that is missing or means nothing.
@@ -133,6 +136,9 @@ class Reuse:
             raise ConfigError(
                 f"window_tokens = {self.window_tokens}: rule {self.rule!r} has no window, only 'trailing'"
             )
+        object.__setattr__(self, "replay_tokens", at_least("replay_tokens", self.replay_tokens, 0))
+        if self.replay_tokens and self.rule == "all":
+            raise ConfigError(f"replay_tokens = {self.replay_tokens}: rule 'all' has nothing to be computed again from")
 
 
 @dataclass(frozen=True)

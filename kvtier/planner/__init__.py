@@ -7,11 +7,12 @@ planes move, and ``complete`` commits what they report. The owner serialises the
 from kvtier.planner.leases import Lease
 from kvtier.planner.planner import Planner
 from kvtier.planner.tickets import Durability, Outcome, Ticket, TicketKind
-from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
+from kvtier.planner.wishes import FlushWish, Held, LoadWish, PrefetchWish, StoreWish, Wish
 
 __all__ = [
     "Durability",
     "FlushWish",
+    "Held",
     "Lease",
     "LoadWish",
     "Outcome",

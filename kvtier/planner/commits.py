@@ -122,7 +122,7 @@ class Commits:
         self._stores_no_more(hop)
         complete = self._land(hop)
         if state.writes_through and state.disk.usable:
-            for entry in complete.tolist():
+            for entry in complete[state.which_spill(complete)].tolist() if state.windows.partial else complete.tolist():
                 state.disk.enqueue(entry)
         self._pass_on(hop)
 
@@ -192,7 +192,7 @@ class Commits:
             complete = state.host.publish_whole(hop)
         else:
             complete = self._land_some(hop)
-        state.host.admit(complete)
+        state.host.admit(complete, np.intersect1d(hop.between, complete) if len(hop.between) else hop.between)
         state.tell("stored", complete, Tier.HOST)
         return complete
 

@@ -38,6 +38,9 @@ class Keeper(Protocol):
     def evicted(self, entries: EntryRows) -> None:
         """The host copies of ``entries`` are gone."""
 
+    def made_room(self) -> None:
+        """Nothing more goes now: what is of no use without that which went may go, too."""
+
 
 class Leaves:
     """One pass over host memory from the least worth keeping on. Evict what was taken before taking more."""

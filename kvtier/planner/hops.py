@@ -27,6 +27,7 @@ FIRST_WRITE_HOP_BYTES: Final = 8 << 20
 """Of the same while nothing else is under way: the disk waits for the first hop, and for none behind it."""
 STORE_HOP_BYTES: Final = 128 << 20
 """Of a store for whose disk copy nobody waits: every hop costs the control plane as much as a block or two."""
+NO_ENTRIES: Final = np.empty(0, np.int32)
 SILENT: Final = 255
 """In place of the status of a row that has not been answered."""
 
@@ -93,6 +94,8 @@ class Hop:
     targets: dict[int, Targets] = field(default_factory=dict)
     joins: list[Join] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
+    between: EntryRows = field(default_factory=lambda: NO_ENTRIES)
+    """Of a store: windows and states that no hit is likely to end with."""
     segment: int = NOWHERE
     generation: int = 0
     nbytes: int = 0

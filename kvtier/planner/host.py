@@ -13,17 +13,31 @@ from kvtier.core.plan import NOWHERE
 from kvtier.index.cells import Cells, wide
 from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
+from kvtier.planner.checkpoints import Checkpoints
 from kvtier.planner.eviction import Keeper, Leaves
-from kvtier.planner.hops import Extent, Hop, Ints, Targets
+from kvtier.planner.hops import NO_ENTRIES, Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
 
 
 class HostBook:
     """Extents of all ranks and the eviction order."""
 
-    def __init__(self, index: Cells, policy: EvictionPolicy, record_pages: Sequence[int], keeper: Keeper) -> None:
-        """``record_pages`` is the worst-case length of a record per group; ``keeper`` hears what was evicted."""
+    def __init__(
+        self,
+        index: Cells,
+        policy: EvictionPolicy,
+        record_pages: Sequence[int],
+        keeper: Keeper,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        """``record_pages`` is the worst-case length of a record per group; ``keeper`` hears what was evicted.
+
+        ``checkpoints`` are there where a layout has windows or states.
+        """
         self._keeper = keeper
+        self.checkpoints = checkpoints
+        self.now_s = 0.0
+        """When somebody last asked for something."""
         self.spaces: dict[int, Space] = {}
         self.evicted = 0
         self._index = index
@@ -78,11 +92,14 @@ class HostBook:
             if len(starts) > fit:
                 self.free((rank, start, pages) for start in starts[fit:])
                 del starts[fit:]
+        self._keeper.made_room()
         return fit, taken
 
     def make_room(self, pages: int, most: int = sys.maxsize) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
-        return self._evict_until(pages, most, self.leaves())
+        gone = self._evict_until(pages, most, self.leaves())
+        self._keeper.made_room()
+        return gone
 
     def leaves(self) -> Leaves:
         """What may go, the least worth keeping first."""
@@ -99,6 +116,7 @@ class HostBook:
             self.drop(entries.item())
         else:
             self._policy.remove_many(entries)
+            self._left(entries)
             for rank, extents in enumerate(self._index.leave_host(entries)):
                 self.spaces[rank].give_back_many(*extents)
         self._keeper.evicted(entries)
@@ -107,6 +125,8 @@ class HostBook:
         """Forget the host copies of ``entry``; their room is free once nobody holds the entry."""
         if self._index.host_ranks_at[entry] == self._index.every_rank:
             self._policy.remove(entry)
+            if self.checkpoints is not None:
+                self._left(wide(np.array((entry,), np.int32)))
         extents = self._index.drop_host(entry)
         if self._index.pins_at[entry]:
             self._deferred.setdefault(entry, []).extend(extents)
@@ -130,9 +150,16 @@ class HostBook:
             self._index.add_host(rank, hop.entries, answers["page"], answers["pages"])
         return hop.entries
 
-    def admit(self, entries: EntryRows) -> None:
-        """Entries that are now complete in host memory, in prefix order. Used with them is what they extend."""
+    def admit(self, entries: EntryRows, between: EntryRows = NO_ENTRIES) -> None:
+        """Entries that are now complete in host memory, in prefix order. Used with them is what they extend.
+
+        ``between`` are those of windows and states that no hit is likely to end with.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.coming(entries, between)
         self._policy.insert(entries)
+        if self.checkpoints is not None:
+            self.checkpoints.came(entries, self.now_s)
         self._used(entries)
 
     def touch(self, entries: EntryRows) -> None:
@@ -145,6 +172,16 @@ class HostBook:
         self._policy.touch(entries)
         self._used(entries)
 
+    def keep(self, entries: EntryRows) -> None:
+        """A hit ended with ``entries``, or is likely to: of those in host memory that are windows or states."""
+        if self.checkpoints is not None and len(entries):
+            self.checkpoints.kept(entries[self._index.on_host(entries)], self.now_s)
+
+    def expire(self) -> None:
+        """What was worth keeping for a time only goes first once that is over."""
+        if self.checkpoints is not None:
+            self.checkpoints.expire(self.now_s)
+
     def free(self, extents: Iterable[Extent]) -> None:
         """Room that nobody uses any more."""
         for rank, page, pages in extents:
@@ -153,6 +190,10 @@ class HostBook:
     def __len__(self) -> int:
         """Entries in host memory."""
         return len(self._policy)
+
+    def _left(self, entries: EntryRows) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.left(entries)
 
     def _used(self, entries: EntryRows) -> None:
         """``entries`` are the newest now. What they extend must not be much older: none of it may go before them.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
-from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop, Join
 from kvtier.planner.host import targets_of
@@ -34,11 +35,15 @@ class Journeys:
             ticket.fail_from(first, reason)
             self._stages.advance(ticket)
             return
-        cut = slice(first - lease.first_block, first + blocks - lease.first_block)
-        groups = [entries[cut] for entries in lease.groups]
-        ticket.tiers = self._tiers(groups, blocks)
-        hop = self._hop(PlanKind.LOAD, groups, first, ticket)
-        hop.nbytes = blocks * state.block_bytes
+        begins = [max(begin, first) for begin in lease.begins]
+        groups = [
+            entries[begin - own : max(0, first + blocks - own)]
+            for begin, own, entries in zip(begins, lease.begins, lease.groups, strict=True)
+        ]
+        ticket.tiers = self._tiers(groups, begins, first, blocks)
+        ticket.all_or_nothing = any(len(lease.groups[group]) for group in state.windows.partial)
+        hop = self._hop(PlanKind.LOAD, groups, begins, ticket)
+        hop.nbytes = blocks * state.block_bytes if state.is_plain else state.nbytes_of(hop.entries)
         if not state.has_room_for(PlanKind.LOAD, hop.nbytes, state.config.host.load_queue):
             ticket.fail_from(first, Reason.REFUSED)
             self._stages.advance(ticket)
@@ -56,12 +61,10 @@ class Journeys:
         """Bring the blocks of the longest stored prefix that are only on disk into host memory."""
         state, ticket, keys = self._state, wish.ticket, wish.keys
         stale = keys.root.weights_version != state.version
-        wanted = keys.rows()[: 0 if stale else wish.stop]
-        groups = [wide(state.index.prefix(wanted, group, exact=False)) for group in range(len(state.layout.groups))]
-        blocks = min(map(len, groups))
-        found = self._hop(PlanKind.FETCH, [own[:blocks] for own in groups], 0, ticket if wish.waits else None)
+        prefix = state.finder.find(keys, range(0 if stale else wish.stop), exact=False)
+        found = self._hop(PlanKind.FETCH, prefix.groups, prefix.begins, ticket if wish.waits else None)
         missing = self._only(found, state.index.host_ranks[found.entries] == 0)
-        ticket.cover(blocks, Outcome.EXISTING)
+        ticket.cover(prefix.blocks, Outcome.EXISTING)
         for block in missing.blocks.tolist():
             ticket.outcome[block] = Outcome.WAITING if wish.waits else Outcome.PENDING
         state.index.pin(found.entries)  # what is there of the prefix must not go to make room for the rest
@@ -98,21 +101,22 @@ class Journeys:
             return Reason.RETIRED
         return Reason.NONE if state.attached else Reason.CLOSED
 
-    def _hop(self, kind: PlanKind, groups: list[EntryRows], first: int, ticket: Ticket | None) -> Hop:
+    def _hop(self, kind: PlanKind, groups: Sequence[EntryRows], begins: Sequence[int], ticket: Ticket | None) -> Hop:
+        """``groups[g]`` are the blocks from ``begins[g]`` on."""
         state = self._state
-        entries = groups[0] if len(groups) == 1 else np.concatenate(groups)
-        blocks = np.arange(first, first + len(groups[0]), dtype=np.int32)
+        spans = [np.arange(begin, begin + len(own), dtype=np.int32) for begin, own in zip(begins, groups, strict=True)]
+        entries, blocks = groups[0], spans[0]
         if len(groups) > 1:
-            blocks = np.tile(blocks, len(groups))
+            entries, blocks = np.concatenate(groups), np.concatenate(spans)
         return Hop(state.next_number(), kind, entries, blocks, state.index.every_rank, state.version, ticket)
 
-    def _tiers(self, groups: list[EntryRows], blocks: int) -> bytearray:
-        """Per block, the slowest of its groups' tiers."""
+    def _tiers(self, groups: Sequence[EntryRows], begins: Sequence[int], first: int, blocks: int) -> bytearray:
+        """Per block from ``first`` on, the slowest of its groups' tiers."""
         index = self._state.index
         tiers = bytearray((Tier.HOST,)) * blocks
-        for entries in groups:
+        for begin, entries in zip(begins, groups, strict=True):
             if not index.all_on_host(entries):
-                np.frombuffer(tiers, np.uint8)[~index.on_host(entries)] = Tier.DISK
+                np.frombuffer(tiers, np.uint8)[begin - first :][~index.on_host(entries)] = Tier.DISK
         return tiers
 
     def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -17,8 +17,9 @@ from kvtier.index.entries import EntryRows, Index
 class Lease:
     """What a lookup found of the blocks [first_block, last_block) of ``keys``, held in place until released.
 
-    ``groups[g]`` are the entries of the blocks [first_block, first_block + blocks) in group g; ``tiers`` (uint8) is
-    per block the slowest of its groups' and ranks' fastest copies.
+    ``groups[g]`` are the entries of the blocks [begins[g], first_block + blocks) in group g, those that the hit needs;
+    ``tiers`` (uint8) is per block the slowest of its groups' and ranks' fastest copies. ``replay_tokens`` at its end
+    have to be computed again.
     """
 
     number: int
@@ -27,10 +28,12 @@ class Lease:
     first_block: int
     last_block: int
     blocks: int
+    begins: tuple[int, ...]
     groups: tuple[EntryRows, ...]
     tiers: npt.NDArray[np.uint8]
     pending_blocks: int
     lineage: int
+    replay_tokens: int = 0
     released: bool = False
 
 
@@ -53,7 +56,7 @@ class LeaseBook:
         lease = self._by_owner.get(owner)
         if lease is None or range(lease.first_block, lease.last_block) != blocks:
             return None
-        if exact and lease.lineage != Lineage.EXACT:
+        if exact and lease.lineage != int(Lineage.EXACT):
             return None
         # Keys grow: of the same object, too, more blocks may be asked for than before.
         same = lease.keys is keys or lease.keys.digests[: blocks.stop] == keys.digests[: blocks.stop]

@@ -31,11 +31,12 @@ from kvtier.core.plan import (
     Tier,
 )
 from kvtier.errors import ConfigError
-from kvtier.index.cells import Cells, wide
+from kvtier.index.cells import Cells
 from kvtier.index.entries import MAX_RANKS, EntryRows
 from kvtier.models.layout import KVLayout
 from kvtier.planner.commits import Commits
 from kvtier.planner.events import ControlEvents
+from kvtier.planner.finding import Found
 from kvtier.planner.joint import JointPlans
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
@@ -47,6 +48,7 @@ from kvtier.planner.state import ControlState
 from kvtier.planner.stores import Stores
 from kvtier.planner.tickets import Durability, Ticket
 from kvtier.planner.upkeep import Upkeep
+from kvtier.planner.windows import Windows
 from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
 
 X = TypeVar("X")
@@ -62,16 +64,10 @@ class Planner:
         """``layout`` gives block and record sizes, equal on all ``ranks``.
 
         Raises:
-            ConfigError: a group has a reuse rule that the index does not serve, or there are too many ranks.
+            ConfigError: there are too many ranks.
         """
         if not 1 <= ranks <= MAX_RANKS:
             raise ConfigError(f"ranks = {ranks}: between 1 and {MAX_RANKS} are served")
-        for group in layout.groups:
-            if group.reuse.rule != "all":
-                raise ConfigError(
-                    f"group {group.name!r}: reuse rule {group.reuse.rule!r} is not served; describe the group with"
-                    " rule 'all', which keeps the KV of every block"
-                )
         self._state = ControlState(config, layout, Cells(max_entries(config, layout), ranks))
         stages = self._stages = Stages(self._state)
         self._journeys = Journeys(self._state, stages)
@@ -91,8 +87,7 @@ class Planner:
         Raises:
             ConfigError: ``keys`` are of blocks of another size.
         """
-        wanted = self._wanted(keys, start)
-        return (wanted.start + min(map(len, self._find(keys, wanted, exact=exact)))) * keys.block_tokens
+        return self._state.finder.find(keys, self._wanted(keys, start), exact=exact).stop * keys.block_tokens
 
     def lookup(
         self,
@@ -109,23 +104,26 @@ class Planner:
         wanted = self._wanted(keys, start)
         if owner is not None and (held := state.leases.of(owner, keys, wanted, exact=exact)):
             return held
-        found = self._find(keys, wanted, exact=exact)
-        blocks = min(map(len, found))
-        groups = tuple(entries[:blocks] for entries in found)
+        found = state.finder.find(keys, wanted, exact=exact)
         lease = Lease(
-            number=0, owner=owner, keys=keys, first_block=wanted.start, last_block=wanted.stop, blocks=blocks,
-            groups=groups, tiers=self._tiers(groups, blocks), pending_blocks=self._pending_after(keys, wanted, blocks),
-            lineage=self._lineage(groups),
+            number=0, owner=owner, keys=keys, first_block=wanted.start, last_block=wanted.stop, blocks=found.blocks,
+            begins=found.begins, groups=found.groups, tiers=self._tiers(found),
+            pending_blocks=self._pending_after(keys, wanted, found.blocks), lineage=self._lineage(found),
+            replay_tokens=found.replay_tokens,
         )  # fmt: skip
-        for entries in groups:
-            state.host.touch(entries)
+        state.host.now_s = now_s
+        for group in (*state.windows.whole, *state.windows.partial):  # what only a hit's end needs is the newer one
+            state.host.touch(found.groups[group])
+        for group in state.windows.partial:
+            state.host.keep(found.groups[group])
         state.counts["lookup_tokens"] += keys.num_tokens - start
-        state.counts["hit_tokens"] += max(0, (wanted.start + blocks) * keys.block_tokens - start)
+        state.counts["hit_tokens"] += max(0, found.stop * keys.block_tokens - start)
+        state.counts["replay_tokens"] += found.replay_tokens
         if session is not None:
             self.sessions.used(session, keys, now_s)
         state.leases.open(lease)
         try:
-            self._admit_to_disk(groups)
+            self._admit_to_disk(found.groups)
         except BaseException:  # Ctrl-C: nobody gets to know of the lease
             self.release(lease)
             raise
@@ -140,12 +138,14 @@ class Planner:
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
-    def plan(self, wishes: Iterable[Wish]) -> None:
+    def plan(self, wishes: Iterable[Wish], *, now_s: float | None = None) -> None:
         """Plan ``wishes``, in order; small ones side by side share a plan. Their tickets say how it goes on.
 
         Whoever made them has compared page tables with their memory, and keys with ``check_keys``. One that cannot be
         planned, by a mistake of ours, is refused, and all others are planned: ``take_mistakes`` says why.
         """
+        if now_s is not None:
+            self._state.host.now_s = now_s
         for _, alike in groupby(wishes, self._joint.likeness):
             for portion in self._joint.portions(alike):
                 alone = portion
@@ -224,14 +224,19 @@ class Planner:
         start: int = 0,
         lineage: Lineage = Lineage.EXACT,
         durability: Durability = Durability.MEMORY,
+        checkpoints: Sequence[int] | None = None,
     ) -> Ticket:
-        """Plan to keep the full blocks in [start, len) that are not kept yet.
+        """Plan to keep the full blocks in [start, len) that are not kept yet; of windows and states, all of them.
 
         Raises:
             ConfigError: ``keys`` are of blocks of another size.
         """
         self.check_keys(keys)
-        return self._planned(StoreWish.of(keys, len(keys), pages, start=start, lineage=lineage, durability=durability))
+        return self._planned(
+            StoreWish.of(
+                keys, len(keys), pages, start=start, lineage=lineage, durability=durability, checkpoints=checkpoints
+            )
+        )
 
     def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
         """Plan to bring what is only on disk into host memory; raises as ``store``."""
@@ -336,6 +341,11 @@ class Planner:
         return finished
 
     @property
+    def windows(self) -> Windows:
+        """Which groups need no whole prefix, and what of them."""
+        return self._state.windows
+
+    @property
     def has_news(self) -> bool:
         """Whether any of ``take_plans``, ``take_finished`` and ``take_mistakes`` has something."""
         state = self._state
@@ -391,40 +401,38 @@ class Planner:
             return range(first, first)
         return range(first, max(first, (keys.num_tokens - 1) // keys.block_tokens))
 
-    def _find(self, keys: Keys, blocks: range, *, exact: bool) -> list[EntryRows]:
-        wanted = keys.rows()[blocks.start : blocks.stop]
-        found: list[EntryRows] = []
-        for group in range(len(self._state.layout.groups)):
-            found.append(wide(self._state.index.prefix(wanted, group, exact=exact)))
-            wanted = wanted[: len(found[-1])]
-        return found
-
     def _admit_to_disk(self, groups: tuple[EntryRows, ...]) -> None:
         """``write_through_selective``: a block that is used again has earned its place on disk."""
         state = self._state
         if state.config.policy.write != "write_through_selective" or not state.disk.usable:
             return
-        for entries in groups:
+        for group, entries in enumerate(groups):
+            if group not in state.spilled_groups:
+                continue
             for entry in entries[~state.index.on_disk(entries)].tolist():
                 if not state.disk.was_refused(entry):
                     state.disk.enqueue(entry)
         self.follow_up()
 
-    def _tiers(self, groups: tuple[EntryRows, ...], blocks: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        tiers = np.full(blocks, Tier.HOST, np.uint8)
-        for entries in groups:
-            tiers[~self._state.index.on_host(entries)] = Tier.DISK
+    def _tiers(self, found: Found) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        tiers = np.full(found.blocks, Tier.HOST, np.uint8)
+        for begin, entries in zip(found.begins, found.groups, strict=True):
+            tiers[begin - found.first :][~self._state.index.on_host(entries)] = Tier.DISK
         return tiers
 
-    def _lineage(self, groups: tuple[EntryRows, ...]) -> int:
-        return max((int(self._state.index.lineage[entries].max()) for entries in groups if len(entries)), default=0)
+    def _lineage(self, found: Found) -> int:
+        if found.is_approximate:
+            return int(Lineage.APPROXIMATE)
+        lineage = self._state.index.lineage
+        return max((int(lineage[entries].max()) for entries in found.groups if len(entries)), default=0)
 
     def _pending_after(self, keys: Keys, wanted: range, found: int) -> int:
         storing, table, first = self._state.storing, self._state.index.table, wanted.start + found
         if not storing or keys.root.weights_version != self._state.version:
             return 0
         at = first
-        while at < len(keys) and table.find_one(keys.digests[at], 0) in storing:
+        group = (*self._state.windows.whole, 0)[0]
+        while at < len(keys) and table.find_one(keys.digests[at], group) in storing:
             at += 1
         return at - first
 

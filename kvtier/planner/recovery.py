@@ -88,7 +88,10 @@ class Recovery:
         index.add_disk(rank, entries, rows["segment"], rows["page"], rows["pages"], rows["generation"])
         index.lineage[entries] = rows["lineage"]
         self._sequences[rank][entries] = rows["sequence"] + 1
-        waiting = (index.parent[entries] == MISSING) & (rows["depth"] > 0)
+        if group in state.windows.partial:  # windows and states extend nothing
+            waiting = np.zeros(len(entries), np.bool_)
+        else:
+            waiting = (index.parent[entries] == MISSING) & (rows["depth"] > 0)
         orphans = _Orphans(entries[waiting], keys[waiting], np.ascontiguousarray(rows["parent"][waiting]), group)
         if len(orphans.entries):
             self._link(orphans)

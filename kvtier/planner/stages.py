@@ -58,6 +58,7 @@ class Stages:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
             entries = wide(np.array(list(state.host.candidates()), np.int32))
+            entries = entries[state.which_spill(entries)]
             blocks = np.zeros(len(entries), np.int32)
         else:
             entries, blocks = self._kept(ticket)

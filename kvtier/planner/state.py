@@ -10,17 +10,20 @@ import numpy as np
 from kvtier.config import Config
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import NOWHERE, Plan, PlanKind, Priority, Reason, Tier
-from kvtier.index.cells import Cells
-from kvtier.index.entries import EntryRows, Mask
+from kvtier.index.cells import Cells, wide
+from kvtier.index.entries import EntryRows, KeyRows, Mask
 from kvtier.models.layout import KVLayout
+from kvtier.planner.checkpoints import Checkpoints
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
+from kvtier.planner.finding import Finder
 from kvtier.planner.hops import Hop, Ints
 from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
 from kvtier.planner.rows import NO_PARENTS, plan_rows
 from kvtier.planner.tickets import Ticket
-from kvtier.policy import EVICTION_POLICIES
+from kvtier.planner.windows import Windows
+from kvtier.policy import EVICTION_POLICIES, TwoAges
 
 _COUNTER: Final = {(change, tier): f"{change}_{tier.label}_blocks" for change in ("stored", "removed") for tier in Tier}
 
@@ -36,8 +39,13 @@ class ControlState:
         self.config = config
         self.layout = layout
         self.index = index
-        policy = EVICTION_POLICIES[config.policy.eviction](index.table.capacity)
-        self.host = HostBook(index, policy, layout.record_pages, self)
+        self.windows = Windows(layout, config.policy)
+        self.finder = Finder(index, self.windows)
+        spilled = range(len(layout.groups)) if config.policy.spill_windows else self.windows.whole
+        self.spilled_groups = frozenset(spilled)
+        """Groups that go to disk."""
+        self._spills_all = len(self.spilled_groups) == len(layout.groups)
+        self.host = self._host_book()
         self.disk = DiskBook(config.host.staging, index.table.capacity)
         self.leases = LeaseBook(index)
         self.events = ControlEvents()
@@ -53,14 +61,24 @@ class ControlState:
         self.unpinned_entries = 0
         self.missing_entries = 0
         """So many more a store would have taken than may be; nothing has been done about it."""
+        self._gone: list[tuple[int, KeyRows]] = []
+        """Blocks, by group, that were evicted since others of the same keys were looked at."""
         self.lost_blocks = False
         """Blocks have gone that the disk never had, or had no longer though they were not the oldest."""
         self.mistakes: list[tuple[str, BaseException]] = []
         self.in_flight_bytes: Counter[PlanKind] = Counter()
-        self.is_plain = index.ranks == 1 and len(layout.groups) == 1
+        self.is_plain = index.ranks == 1 and len(layout.groups) == 1 and not self.windows.partial
         self.writes_through = config.policy.write == "write_through" and bool(config.disk.directories)
         self.block_bytes = sum(layout.block_bytes)
         self._next_number = 0
+
+    def _host_book(self) -> HostBook:
+        kind, capacity = EVICTION_POLICIES[self.config.policy.eviction], self.index.table.capacity
+        if not self.windows.partial:
+            return HostBook(self.index, kind(capacity), self.layout.record_pages, self)
+        ages = TwoAges(kind, capacity)
+        checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
+        return HostBook(self.index, ages, self.layout.record_pages, self, checkpoints)
 
     @property
     def attached(self) -> bool:
@@ -90,14 +108,24 @@ class ControlState:
             return False
         if self.index.disk_ranks_at[entry] == self.index.every_rank:
             return True
-        return not self.disk.usable or self.disk.was_refused(entry)
+        return not self.disk.usable or self.disk.was_refused(entry) or self.stays_off_disk(entry)
 
     def which_may_go(self, entries: EntryRows) -> Mask:
         """``may_go`` of each of ``entries``."""
         free = ~self.disk.which_await_write(entries)
         if self.disk.usable:
-            free &= self.index.on_disk(entries) | self.disk.which_were_refused(entries)
+            free &= self.index.on_disk(entries) | self.disk.which_were_refused(entries) | ~self.which_spill(entries)
         return free
+
+    def stays_off_disk(self, entry: int) -> bool:
+        """Whether ``entry`` is of a group that is not written down."""
+        return not self._spills_all and self.index.cells.groups_at[entry] not in self.spilled_groups
+
+    def which_spill(self, entries: EntryRows) -> Mask:
+        """Which of ``entries`` are of groups that are written down."""
+        if self._spills_all:
+            return np.ones(len(entries), np.bool_)
+        return np.isin(self.index.table.groups[entries], list(self.spilled_groups))
 
     def being_stored(self, entries: EntryRows) -> Mask:
         """Which of ``entries`` somebody is storing."""
@@ -157,7 +185,11 @@ class ControlState:
         for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)
         self.host.unpinned(entries)
-        self._release(index.bare(entries))
+        bare = index.bare(entries)
+        if len(self.layout.groups) > 1:
+            self._release(np.union1d(self._with_dead(bare), self._drop_orphans(entries)))
+        else:
+            self._release(bare)
 
     def supersede(self, entries: EntryRows) -> None:
         """Their keys are for other content now: nobody finds them any more, and they go with their last pin."""
@@ -195,12 +227,78 @@ class ControlState:
         if np.count_nonzero(self.index.disk_ranks[entries]):
             entries = entries[~self.index.on_disk(entries)]
         self.lost_blocks |= len(entries) > 0
-        self._forget(entries)
+        if len(self.layout.groups) > 1:  # in the middle of a pass over host memory nothing else may leave it
+            self._gone += self._blocks_of(entries)
+        self.disk.forget(entries)
+        self._release(entries)
+
+    def made_room(self) -> None:
+        """Nothing more is evicted now: drop what is of no use without that which was."""
+        while self._gone:
+            group, keys = self._gone.pop()
+            dropped = self._drop_blocks(group, keys)
+            self._forget(dropped)
 
     def _forget(self, entries: EntryRows) -> None:
         """Nothing of ``entries`` is left to be written, or to be kept unless somebody holds it."""
+        if len(self.layout.groups) > 1:
+            entries = self._with_dead(entries)
         self.disk.forget(entries)
         self._release(entries)
+
+    def _with_dead(self, gone: EntryRows) -> EntryRows:
+        """``gone``, and what other groups had of the same blocks where a group that needs the whole prefix has none.
+
+        No hit can end there, nor lead through them: it would only take room. What somebody holds goes when it is let
+        go of.
+        """
+        index, all_gone = self.index, [gone]
+        while len(gone := gone[(index.host_ranks[gone] | index.disk_ranks[gone]) == 0]):
+            dropped = [self._drop_blocks(group, keys) for group, keys in self._blocks_of(gone)]
+            gone = np.concatenate([gone[:0], *dropped])
+            all_gone.append(gone)
+        return all_gone[0] if len(all_gone) == 1 else np.unique(np.concatenate(all_gone))
+
+    def _blocks_of(self, entries: EntryRows) -> list[tuple[int, KeyRows]]:
+        """Per group that needs the whole prefix, the keys of those of ``entries`` that are found by them."""
+        table, found = self.index.table, list[tuple[int, KeyRows]]()
+        for group in self.windows.whole:
+            own = entries[(table.groups[entries] == group) & self.index.linked[entries]]
+            if len(own):
+                found.append((group, np.ascontiguousarray(table.keys[own])))
+        return found
+
+    def _drop_blocks(self, group: int, keys: KeyRows) -> EntryRows:
+        """Drop what groups other than ``group`` have of the blocks of ``keys``; returns which entries."""
+        others = [other for other in range(len(self.layout.groups)) if other != group]
+        return wide(np.concatenate([self._drop(self.index.table.find(keys, other)) for other in others]))
+
+    def _drop_orphans(self, entries: EntryRows) -> EntryRows:
+        """Drop those of ``entries``, windows and states, whose blocks another group has not any more; returns which."""
+        index = self.index
+        own = entries[np.isin(index.table.groups[entries], self.windows.partial) & index.linked[entries]]
+        keys, alive = np.ascontiguousarray(index.table.keys[own]), np.ones(len(own), np.bool_)
+        for group in self.windows.whole if len(own) else ():
+            found = wide(index.table.find(keys, group))
+            alive &= (found >= 0) & (index.readable(found) | self.being_stored(found))
+        return self._drop(own[~alive])
+
+    def _drop(self, entries: EntryRows) -> EntryRows:
+        """Drop all copies of those of ``entries`` that nobody holds; some are MISSING. Returns which."""
+        index = self.index
+        entries = wide(entries[entries >= 0])
+        held = (index.pins[entries] > 0) | self.disk.which_await_write(entries)
+        entries = entries[~held & ((index.host_ranks[entries] | index.disk_ranks[entries]) != 0)]
+        if not len(entries):
+            return entries
+        self.tell("removed", entries[index.on_host(entries)], Tier.HOST)
+        self.tell("removed", entries[index.on_disk(entries)], Tier.DISK)
+        for entry in entries[index.host_ranks[entries] != 0].tolist():
+            self.host.drop(entry)
+        for rank in range(index.ranks):
+            index.drop_disk(rank, entries)
+        self.counts["dropped_dead_blocks"] += len(entries)
+        return entries
 
     def _release(self, entries: EntryRows) -> None:
         if len(entries) < _FEW:
@@ -213,6 +311,8 @@ class ControlState:
         """Note an event for whoever listens; what was superseded has been told as removed already."""
         entries = self.index.reachable(entries)
         self.counts[_COUNTER[change, tier]] += len(entries)
+        if self.events.listening and self.windows.partial:  # a window or a state alone is no block to be found
+            entries = entries[np.isin(self.index.table.groups[entries], self.windows.whole)]
         if self.events.listening and len(entries):
             index, parents = self.index, self.index.parent[entries]
             keys = index.table.keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,9 +12,10 @@ from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
 from kvtier.index.cells import wide
-from kvtier.index.entries import MISSING, EntryRows
+from kvtier.index.entries import MISSING, EntryRows, Mask
 from kvtier.planner.hops import (
     FIRST_WRITE_HOP_BYTES,
+    NO_ENTRIES,
     STORE_HOP_BYTES,
     WRITE_HOP_BYTES,
     Hop,
@@ -29,8 +30,32 @@ from kvtier.planner.tickets import Durability, Outcome, Ticket
 from kvtier.planner.wishes import StoreWish
 
 _EXACT: Final = int(Lineage.EXACT)
+_FAILED: Final = int(Outcome.FAILED)
 _WAITING: Final = bytes((Outcome.WAITING,))
 _EXISTING: Final = bytes((Outcome.EXISTING,))
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """Blocks of one group that a store is about, and their entries: MISSING where there is none yet."""
+
+    group: int
+    blocks: Ints
+    entries: EntryRows
+    are_ends: Mask
+    """Of windows and states: those that hits are likely to end with."""
+    is_chain: bool
+    """Whether each block extends the one before it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Room:
+    """Reserved room per rank for ``rows`` of a part, and its blocks that found none."""
+
+    part: _Asked
+    rows: Ints
+    starts: dict[int, list[int]]
+    refused: Ints
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +64,31 @@ class _NewRows:
 
     entries: EntryRows
     blocks: Ints
-    starts: dict[int, list[int]]
+    targets: dict[int, Targets]
     pages: int
+    """Of the longest record among them."""
+    between: EntryRows
+    """Windows and states that no hit is likely to end with."""
 
-    def targets(self) -> dict[int, Targets]:
-        """The extents per rank."""
-        pages = np.array((self.pages,), np.int32).repeat(len(self.entries))
-        return {rank: Targets(np.array(starts, np.int32), pages) for rank, starts in self.starts.items()}
+    @classmethod
+    def together(cls, parts: Sequence[_NewRows]) -> _NewRows:
+        """All of ``parts``, at least one, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        targets = {
+            rank: Targets(
+                np.concatenate([part.targets[rank].page for part in parts]),
+                np.concatenate([part.targets[rank].pages for part in parts]),
+            )
+            for rank in parts[0].targets
+        }
+        return cls(
+            np.concatenate([part.entries for part in parts]), np.concatenate([part.blocks for part in parts]), targets,
+            max(part.pages for part in parts), np.concatenate([part.between for part in parts]),
+        )  # fmt: skip
+
+
+_NOTHING_NEW: Final = _NewRows(NO_ENTRIES, NO_ENTRIES, {}, 0, NO_ENTRIES)
 
 
 class Stores:
@@ -60,7 +103,7 @@ class Stores:
 
     def store(self, wish: StoreWish) -> None:
         """Plan what is wished for: new blocks are gathered, pending ones are joined."""
-        state, ticket, keys, lineage = self._state, wish.ticket, wish.keys, wish.lineage
+        state, ticket, keys = self._state, wish.ticket, wish.keys
         first = ticket.first_block
         if keys.root.weights_version != state.version or not state.attached:
             ticket.fail_from(first, Reason.RETIRED if state.attached else Reason.CLOSED)
@@ -69,37 +112,76 @@ class Stores:
         is_short = len(ticket.outcome) == 1 and ticket.durability == Durability.MEMORY
         if is_short and self._store_one(wish):
             return
-        span = slice(first, wish.stop)
-        if len(ticket.outcome) * len(state.layout.groups) > self._spare_entries:
-            self._make_entries_free(keys, span)
-        new: list[_NewRows] = []
+        asked = [self._whole(wish, group) for group in state.windows.whole]
+        if sum(len(part.blocks) for part in asked) > self._spare_entries:
+            self._make_entries_free(sum(int(np.count_nonzero(part.entries == MISSING)) for part in asked))
+            asked = [self._whole(wish, group) for group in state.windows.whole]  # some may have been forgotten
         shields: list[EntryRows] = []
         try:
-            for group in range(len(state.layout.groups)):
-                entries = state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
-                wanted = self._wanted(ticket, entries, first, lineage, shields)
-                new.append(self._add(keys, group, first, entries, wanted, lineage, ticket))
-                if ticket.durability > Durability.MEMORY:
-                    self._hold(ticket, entries, first)
+            wanted = [self._wanted(ticket, part, wish.lineage, shields) for part in asked]  # before anything may go
+            new = self._add(wish, asked, wanted) if asked else []
+            for group in (
+                state.windows.stored if len(ticket.outcome) else ()
+            ):  # of blocks that found no room above nothing is worth keeping
+                new += self._add_partial(wish, self._partial(wish, group), shields)
             self._mark_existing(ticket, new)
-            self._send_store(wish, new)
+            self._send_stores(wish, new)
         finally:
             for shield in shields:
                 state.unpinned(state.index.unpin(shield))
         self._stages.advance(ticket)
 
-    def _make_entries_free(self, keys: Keys, span: slice) -> None:
-        """Where the new ones of those blocks find too few entries, forget those that only stand for children's links.
+    def _whole(self, wish: StoreWish, group: int) -> _Asked:
+        """All blocks that are to be stored of ``group``."""
+        keys, span = wish.keys, slice(wish.ticket.first_block, wish.stop)
+        entries = self._state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
+        blocks = wide(np.arange(span.start, span.start + len(entries)))
+        return _Asked(group, blocks, entries, np.zeros(len(entries), np.bool_), keys.chained)
+
+    def _partial(self, wish: StoreWish, group: int) -> _Asked:
+        """Blocks of ``group``, which only ends of hits need, that are worth keeping and that the engine has.
+
+        Windows reach back to blocks before the first one that is to be stored.
+        """
+        windows, ticket, size = self._state.windows, wish.ticket, wish.keys.block_tokens
+        first, stop = ticket.first_block, ticket.first_block + len(ticket.outcome)
+        tokens = (stop * size,) if wish.checkpoints is None else wish.checkpoints
+        ends = windows.ends(first, stop, tokens)
+        refused = np.frombuffer(ticket.outcome, np.uint8) == _FAILED
+        ends = ends[~refused[ends - 1 - first]]
+        low = windows.reach(group, first, stop).start
+        are_ends = windows.are_worth_keeping(group, low, stop, ends)
+        worth = are_ends.copy()
+        if windows.keeps_every_block:
+            worth[first - low :] = ~refused
+        worth[: first - low] &= self._are_kept(wish.keys, range(low, first))
+        if (held := wish.held.get(group)) is not None:
+            worth &= held.those_of(np.arange(low, stop))
+        at = worth.nonzero()[0]
+        entries = wide(self._state.index.table.find(wish.keys.rows()[low + at], group))
+        return _Asked(group, wide(low + at), entries, are_ends[at], False)
+
+    def _are_kept(self, keys: Keys, blocks: range) -> Mask:
+        """Which of ``blocks`` every group has, or is getting, that needs the whole prefix."""
+        index = self._state.index
+        kept = np.ones(len(blocks), np.bool_)
+        for group in self._state.windows.whole if blocks else ():
+            entries = wide(index.table.find(keys.rows()[blocks.start : blocks.stop], group))
+            kept &= (entries >= 0) & (index.readable(entries) | self._state.being_stored(entries))
+        return kept
+
+    def _add_partial(self, wish: StoreWish, part: _Asked, shields: list[EntryRows]) -> list[_NewRows]:
+        wanted = self._wanted(wish.ticket, part, wish.lineage, shields)
+        self._state.host.keep(part.entries[part.are_ends & (part.entries >= 0)])
+        return self._add(wish, (part,), (wanted,))
+
+    def _make_entries_free(self, count: int) -> None:
+        """Where ``count`` new ones find too few entries, forget those that only stand for children's links.
 
         Copies that go leave such entries behind, so it is not worth a look before many have gone. Where that is not
         enough, the disk holds more blocks than there are entries for: the oldest have to go before it is full.
         """
         index, counts = self._state.index, self._state.counts
-        found = [
-            index.find_blocks(keys.rows()[span], keys.digests[span], group)
-            for group in range(len(self._state.layout.groups))
-        ]
-        count = sum(int(np.count_nonzero(entries == MISSING)) for entries in found)
         if self._spare_entries >= count:
             return
         gone = counts["removed_host_blocks"] + counts["removed_disk_blocks"]
@@ -159,23 +241,21 @@ class Stores:
         self.send(hop, keys.parent(block), wish.pages, wish.start, wish.stop * keys.block_tokens)
         return True
 
-    def _wanted(
-        self, ticket: Ticket, entries: EntryRows, first: int, lineage: Lineage, shields: list[EntryRows]
-    ) -> Ints:
-        """Which of ``entries`` are to be stored: all but those that are kept, or that somebody is storing.
+    def _wanted(self, ticket: Ticket, part: _Asked, lineage: Lineage, shields: list[EntryRows]) -> Ints:
+        """Which rows of ``part`` are to be stored: all but those that are kept, or that somebody is storing.
 
         What is there already is pinned (into ``shields``): neither what is kept nor an entry that is to be written
         again may go to make room for the rest.
         """
-        state = self._state
-        if state.index.all_missing(entries):
+        state, entries = self._state, part.entries
+        if not len(entries) or state.index.all_missing(entries):
             return wide(np.arange(len(entries)))
         state.index.pin(entries[entries >= 0])
         self._supersede(entries, lineage)
         shields.append(entries[entries >= 0])
         kept = (entries >= 0) & state.index.readable(entries)
         state.host.touch(entries[kept])
-        self._join(ticket, entries, first)
+        self._join(ticket, part)
         wanted = wide((~kept).nonzero()[0])
         if state.storing and len(wanted):
             wanted = wanted[~state.being_stored(entries[wanted])]
@@ -213,51 +293,83 @@ class Stores:
         entries[worse] = MISSING
         state.unpinned(index.unpin(old))
 
-    def _join(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
+    def _join(self, ticket: Ticket, part: _Asked) -> None:
         storing = self._state.storing
         if not storing:
             return
         joined: dict[int, list[tuple[int, int]]] = {}
-        for at, entry in enumerate(entries.tolist()):
+        for entry, block in zip(part.entries.tolist(), part.blocks.tolist(), strict=True):
             hop = storing.get(entry)
             if hop is not None:
-                joined.setdefault(hop.plan_id, []).append((entry, first + at))
+                joined.setdefault(hop.plan_id, []).append((entry, block))
         for plan_id, pairs in joined.items():
             hop = self._state.hops[plan_id]
             rows = np.array([hop.row_of[entry] for entry, _ in pairs], np.int32)
             hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
             ticket.waits += 1
+        if part.are_ends.any():
+            for hop in {plan_id: self._state.hops[plan_id] for plan_id in joined}.values():
+                hop.between = np.setdiff1d(hop.between, part.entries[part.are_ends])
 
-    def _add(
-        self,
-        keys: Keys,
-        group: int,
-        first: int,
-        entries: EntryRows,
-        wanted: Ints,
-        lineage: Lineage,
-        ticket: Ticket,
-    ) -> _NewRows:
-        """Reserve room for, and make entries of, the ``wanted`` blocks, as many as fit; fills ``entries`` in."""
-        state, index = self._state, self._state.index
+    def _add(self, wish: StoreWish, parts: Sequence[_Asked], wanted: Sequence[Ints]) -> list[_NewRows]:
+        """Make entries of the ``wanted`` rows, as many as fit, and hold them where somebody waits for the disk.
+
+        A block of which one of ``parts`` found no room is refused as a whole: the others alone are of no use.
+        """
+        rooms = [self._reserve(wish, part, rows) for part, rows in zip(parts, wanted, strict=True)]
+        refused = np.concatenate([room.refused for room in rooms])
+        for block in refused.tolist():
+            wish.ticket.fail(block, Reason.REFUSED)
+        if len(refused) and len(parts) > 1:
+            rooms = [self._without(room, refused) for room in rooms]
+        new = [self._enter(wish, room) for room in rooms]
+        for part in parts if wish.ticket.durability > Durability.MEMORY else ():
+            if part.group in self._state.spilled_groups:
+                self._hold(wish.ticket, part)
+        return new
+
+    def _reserve(self, wish: StoreWish, part: _Asked, wanted: Ints) -> _Room:
+        """Room for as many of the ``wanted`` rows as fit; what the first of them extends stays."""
+        state, index, group = self._state, self._state.index, part.group
         if not len(wanted):
-            return _NewRows(entries[:0], wanted, {}, 0)
-        wanted_now = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
-        shield = self.at_stake((self.before(keys, group, first),) if keys.chained else ())
+            return _Room(part, wanted, {}, part.blocks[:0])
+        most = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
+        shield = self.at_stake((self.before(wish.keys, group, wish.ticket.first_block),) if part.is_chain else ())
         index.pin(shield)
         try:
-            fit, starts = state.host.reserve(group, wanted_now)
+            fit, starts = state.host.reserve(group, most)
         finally:
             state.unpinned(index.unpin(shield))
-        if fit < len(wanted):
-            for at in wanted[fit:].tolist():
-                ticket.fail(first + at, Reason.REFUSED)
-            wanted = wanted[:fit]
-        if fit and fit == len(entries) and index.all_missing(entries):
-            entries[:] = self._add_chain(keys, group, first, fit, lineage)
-        elif fit:
-            self._add_some(keys, group, first, entries, wanted, lineage)
-        return _NewRows(entries[wanted], first + wanted, starts, state.layout.record_pages[group])
+        return _Room(part, wanted[:fit], starts, part.blocks[wanted[fit:]])
+
+    def _without(self, room: _Room, refused: Ints) -> _Room:
+        """``room`` without that of blocks that another group refused, which is free again."""
+        stays = ~np.isin(room.part.blocks[room.rows], refused)
+        if stays.all():
+            return room
+        pages = self._state.layout.record_pages[room.part.group]
+        starts = {rank: np.array(first, np.int32) for rank, first in room.starts.items()}
+        for rank, first in starts.items():
+            self._state.host.free((rank, start, pages) for start in first[~stays].tolist())
+        kept = {rank: first[stays].tolist() for rank, first in starts.items()}
+        return _Room(room.part, room.rows[stays], kept, room.refused)
+
+    def _enter(self, wish: StoreWish, room: _Room) -> _NewRows:
+        """Entries of the rows that have room; fills those of its part in."""
+        state, index, part, rows = self._state, self._state.index, room.part, room.rows
+        if not len(rows):
+            return _NOTHING_NEW
+        if part.is_chain and len(rows) == len(part.entries) and index.all_missing(part.entries):
+            first = wish.ticket.first_block
+            part.entries[:] = self._add_chain(wish.keys, part.group, first, len(rows), wish.lineage)
+        else:
+            self._add_some(wish.keys, part, rows, wish.lineage)
+        new = part.entries[rows]
+        between = new[~part.are_ends[rows]] if part.group in state.windows.partial else new[:0]
+        pages = state.layout.record_pages[part.group]
+        lengths = np.array((pages,), np.int32).repeat(len(new))
+        targets = {rank: Targets(np.array(first, np.int32), lengths) for rank, first in room.starts.items()}
+        return _NewRows(new, part.blocks[rows], targets, pages, between)
 
     def _add_chain(self, keys: Keys, group: int, first: int, count: int, lineage: Lineage) -> EntryRows:
         """New entries for ``count`` blocks from ``first`` on."""
@@ -269,17 +381,20 @@ class Stores:
             index.link_chain(entries, self.before(keys, group, first))
         return entries
 
-    def _add_some(self, keys: Keys, group: int, first: int, entries: EntryRows, wanted: Ints, lineage: Lineage) -> None:
-        """Those of the ``wanted`` blocks that have no entry get one; the others have new content."""
-        index = self._state.index
+    def _add_some(self, keys: Keys, part: _Asked, wanted: Ints, lineage: Lineage) -> None:
+        """Those of the ``wanted`` rows that have no entry get one; the others have new content.
+
+        Windows and states extend nothing: each stands for itself.
+        """
+        index, entries = self._state.index, part.entries
         missing = wanted[entries[wanted] == MISSING]
         if len(missing):
-            depths = first + missing
+            depths = part.blocks[missing]
             entries[missing] = index.add(
-                keys.rows()[first + missing], group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)
+                keys.rows()[depths], part.group, depths=depths, tokens=keys.block_tokens, lineage=int(lineage)
             )
-            if keys.chained:
-                before = np.array((self.before(keys, group, first),), np.int32)
+            if part.is_chain:
+                before = np.array((self.before(keys, part.group, int(part.blocks[0])),), np.int32)
                 index.link(entries[missing], np.concatenate((before, entries[:-1]))[missing])
         index.lineage[entries[wanted]] = int(lineage)
 
@@ -289,21 +404,28 @@ class Stores:
         room = (self._state.config.host.store_queue - under_way) // block_bytes
         return max(room, 0 if under_way else 1)
 
-    def _send_store(self, wish: StoreWish, new: list[_NewRows]) -> None:
-        state, ticket, keys = self._state, wish.ticket, wish.keys
-        new = [part for part in new if len(part.entries)]
-        if not new:
+    def _send_stores(self, wish: StoreWish, new: list[_NewRows]) -> None:
+        """One hop over all groups that need the whole prefix; windows and states, which may be much larger, alone."""
+        ticket, whole = wish.ticket, len(self._state.windows.whole)
+        alike = [part for part in new[:whole] if len(part.entries)]
+        parts = [_NewRows.together(alike)] if alike else []
+        parts += [part for part in new[whole:] if len(part.entries)]
+        for part in parts:
+            self._send_store(wish, part)
+        if not parts:
             ticket.source_free = True
             if ticket.waits:  # else its end is news enough
-                state.news.append(ticket)
-            return
-        entries, blocks, targets = _together(new)
-        for rows in self._hops_of(ticket, len(entries), max(part.pages for part in new) * PAGE_BYTES):
-            ranks, number = state.index.every_rank, state.next_number()
-            hop = Hop(number, PlanKind.STORE, entries[rows], blocks[rows], ranks, state.version, ticket)
-            hop.targets = {rank: target.of_rows(rows) for rank, target in targets.items()}
-            parents = keys.parents(hop.blocks.tolist())
-            self.send(hop, parents, wish.pages, wish.start, wish.stop * keys.block_tokens)
+                self._state.news.append(ticket)
+
+    def _send_store(self, wish: StoreWish, part: _NewRows) -> None:
+        state, ticket, keys = self._state, wish.ticket, wish.keys
+        for rows in self._hops_of(ticket, len(part.entries), part.pages * PAGE_BYTES):
+            entries, blocks = part.entries[rows], part.blocks[rows]
+            number, ranks = state.next_number(), state.index.every_rank
+            hop = Hop(number, PlanKind.STORE, entries, blocks, ranks, state.version, ticket)
+            hop.targets = {rank: target.of_rows(rows) for rank, target in part.targets.items()}
+            hop.between = np.intersect1d(part.between, entries) if len(part.between) else part.between
+            self.send(hop, keys.parents(blocks.tolist()), wish.pages, wish.start, wish.stop * keys.block_tokens)
 
     def _hops_of(self, ticket: Ticket, rows: int, nbytes: int) -> list[slice]:
         if ticket.durability == Durability.MEMORY:
@@ -312,24 +434,8 @@ class Stores:
         is_idle = not under_way[PlanKind.STORE] and not under_way[PlanKind.SPILL]
         return stretches(rows, nbytes, WRITE_HOP_BYTES, first_bytes=FIRST_WRITE_HOP_BYTES if is_idle else None)
 
-    def _hold(self, ticket: Ticket, entries: EntryRows, first: int) -> None:
-        """Pin ``entries`` until ``ticket`` ends: it follows them down to disk."""
-        there = wide((entries >= 0).nonzero()[0])
-        self._state.index.pin(entries[there])
-        ticket.held.append((entries[there], first + there))
-
-
-def _together(new: list[_NewRows]) -> tuple[EntryRows, Ints, dict[int, Targets]]:
-    """Entries, blocks and targets of all groups, one after the other."""
-    if len(new) == 1:
-        return new[0].entries, new[0].blocks, new[0].targets()
-    entries = np.concatenate([part.entries for part in new])
-    blocks = np.concatenate([part.blocks for part in new])
-    parts = [part.targets() for part in new]
-    targets = {
-        rank: Targets(
-            np.concatenate([part[rank].page for part in parts]), np.concatenate([part[rank].pages for part in parts])
-        )
-        for rank in parts[0]
-    }
-    return entries, blocks, targets
+    def _hold(self, ticket: Ticket, part: _Asked) -> None:
+        """Pin the entries of ``part`` until ``ticket`` ends: it follows them down to disk."""
+        there = wide(((part.entries >= 0) & (part.blocks >= ticket.first_block)).nonzero()[0])
+        self._state.index.pin(part.entries[there])
+        ticket.held.append((part.entries[there], part.blocks[there]))

@@ -60,6 +60,8 @@ class Ticket:
     waits: int = 0
     sources: int = 0
     """Hops that still read the engine's pages."""
+    all_or_nothing: bool = False
+    """Whether nothing of it is of use unless all of it is: what a hit's end needs was asked for that end alone."""
     source_free: bool = False
     finished: bool = False
     moved_bytes: int = 0
@@ -78,9 +80,12 @@ class Ticket:
         self.reason, self.tiers = bytearray(blocks), bytearray(blocks)
 
     def fail(self, block: int, reason: int) -> None:
-        """Block ``block`` of the sequence failed; the first reason stands."""
+        """Block ``block`` of the sequence failed; the first reason stands.
+
+        One before the first block is what a window reaches back to: nobody asked for it.
+        """
         at = block - self.first_block
-        if self.outcome[at] != Outcome.FAILED:
+        if at >= 0 and self.outcome[at] != Outcome.FAILED:
             self.outcome[at] = Outcome.FAILED
             self.reason[at] = reason
 
@@ -93,6 +98,8 @@ class Ticket:
 
     def succeed(self) -> None:
         """What has not ended otherwise is done."""
+        if self.all_or_nothing and (at := self.outcome.find(_FAILED)) >= 0:
+            self.fail_from(self.first_block, self.reason[at])
         self.outcome = self.outcome.replace(_WAITING, _DONE)
 
     def count(self, outcome: Outcome) -> int:
@@ -100,5 +107,6 @@ class Ticket:
         return self.outcome.count(outcome)
 
 
+_FAILED: Final = bytes((Outcome.FAILED,))
 _WAITING: Final = bytes((Outcome.WAITING,))
 _DONE: Final = bytes((Outcome.DONE,))

@@ -37,6 +37,7 @@ class Upkeep:
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
         host, limits = self._state.host, self._state.config.host
+        host.expire()
         self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
         if self._draining:
             self._drain()

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from kvtier.core.keys import Keys
-from kvtier.core.memory import PageTable
+from kvtier.core.memory import Mask, PageTable
 from kvtier.core.plan import Lineage, Priority
 from kvtier.planner.leases import Lease
 from kvtier.planner.tickets import Durability, Ticket, TicketKind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Which of the blocks from ``first`` on lie in the engine's pages."""
+
+    first: int
+    mask: Mask
+
+    def those_of(self, blocks: npt.NDArray[np.int64]) -> Mask:
+        """Which of ``blocks``."""
+        at = blocks - self.first
+        inside = (at >= 0) & (at < len(self.mask))
+        held: Mask = inside & self.mask[np.where(inside, at, 0)] if len(self.mask) else inside
+        return held
+
+
+_ALL_HELD: Final[Mapping[int, Held]] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +48,10 @@ class StoreWish:
     lineage: Lineage
     is_paged: bool
     """Whether id i of ``pages`` is the page of tokens [first_token + i * page_tokens, ...), and that was checked."""
+    checkpoints: Sequence[int] | None
+    """Tokens behind which hits are likely to end; None: behind the last block."""
+    held: Mapping[int, Held]
+    """Of groups that need no whole prefix, which blocks lie in ``pages``; all of those that are not named."""
 
     @classmethod
     def of(
@@ -37,12 +64,14 @@ class StoreWish:
         lineage: Lineage,
         durability: Durability,
         is_paged: bool = False,
+        checkpoints: Sequence[int] | None = None,
+        held: Mapping[int, Held] = _ALL_HELD,
     ) -> StoreWish:
         """From token ``start`` on, the blocks before ``stop``."""
         first = -(-start // keys.block_tokens)
         ticket = Ticket.of(TicketKind.STORE, first, max(0, stop - first))
         ticket.durability = durability
-        return cls(ticket, keys, stop, pages, start, lineage, is_paged)
+        return cls(ticket, keys, stop, pages, start, lineage, is_paged, checkpoints, held)
 
 
 @dataclass(slots=True, eq=False)

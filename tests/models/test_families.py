@@ -199,6 +199,16 @@ def test_v4_without_compressed_layers_is_a_window_only():
     assert groups(configs.v4(2, [0, 0])) == [("window", WINDOW, [0, 1])]
 
 
+def test_a_window_can_be_computed_again_from_as_many_tokens_for_every_layer_that_has_one():
+    """Full layers see no further back, as theirs are loaded; a recurrent state takes all tokens."""
+    config = configs.attention("gpt_oss", 4, 8, 64, sliding_window=128)
+    _, window = KVLayout.from_hf_config(config).groups
+    assert window.reuse.replay_tokens == 2 * 128
+    v4 = KVLayout.from_hf_config(configs.v4(2, [0, 4]), 128).groups
+    assert [group.reuse.replay_tokens for group in v4] == [0, 2 * 128, 2 * 128]
+    assert KVLayout.from_hf_config(configs.gated_delta("qwen3_next", 4, 32)).groups[1].reuse.replay_tokens == 0
+
+
 def test_states_keep_the_inputs_of_a_convolution_that_the_next_token_needs_and_a_float32_recurrence():
     attention, state = KVLayout.from_hf_config(configs.gated_delta("qwen3_next", 4, 32)).groups
     assert [part.layer for part in attention.parts] == [3, 3]

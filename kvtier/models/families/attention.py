@@ -35,9 +35,18 @@ def windowed(settings: Settings, form: Form, *, slides: Slides, optional: bool =
     if FULL in kinds:
         groups.append(attention_group(settings, form, which(kinds, FULL)))
     if SLIDING in kinds:
-        window = Reuse("trailing", count(settings, "sliding_window"))
-        groups.append(KVGroup("window", keys_and_values(settings, form, which(kinds, SLIDING)), window))
+        layers, tokens = which(kinds, SLIDING), count(settings, "sliding_window")
+        groups.append(KVGroup("window", keys_and_values(settings, form, layers), window_of(tokens, len(layers))))
     return tuple(groups)
+
+
+def window_of(tokens: int, layers: int) -> Reuse:
+    """A window of ``tokens`` in each of ``layers`` layers.
+
+    Every one of them sees ``tokens`` further back, through those below: after as many tokens for each, a window that is
+    computed again from nothing is what it was. Layers that see all tokens add none, as theirs are loaded.
+    """
+    return Reuse("trailing", tokens, tokens * layers)
 
 
 def attention_group(settings: Settings, form: Form, layers: Iterable[int]) -> KVGroup:

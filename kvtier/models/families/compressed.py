@@ -11,7 +11,7 @@ from math import ceil
 from typing import Final
 
 from kvtier.errors import ConfigError
-from kvtier.models.families.attention import SLIDING, which
+from kvtier.models.families.attention import SLIDING, which, window_of
 from kvtier.models.families.form import Form
 from kvtier.models.families.settings import Settings, count, layer_kinds, wrong
 from kvtier.models.parts import KVGroup, Part, Reuse
@@ -34,10 +34,11 @@ def compressed(settings: Settings, form: Form) -> tuple[KVGroup, ...]:
     entries = tuple(part for layer, kind in enumerate(kinds) for part in _entries(settings, form, layer, kind, ratios))
     window = tuple(_vector(settings, form, layer, 1, "window") for layer in range(len(kinds)))
     overlap = tuple(part for layer in which(kinds, CSA) for part in _overlap(settings, form, layer, ratios[CSA]))
+    reuse = window_of(count(settings, "sliding_window"), len(kinds))
     return (
         *((KVGroup("attention", entries),) if entries else ()),
-        KVGroup("window", window, Reuse("trailing", count(settings, "sliding_window"))),
-        *((KVGroup("state", overlap, Reuse("last")),) if overlap else ()),
+        KVGroup("window", window, reuse),
+        *((KVGroup("state", overlap, Reuse("last", replay_tokens=reuse.replay_tokens)),) if overlap else ()),
     )
 
 

@@ -1,0 +1,78 @@
+"""Blocks of windows and states in host memory: those that hits end with stay, those between go first."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final
+
+import numpy as np
+
+from kvtier.core.columns import column
+from kvtier.index.cells import Cells, wide
+from kvtier.index.entries import EntryRows
+from kvtier.policy import LeafFirstLRU, TwoAges
+
+_EXPIRED_A_TURN: Final = 256
+
+
+class Checkpoints:
+    """Which entries of groups that need no whole prefix are worth as much as other blocks, and for how long."""
+
+    def __init__(self, index: Cells, ages: TwoAges, partial: tuple[int, ...], ttl_s: float) -> None:
+        """``partial`` are the numbers of those groups; after ``ttl_s`` without use they go first; 0: never."""
+        self._index = index
+        self._ages = ages
+        self._is_partial = np.zeros(1 << 16, np.bool_)  # by the number of a group
+        self._is_partial[list(partial)] = True
+        self._ttl_s = ttl_s
+        self._by_use = LeafFirstLRU(index.table.capacity) if ttl_s else None
+        self._is_tracked = column(index.table.capacity, np.bool_)
+        self._used_s = column(index.table.capacity, np.float64)
+
+    def coming(self, entries: EntryRows, between: EntryRows) -> None:
+        """Entries of any group that are about to come into host memory; no hit is likely to end with ``between``."""
+        self._ages.set_apart(entries, goes_first=False)
+        self._ages.set_apart(between, goes_first=True)
+
+    def kept(self, entries: EntryRows, now_s: float) -> None:
+        """Entries of such groups in host memory, which a hit ended with, or is likely to end with."""
+        own = self._of_windows(entries)
+        if len(own):
+            self._ages.promote(own)
+            self._used(own, now_s)
+
+    def came(self, entries: EntryRows, now_s: float) -> None:
+        """Entries of any group that came into host memory."""
+        own = self._of_windows(entries)
+        if self._by_use is not None and len(own):
+            self._used(own[~self._ages.which_go_first(own)], now_s)
+
+    def left(self, entries: EntryRows) -> None:
+        """Entries of any group that left host memory."""
+        if self._by_use is not None:
+            gone = entries[self._is_tracked[entries]]
+            self._by_use.remove_many(gone)
+            self._is_tracked[gone] = False
+
+    def expire(self, now_s: float) -> None:
+        """Those that nobody used for long go first from now on."""
+        if self._by_use is None:
+            return
+        oldest = wide(np.fromiter(islice(self._by_use.candidates(), _EXPIRED_A_TURN), np.int32))
+        old = oldest[self._used_s[oldest] + self._ttl_s < now_s]
+        if len(old):
+            self.left(old)
+            self._ages.demote(old)
+
+    def _used(self, entries: EntryRows, now_s: float) -> None:
+        if self._by_use is None or not len(entries):
+            return
+        known = self._is_tracked[entries]
+        self._by_use.touch(entries[known])
+        self._by_use.insert(entries[~known])
+        self._is_tracked[entries] = True
+        self._used_s[entries] = now_s
+
+    def _of_windows(self, entries: EntryRows) -> EntryRows:
+        own: EntryRows = entries[self._is_partial[self._index.table.groups[entries]]]
+        return own
