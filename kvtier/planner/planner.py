@@ -118,7 +118,8 @@ class Planner:
             state.host.keep(found.groups[group])
         state.counts["lookup_tokens"] += keys.num_tokens - start
         state.counts["hit_tokens"] += max(0, found.stop * keys.block_tokens - start)
-        state.counts["replay_tokens"] += found.replay_tokens
+        if found.replay_tokens:
+            state.counts["replay_tokens"] += found.replay_tokens
         if session is not None:
             self.sessions.used(session, keys, now_s)
         state.leases.open(lease)

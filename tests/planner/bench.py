@@ -14,7 +14,7 @@ from kvtier.core.keys import Keys, Root
 from kvtier.core.memory import GroupPages, PageTable
 from kvtier.core.plan import PAGE_BYTES, Lineage, Message, Plan, PlanKind, Priority, Status, Tier
 from kvtier.core.wire import decode, encode
-from kvtier.models import KVGroup, KVLayout, Part
+from kvtier.models import KVGroup, KVLayout, Part, Reuse
 from kvtier.planner import Durability, Lease, Planner, Ticket, Wish
 from kvtier.planner.hops import SILENT
 from tests.planner.fake_plane import FakePlane, Place
@@ -29,6 +29,23 @@ def layout_of(groups: int) -> KVLayout:
     """Records of two pages in group 0, three in group 1."""
     parts = [Part(0, "kv", "bfloat16", ("token", "head", "dim"), (BLOCK, 1, 8 if at == 0 else 1024)) for at in range(2)]
     return KVLayout(BLOCK, BLOCK, tuple(KVGroup(f"g{at}", (parts[at],)) for at in range(groups)))
+
+
+def windowed_layout(window_tokens: int = 2 * BLOCK, replay_tokens: int = 0) -> KVLayout:
+    """A group that needs the whole prefix, a sliding window and a state; records of two pages each."""
+    axes, shape = ("token", "head", "dim"), (BLOCK, 1, 8)
+    state = Part(0, "state", "float32", ("head", "state"), (2, 8))
+    return KVLayout(
+        BLOCK,
+        BLOCK,
+        (
+            KVGroup("attention", (Part(0, "kv", "bfloat16", axes, shape),)),
+            KVGroup(
+                "window", (Part(1, "kv", "bfloat16", axes, shape),), Reuse("trailing", window_tokens, replay_tokens)
+            ),
+            KVGroup("state", (state,), Reuse("last")),
+        ),
+    )
 
 
 def config_of(with_disk: bool, **sections: dict[str, Any]) -> Config:
@@ -56,9 +73,10 @@ class Bench:
         clean_target: int = 1,
         directories: int = 1,
         attach: bool = True,
+        layout: KVLayout | None = None,
         **sections: dict[str, Any],
     ) -> None:
-        self.layout = layout_of(groups)
+        self.layout = layout or layout_of(groups)
         pages = sum(self.layout.record_pages)
         self.planner = Planner(config_of(segments > 0, **sections), self.layout, ranks=ranks)
         self.planes = [
@@ -81,7 +99,7 @@ class Bench:
 
     def reopen(self, **order: Any) -> Bench:
         """A new process for everything, in the same directories; ``order`` as in ``FakePlane.recover``."""
-        other = Bench(attach=False, ranks=len(self.planes), groups=len(self.layout.groups), segments=1)
+        other = Bench(attach=False, ranks=len(self.planes), layout=self.layout, segments=1)
         other.planes = self.planes
         for plane in self.planes:
             plane.restart()

@@ -10,7 +10,7 @@ import pytest
 from kvtier.core.keys import Keys, Root
 from kvtier.core.plan import Hello, Lineage, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Lease, LoadWish, Outcome, StoreWish, Ticket, TicketKind, Wish
-from tests.planner.bench import BLOCK, PAGES, Bench
+from tests.planner.bench import BLOCK, PAGES, Bench, windowed_layout
 from tests.planner.fake_plane import FakePlane
 
 FAILURES = [Reason.DAMAGED, Reason.IO_ERROR, Reason.NO_SPACE, Reason.GONE]
@@ -68,19 +68,26 @@ class Storm:
             self._check_hit(lease, keys, exact=exact)
 
     def _check_hit(self, lease: Lease, keys: Keys, *, exact: bool) -> None:
-        """It is the longest prefix, and one token at least is left."""
+        """It is the longest prefix, and one token at least is left; of windows and states its end has what it needs."""
         bench, index, first = self.bench, self.bench.index, lease.first_block
         assert not lease.blocks or (first + lease.blocks) * BLOCK < keys.num_tokens
         if keys.root.weights_version != bench.planner.weights_version:
             assert not lease.blocks
             return
-        wanted = 0
-        for key in keys.digests[first : max(first, (keys.num_tokens - 1) // BLOCK)]:
-            entries = [index.table.find_one(key, group) for group in range(len(bench.layout.groups))]
-            if not all(e >= 0 and self._readable(e, exact=exact) for e in entries):
-                break
-            wanted += 1
-        assert lease.blocks == wanted
+        last = max(first, (keys.num_tokens - 1) // BLOCK)
+
+        def has(group: int, blocks: range) -> bool:
+            entries = [index.table.find_one(keys.digests[block], group) for block in blocks]
+            return all(e >= 0 and self._readable(e, exact=exact) for e in entries)
+
+        windows = bench.planner._state.windows
+        ends = [
+            end
+            for end in range(first, last + 1)
+            if all(has(group, range(first, end)) for group in windows.whole)
+            and all(has(group, windows.needed(group, first, end)) for group in windows.required)
+        ]
+        assert first + lease.blocks == max(ends)
 
     def _readable(self, entry: int, *, exact: bool) -> bool:
         index = self.bench.index
@@ -263,7 +270,7 @@ class Storm:
                 numbers, place = (ticket.plan_ids, block) if plan is None else ([plan], row + at)
                 came = {c.group for n, b, c in plane.loaded if n in numbers and b == place
                         and c.key == keys.digests[block]}  # fmt: skip
-                assert came == set(range(len(self.bench.layout.groups)))
+                assert came >= set(self.bench.planner._state.windows.whole)
 
     def check_written(self, ticket: Ticket) -> None:
         keys = self.keys_of[ticket]
@@ -271,7 +278,7 @@ class Storm:
             for plane in self.bench.planes if outcome != Outcome.FAILED else ():
                 wanted = keys.digests[ticket.first_block + at]
                 groups = {content.group for content, _, _ in plane.disk.values() if content.key == wanted}
-                assert groups == set(range(len(self.bench.layout.groups)))
+                assert groups >= set(self.bench.planner._state.windows.whole)
 
     def end(self) -> None:
         """Everybody lets go, everything comes to rest: nothing is left behind."""
@@ -291,6 +298,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "two directories": {"segments": 8, "directories": 2},
     "two ranks in memory": {"ranks": 2, "host_blocks": 10},
     "two ranks, two groups": {"ranks": 2, "groups": 2, "segments": 6, "host_blocks": 12},
+    "windows and states": {"layout": windowed_layout(replay_tokens=3 * BLOCK), "segments": 6, "host_blocks": 12},
+    "windows and states in memory": {"layout": windowed_layout(), "host_blocks": 10},
     "watermarks": {"segments": 6, "host": {"high_watermark": 0.7, "low_watermark": 0.4}},
 }
 
