@@ -10,7 +10,7 @@ import numpy as np
 from kvtier.core.columns import column
 from kvtier.index.cells import Cells, wide
 from kvtier.index.entries import EntryRows
-from kvtier.policy import LeafFirstLRU, TwoAges
+from kvtier.policy import EvictionPolicy, LeafFirstLRU, TwoAges
 
 _EXPIRED_A_TURN: Final = 256
 
@@ -53,6 +53,11 @@ class Checkpoints:
             gone = entries[self._is_tracked[entries]]
             self._by_use.remove_many(gone)
             self._is_tracked[gone] = False
+
+    @property
+    def spare(self) -> EvictionPolicy:
+        """What goes first, in order."""
+        return self._ages.first
 
     def expire(self, now_s: float) -> None:
         """Those that nobody used for long go first from now on."""

@@ -80,7 +80,15 @@ class HostBook:
 
         Returns how many fit, and per rank the first pages of exactly those.
         """
-        pages, leaves = self._record_pages[group], self.leaves()
+        return self._reserve(group, count, self.leaves())
+
+    def reserve_spare(self, group: int, count: int) -> tuple[int, dict[int, list[int]]]:
+        """As ``reserve``, but only what goes first anyway goes for it."""
+        spare = self._policy if self.checkpoints is None else self.checkpoints.spare
+        return self._reserve(group, count, Leaves(self._index, spare, self._keeper))
+
+    def _reserve(self, group: int, count: int, leaves: Leaves) -> tuple[int, dict[int, list[int]]]:
+        pages = self._record_pages[group]
         taken = self._take(pages, count)
         while (fit := min(map(len, taken.values()), default=0)) < count:
             gone = self._evict_until(pages * (count - fit), sys.maxsize, leaves)

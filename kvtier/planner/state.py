@@ -63,6 +63,8 @@ class ControlState:
         """So many more a store would have taken than may be; nothing has been done about it."""
         self._gone: list[tuple[int, KeyRows]] = []
         """Blocks, by group, that were evicted since others of the same keys were looked at."""
+        self._cut_off = set[int]()
+        """What was extended by something that was evicted since."""
         self.lost_blocks = False
         """Blocks have gone that the disk never had, or had no longer though they were not the oldest."""
         self.mistakes: list[tuple[str, BaseException]] = []
@@ -229,15 +231,43 @@ class ControlState:
         self.lost_blocks |= len(entries) > 0
         if len(self.layout.groups) > 1:  # in the middle of a pass over host memory nothing else may leave it
             self._gone += self._blocks_of(entries)
+            self._cut_off.update(self.index.parent[entries].tolist())
         self.disk.forget(entries)
         self._release(entries)
 
     def made_room(self) -> None:
-        """Nothing more is evicted now: drop what is of no use without that which was."""
-        while self._gone:
-            group, keys = self._gone.pop()
-            dropped = self._drop_blocks(group, keys)
-            self._forget(dropped)
+        """Nothing more is evicted now: what is of no use without that which was goes, too."""
+        while self._gone or self._cut_off:
+            gone, self._gone = self._gone, []
+            for group, keys in gone:
+                self._forget(self._drop_blocks(group, keys))
+            cut_off, self._cut_off = self._cut_off, set()
+            for entry in cut_off if self.windows.required else ():
+                if len(dead := self._behind_the_last_end(entry)):
+                    self.host.evict(dead)
+
+    def _behind_the_last_end(self, entry: int) -> EntryRows:
+        """``entry``, and what it extends, as far as no hit can end there and nothing else leads through it.
+
+        It was extended by something that went. All of them may go.
+        """
+        index, found = self.index, list[int]()
+        is_whole = entry >= 0 and index.cells.groups_at[entry] in self.windows.whole
+        while is_whole and entry >= 0 and self._leads_nowhere(entry, len(found)):
+            found.append(entry)
+            entry = index.parent_at[entry]
+        return wide(np.array(found, np.int32))
+
+    def _leads_nowhere(self, entry: int, below: int) -> bool:
+        """Whether host memory may free ``entry``, no hit can end there, and only ``below`` extends it."""
+        index = self.index
+        if index.host_ranks_at[entry] != index.every_rank or index.children_at[entry] > bool(below):
+            return False
+        if index.pins_at[entry] or self.disk.awaits_write(entry):
+            return False
+        key = index.cells.key(entry)
+        ends = np.array([index.table.find_one(key, group) for group in self.windows.required], np.int32)
+        return not bool(((ends >= 0) & index.readable(ends)).all())
 
     def _forget(self, entries: EntryRows) -> None:
         """Nothing of ``entries`` is left to be written, or to be kept unless somebody holds it."""

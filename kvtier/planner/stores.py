@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,10 +42,10 @@ class _Asked:
     group: int
     blocks: Ints
     entries: EntryRows
-    are_ends: Mask
-    """Of windows and states: those that hits are likely to end with."""
     is_chain: bool
     """Whether each block extends the one before it."""
+    are_spare: bool = False
+    """Windows and states that no hit is likely to end with: they are kept where nothing else has to go for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +123,8 @@ class Stores:
             for group in (
                 state.windows.stored if len(ticket.outcome) else ()
             ):  # of blocks that found no room above nothing is worth keeping
-                new += self._add_partial(wish, self._partial(wish, group), shields)
+                for part in self._partial(wish, group):
+                    new += self._add_partial(wish, part, shields)
             self._mark_existing(ticket, new)
             self._send_stores(wish, new)
         finally:
@@ -136,12 +137,13 @@ class Stores:
         keys, span = wish.keys, slice(wish.ticket.first_block, wish.stop)
         entries = self._state.index.find_blocks(keys.rows()[span], keys.digests[span], group)
         blocks = wide(np.arange(span.start, span.start + len(entries)))
-        return _Asked(group, blocks, entries, np.zeros(len(entries), np.bool_), keys.chained)
+        return _Asked(group, blocks, entries, keys.chained)
 
-    def _partial(self, wish: StoreWish, group: int) -> _Asked:
+    def _partial(self, wish: StoreWish, group: int) -> Iterator[_Asked]:
         """Blocks of ``group``, which only ends of hits need, that are worth keeping and that the engine has.
 
-        Windows reach back to blocks before the first one that is to be stored.
+        First those that hits are likely to end with, then the others. Windows reach back to blocks before the first one
+        that is to be stored.
         """
         windows, ticket, size = self._state.windows, wish.ticket, wish.keys.block_tokens
         first, stop = ticket.first_block, ticket.first_block + len(ticket.outcome)
@@ -157,9 +159,11 @@ class Stores:
         worth[: first - low] &= self._are_kept(wish.keys, range(low, first))
         if (held := wish.held.get(group)) is not None:
             worth &= held.those_of(np.arange(low, stop))
-        at = worth.nonzero()[0]
-        entries = wide(self._state.index.table.find(wish.keys.rows()[low + at], group))
-        return _Asked(group, wide(low + at), entries, are_ends[at], False)
+        for own, are_spare in ((worth & are_ends, False), (worth & ~are_ends, True)):
+            blocks = wide(low + own.nonzero()[0])
+            if len(blocks):
+                entries = wide(self._state.index.table.find(wish.keys.rows()[blocks], group))
+                yield _Asked(group, blocks, entries, is_chain=False, are_spare=are_spare)
 
     def _are_kept(self, keys: Keys, blocks: range) -> Mask:
         """Which of ``blocks`` every group has, or is getting, that needs the whole prefix."""
@@ -172,7 +176,8 @@ class Stores:
 
     def _add_partial(self, wish: StoreWish, part: _Asked, shields: list[EntryRows]) -> list[_NewRows]:
         wanted = self._wanted(wish.ticket, part, wish.lineage, shields)
-        self._state.host.keep(part.entries[part.are_ends & (part.entries >= 0)])
+        if not part.are_spare:
+            self._state.host.keep(part.entries[part.entries >= 0])
         return self._add(wish, (part,), (wanted,))
 
     def _make_entries_free(self, count: int) -> None:
@@ -307,9 +312,8 @@ class Stores:
             rows = np.array([hop.row_of[entry] for entry, _ in pairs], np.int32)
             hop.joins.append(Join(ticket, rows, np.array([block for _, block in pairs], np.int32)))
             ticket.waits += 1
-        if part.are_ends.any():
-            for hop in {plan_id: self._state.hops[plan_id] for plan_id in joined}.values():
-                hop.between = np.setdiff1d(hop.between, part.entries[part.are_ends])
+            if not part.are_spare:
+                hop.between = np.setdiff1d(hop.between, part.entries)
 
     def _add(self, wish: StoreWish, parts: Sequence[_Asked], wanted: Sequence[Ints]) -> list[_NewRows]:
         """Make entries of the ``wanted`` rows, as many as fit, and hold them where somebody waits for the disk.
@@ -336,11 +340,13 @@ class Stores:
         most = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
         shield = self.at_stake((self.before(wish.keys, group, wish.ticket.first_block),) if part.is_chain else ())
         index.pin(shield)
+        reserve = state.host.reserve_spare if part.are_spare else state.host.reserve
         try:
-            fit, starts = state.host.reserve(group, most)
+            fit, starts = reserve(group, most)
         finally:
             state.unpinned(index.unpin(shield))
-        return _Room(part, wanted[:fit], starts, part.blocks[wanted[fit:]])
+        refused = part.blocks[:0] if part.are_spare else part.blocks[wanted[fit:]]
+        return _Room(part, wanted[:fit], starts, refused)
 
     def _without(self, room: _Room, refused: Ints) -> _Room:
         """``room`` without that of blocks that another group refused, which is free again."""
@@ -365,7 +371,7 @@ class Stores:
         else:
             self._add_some(wish.keys, part, rows, wish.lineage)
         new = part.entries[rows]
-        between = new[~part.are_ends[rows]] if part.group in state.windows.partial else new[:0]
+        between = new if part.are_spare else new[:0]
         pages = state.layout.record_pages[part.group]
         lengths = np.array((pages,), np.int32).repeat(len(new))
         targets = {rank: Targets(np.array(first, np.int32), lengths) for rank, first in room.starts.items()}

@@ -21,7 +21,8 @@ class TwoAges:
 
     def __init__(self, kind: type[EvictionPolicy], capacity: int) -> None:
         """``capacity`` is one more than the largest entry number."""
-        self._first = kind(capacity)
+        self.first = kind(capacity)
+        """What goes first, in order; to be changed through here only."""
         self._rest = kind(capacity)
         self._is_first = column(capacity, np.bool_)
 
@@ -38,7 +39,7 @@ class TwoAges:
         """Entries of the tier that do not go first any more; they are the newest of the rest."""
         own = entries[self._is_first[entries]]
         if len(own):
-            self._first.remove_many(own)
+            self.first.remove_many(own)
             self._is_first[own] = False
             self._rest.insert(own)
 
@@ -48,7 +49,7 @@ class TwoAges:
         if len(own):
             self._rest.remove_many(own)
             self._is_first[own] = True
-            self._first.insert(own)
+            self.first.insert(own)
 
     def insert(self, entries: Entries) -> None:
         """As ``EvictionPolicy``."""
@@ -62,7 +63,7 @@ class TwoAges:
 
     def remove(self, entry: int) -> None:
         """As ``EvictionPolicy``."""
-        (self._first if self._is_first[entry] else self._rest).remove(entry)
+        (self.first if self._is_first[entry] else self._rest).remove(entry)
 
     def remove_many(self, entries: Entries) -> None:
         """As ``EvictionPolicy``."""
@@ -71,16 +72,16 @@ class TwoAges:
 
     def candidates(self) -> Iterator[int]:
         """As ``EvictionPolicy``. What is touched meanwhile comes again at the end of its order at most once."""
-        return chain.from_iterable(islice(order.candidates(), len(order)) for order in (self._first, self._rest))
+        return chain.from_iterable(islice(order.candidates(), len(order)) for order in (self.first, self._rest))
 
     def __len__(self) -> int:
         """Number of entries in the tier."""
-        return len(self._first) + len(self._rest)
+        return len(self.first) + len(self._rest)
 
     def _split(self, entries: Entries) -> Iterator[tuple[EvictionPolicy, Entries]]:
         is_first = self._is_first[entries]
         if is_first.any():
-            yield self._first, entries[is_first]
+            yield self.first, entries[is_first]
             entries = entries[~is_first]
         if len(entries):
             yield self._rest, entries
