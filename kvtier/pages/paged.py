@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvtier.core.checks import whole
 from kvtier.core.memory import Bytes1D, Bytes2D, GroupPages, KVPages, PageTable, Tokens
 from kvtier.errors import ConfigError
-from kvtier.kernels import Rows, RowSpace
+from kvtier.kernels import Addresses, FastPages, RecordMemory, Rows, RowSpace, SliceTable
 from kvtier.models import DTYPE_BYTES, KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
@@ -26,7 +26,7 @@ _SHORT: Final = 32
 """Page ids that are looked at one by one in less time than as an array."""
 
 
-class PagedTensors:
+class PagedTensors(RecordMemory):
     """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.KVMemory``.
 
     ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind).
@@ -93,8 +93,7 @@ class PagedTensors:
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``."""
-        rows = self._groups[group]
-        rows.space.gather(rows.of_blocks(table.groups[group].ids, self._bases(table, group, first_tokens), parts), out)
+        self._groups[group].gather(table.groups[group].ids, self._bases(table, group, first_tokens), parts, out)
 
     def scatter(
         self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
@@ -103,15 +102,40 @@ class PagedTensors:
         rows, ids, bases = self._groups[group], table.groups[group].ids, self._bases(table, group, first_tokens)
         whole = (first_tokens >= start) & (first_tokens + self.layout.block_tokens <= stop)
         if whole.all():
-            rows.space.scatter(rows.of_blocks(ids, bases, parts), source)
+            rows.scatter(ids, bases, parts, source)
             return
         if whole.any():
-            rows.space.scatter(rows.of_blocks(ids, bases[whole], parts), source[whole])
+            rows.scatter(ids, bases[whole], parts, source[whole])
         for block in np.flatnonzero(~whole).tolist():
             first = int(first_tokens[block])
             begin, end = max(start - first, 0), min(stop - first, self.layout.block_tokens)
             if begin < end:
                 self._scatter_tokens(rows, ids, int(bases[block]), parts, source[block], begin, end)
+
+    @property
+    def moves_records(self) -> bool:
+        """Whether there are compiled kernels, and no subclass wants to see the copies; see ``kernels.RecordMemory``."""
+        own = type(self)
+        is_plain = own.gather is PagedTensors.gather and own.scatter is PagedTensors.scatter
+        return is_plain and self._groups[0].fast is not None
+
+    def gather_records(
+        self, table: PageTable, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses
+    ) -> Bytes2D | None:
+        """Copy whole blocks to records; see ``kernels.RecordMemory``."""
+        fast, bases = self._groups[group].fast, self._bases(table, group, first_tokens)
+        return None if fast is None else fast.gather_records(table.groups[group].ids, bases, slices, records)
+
+    def scatter_records(
+        self, table: PageTable, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses,
+        wanted: Bytes2D | None, start: int, stop: int,
+    ) -> npt.NDArray[np.bool_] | None:  # fmt: skip
+        """Write records to the pages of whole blocks; see ``kernels.RecordMemory``."""
+        fast, bases = self._groups[group].fast, self._bases(table, group, first_tokens)
+        are_whole = start <= first_tokens.min() and first_tokens.max() + self.layout.block_tokens <= stop
+        if fast is None or not are_whole:
+            return None
+        return fast.scatter_records(table.groups[group].ids, bases, slices, records, wanted)
 
     def _bases(self, table: PageTable, group: int, first_tokens: Tokens) -> Tokens:
         bases: Tokens = (first_tokens - table.groups[group].first_token) // self.layout.page_tokens
@@ -214,6 +238,7 @@ class _GroupRows:
     page: Rows  # the page of the block that it belongs to
     step: Rows  # rows from one page to the next
     begins: tuple[int, ...]  # [parts + 1]: a block's rows of part i are begins[i] to begins[i + 1]
+    fast: FastPages | None  # the same pages for compiled kernels
 
     @classmethod
     def of(cls, layout: KVLayout, parts: tuple[_PartPages, ...]) -> _GroupRows:
@@ -232,7 +257,22 @@ class _GroupRows:
             page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
             step=second - first,
             begins=tuple(accumulate((block_pages * count for count in counts), initial=0)),
+            fast=FastPages.of([part.pages for part in parts], block_pages),
         )
+
+    def gather(self, ids: Ids, bases: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy ``parts`` of the blocks whose pages are ``ids[base:]`` to ``out``."""
+        if self.fast is None:
+            self.space.gather(self.of_blocks(ids, bases, parts), out)
+        else:
+            self.fast.gather(ids, bases, parts, out)
+
+    def scatter(self, ids: Ids, bases: Tokens, parts: range, source: Bytes2D) -> None:
+        """Copy ``source`` to ``parts`` of the blocks whose pages are ``ids[base:]``."""
+        if self.fast is None:
+            self.space.scatter(self.of_blocks(ids, bases, parts), source)
+        else:
+            self.fast.scatter(ids, bases, parts, source)
 
     def of_blocks(self, ids: Ids, bases: Tokens, parts: range) -> Rows:
         """Rows of ``parts`` of the blocks whose pages are ``ids[base:]``: ``[blocks, rows]``."""

@@ -186,7 +186,7 @@ class LoadRun(Run):
                         deliver(shape, [row])
 
         for shape, own in self.by_group(rows):
-            for batch in shape.batches(own):
+            for batch in [own] if target is not None and target.moves_records else shape.batches(own):
                 deliver(shape, batch)
         return [reasons[row] for row in rows]
 

@@ -91,7 +91,8 @@ def test_a_mistake_of_ours_while_gathering_is_no_error_of_the_engine(monkeypatch
     """Nor do its blocks look as if their memory had gone."""
     world = Simulation(1)
     opened, engine = Opened(world.machine()), PseudoEngine(LAYOUT, 1)
-    monkeypatch.setattr(gathering, "fill_records", lambda *_: int("no number"))
+    for name in ("move_records", "fill_records"):  # with compiled kernels, and without
+        monkeypatch.setattr(gathering, name, lambda *_: int("no number"))
     opened.plane.submit([store(opened.plane, engine.memory, engine)])
     world.run_for(1)
     assert opened.ends() == [(1, Counter({(Status.FAILED, Reason.IO_ERROR): 1}))]
