@@ -24,8 +24,11 @@ _I32, _I64, _I128 = ir.IntType(32), ir.IntType(64), ir.IntType(128)
 _BYTES: Final = ir.IntType(8).as_pointer()
 _LANES: Final = ir.VectorType(_I64, 8)
 _NEIGHBOURS: Final = ir.Constant(ir.VectorType(_I32, 8), [ir.Constant(_I32, lane ^ 1) for lane in range(8)])
-_AHEAD_BYTES: Final = 1024
-"""How far ahead lines are asked for. The hardware stops at every 4 KiB; 256 to 2048 bytes differ by less than noise."""
+_AHEAD: Final = 16
+"""How many lines ahead are asked for: the hardware stops at every 4 KiB, and cannot know which page comes next.
+
+4 to 32 differ by less than noise.
+"""
 
 
 def _splat(value: int) -> ir.Constant:
@@ -52,10 +55,10 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, *, streams
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Never faults, wherever ``address`` is."""
+    """For one use: what is read once leaves the caches to others. Never faults, wherever ``address`` is."""
     kind = ir.FunctionType(ir.VoidType(), (_BYTES, _I32, _I32, _I32))
     function = builder.module.declare_intrinsic("llvm.prefetch", (_BYTES,), kind)
-    builder.call(function, [builder.inttoptr(address, _BYTES), _I32(0), _I32(3), _I32(1)])
+    builder.call(function, [builder.inttoptr(address, _BYTES), _I32(0), _I32(0), _I32(1)])
 
 
 def _accumulate(builder: ir.IRBuilder, sums: ir.Value, data: ir.Value, secret: ir.Value) -> ir.Value:
@@ -67,12 +70,15 @@ def _accumulate(builder: ir.IRBuilder, sums: ir.Value, data: ir.Value, secret: i
 
 
 def _stripes(*, copies: bool) -> Any:
-    """An intrinsic that takes ``count`` stripes into the sums at ``sums``, and streams them to ``target`` as well."""
+    """An intrinsic that takes ``count`` stripes into the sums at ``sums``, and streams them to ``target`` as well.
+
+    Meanwhile as many lines at ``ahead`` are asked for.
+    """
 
     @intrinsic
-    def stripes(context, sums, secret, source, target, count):  # type: ignore[no-untyped-def]
+    def stripes(context, sums, secret, source, target, ahead, count):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            sums, secret, source, target, count = arguments
+            sums, secret, source, target, ahead, count = arguments
             before = builder.block
             begun = _load(builder, sums)
             body, after = builder.append_basic_block("stripe"), builder.append_basic_block("stripes_done")
@@ -83,7 +89,7 @@ def _stripes(*, copies: bool) -> Any:
             running.add_incoming(begun, before)
             offset = builder.shl(number, _I64(6))
             here = builder.add(source, offset)
-            _prefetch(builder, builder.add(here, _I64(_AHEAD_BYTES)))
+            _prefetch(builder, builder.add(ahead, offset))
             data = _load(builder, here)
             if copies:
                 _store(builder, data, builder.add(target, offset), streams=True)
@@ -101,7 +107,7 @@ def _stripes(*, copies: bool) -> Any:
             _store(builder, ended, sums)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 6), generate
 
     return stripes
 
@@ -299,11 +305,12 @@ def _merged(sums: int, secret: int, start: Any) -> Any:
     return total ^ (total >> np.uint64(32))
 
 
-@_compiled(_INT(_ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT, _INT), inner=True)
-def _absorb(sums: int, source: int, target: int, stripes: int, done: int, whole: int) -> int:
+@_compiled(_INT(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT, _INT, _INT), inner=True)
+def _absorb(sums: int, source: int, target: int, following: int, stripes: int, done: int, whole: int) -> int:
     """Take in ``stripes`` at ``source``, of which ``done`` of all ``whole`` came before; stream them to ``target``.
 
-    ``target`` 0: nothing is copied. Returns what is done now. The stripe after the ``whole`` ones is the last.
+    ``target`` 0: nothing is copied. ``following`` is where the next ones will be. Returns what is done now. The stripe
+    after the ``whole`` ones is the last.
     """
     at, secret = 0, _SECRET.ctypes.data
     while at < stripes:
@@ -311,10 +318,13 @@ def _absorb(sums: int, source: int, target: int, stripes: int, done: int, whole:
         count, key = 1, secret + _LAST_STRIPE_AT
         if done < whole:
             count, key = min(_STRIPES_A_BLOCK - place, stripes - at, whole - done), secret + 8 * place
+        ahead = source + (at + _AHEAD) * _LINE
+        if at + _AHEAD >= stripes:
+            ahead = following + (at + _AHEAD - stripes) * _LINE
         if target:
-            _stream_stripes(sums, key, source + at * _LINE, target + at * _LINE, count)
+            _stream_stripes(sums, key, source + at * _LINE, target + at * _LINE, ahead, count)
         else:
-            _sum_stripes(sums, key, source + at * _LINE, 0, count)
+            _sum_stripes(sums, key, source + at * _LINE, 0, ahead, count)
         if done < whole and place + count == _STRIPES_A_BLOCK:
             _scramble(sums, secret + _SCRAMBLE_AT)
         at += count
@@ -340,8 +350,9 @@ def _sum(sums: int, source: int, nbytes: int, out: Any, row: int, column: int) -
     """xxh3-128 of ``nbytes`` at ``source``; at least ``LEAST_SUMMED_BYTES``."""
     _begin(sums)
     whole = (nbytes - 1) // _LINE
-    _absorb(sums, source, 0, whole, 0, whole)
-    _absorb(sums, source + nbytes - _LINE, 0, 1, whole, whole)
+    last = source + nbytes - _LINE
+    _absorb(sums, source, 0, last, whole, 0, whole)
+    _absorb(sums, last, 0, last, 1, whole, whole)
     _finish(sums, nbytes, out, row, column)
 
 
@@ -384,7 +395,12 @@ def _gather_summed(
         while at < stop:
             end = _adjacent(ids, at, stop)
             length = (end - at) * parts[part, 1]
-            done = _absorb(sums, parts[part, 0] + ids[at] * parts[part, 1], target, length // _LINE, done, whole)
+            after, page = part, end
+            if end == stop:
+                after, page = min(part + 1, parts.shape[0] - 1), base
+            following = parts[after, 0] + ids[page] * parts[after, 1]
+            source = parts[part, 0] + ids[at] * parts[part, 1]
+            done = _absorb(sums, source, target, following, length // _LINE, done, whole)
             target += length
             at = end
     _finish(sums, nbytes, out, row, column)
