@@ -17,7 +17,7 @@ from kvtier.transfer.images import Extents
 from kvtier.transfer.records import fill_records, gather_record, move_records, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import Piece, Service
+from kvtier.transfer.work import Piece, Service, pieces
 
 Failures: TypeAlias = dict[int, Reason]
 """Rows that could not be gathered, and why; nearly always none."""
@@ -36,13 +36,14 @@ class StoreRun(Run):
         """Queue the gathers, several blocks a piece where blocks are small."""
         source = Endpoint.of(self.equipment, self.plan)
         self._moves_records = source is not None and source.moves_records
-        pieces = [
+        are_long = self._moves_records and not self.plan.durable  # a disk would wait for the first
+        gathers = [
             (shape, rows)
             for shape, own in self.by_group(range(len(self.plan.rows)))
-            for rows in self.pieces(own, shape.pages * PAGE_BYTES)
+            for rows in pieces(own, shape.pages * PAGE_BYTES, are_long=are_long)
         ]
-        self._gathers_left = len(pieces)
-        for shape, rows in pieces:
+        self._gathers_left = len(gathers)
+        for shape, rows in gathers:
             self._queue_gather(shape, rows)
 
     def abandon(self, reason: Reason) -> None:

@@ -72,7 +72,7 @@ def test_closing_gives_nothing_back_while_a_thread_still_copies() -> None:
 
 def test_pages_are_free_again_only_after_the_last_of_them_was_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine overwrites them as soon as it hears so: under the key of a block there would be another's bytes."""
-    monkeypatch.setattr("kvtier.transfer.run.PIECE_BYTES", 1)
+    monkeypatch.setattr("kvtier.transfer.work.PIECE_BYTES", 1)
     opened = Opened(system_machine(), host={"capacity": "1MiB", "staging": "1MiB", "copy_threads": 1})
     engine = PseudoEngine(LAYOUT, 3)
     memory = StuckAtTheLast(engine, 3)
