@@ -50,5 +50,5 @@ $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt pip setuptools
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH_INDEX) torch
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable ".[hf,dev]"
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable ".[fast,hf,dev]"
 	@touch $@

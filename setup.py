@@ -41,6 +41,7 @@ setup(
     extras_require={
         "hf": ["transformers>=5.0", "safetensors>=0.5"],
         "vllm": ["vllm>=0.32"],
+        "fast": ["numba>=0.61"],
         "gpu": ["triton>=3.2; platform_system == 'Linux'"],
         "plot": ["matplotlib>=3.8"],
         "dev": DEV,

@@ -1,64 +1,101 @@
-"""Host memory: a store from engine pages and a verified load into them, against torch moving the same bytes at once.
+"""Host memory: stores from engine pages and loads into them, against torch moving the same bytes at once.
 
-Stores are timed from ``submit_store`` until the engine may use its pages again; checksums, which follow, count as CPU
-time. Loads are timed from ``submit_load`` to their result. Every byte of every store is loaded and compared.
+Stores are timed from ``submit_store`` until the engine may use its pages again, and (``done``) until they are in the
+cache with their checksums; where checksums follow, they count as CPU time of the former. Loads are timed from
+``submit_load`` to their result, with checksums compared and (``unverified``) without. Every byte of every store is
+loaded and compared. ``python`` is what a store takes of CPU time beyond bare threads that copy and sum the same blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 
+from benchmarks.kinds import BareKernels, MixedMemory, deepseek_v32, small_blocks
 from benchmarks.machine import huge_pages
 from benchmarks.pairs import Contestant, Times, alternate, ratio_of
-from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, Request, llama_8b
-from benchmarks.rows import AT_LEAST, Row, itself
+from benchmarks.payload import Ids, Prompts, Request, llama_8b
+from benchmarks.rows import AT_LEAST, AT_MOST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
-from kvtier import Hit, Job, StoreResult, TieredCache
+from kvtier import Hit, Job, KVLayout, StoreResult, TieredCache
+from kvtier.kernels import compiled
 
-BLOCK_TOKENS: Final = (64, 256)
 ENGINE_BYTES: Final = 2 << 30
-REQUEST_BYTES: Final = 512 << 20
 KEPT_REQUESTS: Final = 4
-STORE_TARGET: Final = 0.75
-LOAD_TARGET: Final = 1.0
 THREADS: Final = 2
+PYTHON_TARGET_US: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layout, and how fast it has to be."""
+
+    name: str
+    what: str
+    layout: Callable[[], KVLayout]
+    dtype: torch.dtype
+    request_bytes: int
+    store: float
+    done: float
+    load: float
+    unverified: float
+    python_us: float | None = None
+
+
+CASES: Final = (
+    Case("64", "Llama 8B", lambda: llama_8b(64), torch.bfloat16, 512 << 20, 1.2, 0.8, 1.4, 1.8),
+    Case("256", "Llama 8B", lambda: llama_8b(256), torch.bfloat16, 512 << 20, 1.2, 0.8, 1.4, 1.8),
+    Case("64KiB", "8 layers of one head", small_blocks, torch.int64, 128 << 20, 0.7, 0.7, 0.7, 0.7, PYTHON_TARGET_US),
+    Case("v32", "DeepSeek V3.2", deepseek_v32, torch.int64, 384 << 20, 0.7, 0.7, 0.7, 0.7, PYTHON_TARGET_US),
+)
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Both directions, for small and for large blocks."""
+    """Both directions, for every layout."""
     torch.set_num_threads(THREADS)
-    for block_tokens in BLOCK_TOKENS:
-        with _Bench(block_tokens, settings) as bench:
-            yield from bench.stores()
-            yield from bench.loads()
+    for case in CASES:
+        for verifies in (True, False):
+            with _Bench(case, settings, verifies=verifies) as bench:
+                if verifies:
+                    yield from bench.stores()
+                yield from bench.loads()
 
 
 class _Bench:
     """A full cache: every store evicts an older request, as in a cache that has been running for a while."""
 
-    def __init__(self, block_tokens: int, settings: Settings) -> None:
-        layout = llama_8b(block_tokens)
-        self.block_tokens = block_tokens
+    def __init__(self, case: Case, settings: Settings, *, verifies: bool) -> None:
+        layout = case.layout()
+        self.case, self.layout, self.verifies = case, layout, verifies
         self.pairs = settings.pairs_of(20, 4)
-        pages = ENGINE_BYTES // (layout.groups[0].parts[0].page_bytes * len(layout.groups[0].parts))
-        self.engine = EngineMemory(layout, pages // 2, pages // 2)
-        self.request_pages = REQUEST_BYTES // self.engine.page_bytes
+        page_bytes = sum(part.page_bytes for part in layout.groups[0].parts)
+        block_pages = layout.block_tokens // layout.page_tokens
+        self.request_pages = case.request_bytes // page_bytes // block_pages * block_pages
+        self.request_bytes = self.request_pages * page_bytes
+        pages = ENGINE_BYTES // 2 // page_bytes
+        self.engine = MixedMemory(layout, pages, pages, case.dtype)
         self.prompts = Prompts()
-        capacity = (KEPT_REQUESTS + 2) * REQUEST_BYTES
+        capacity = (KEPT_REQUESTS + 2) * case.request_bytes * layout.record_pages[0] * 4096 // layout.block_bytes[0]
         self.cache = TieredCache(
-            {"host": {"capacity": capacity, "copy_threads": THREADS, "staging": "64MiB"}}, layout, "memory-benchmark"
+            {
+                "host": {"capacity": capacity, "copy_threads": THREADS, "staging": "64MiB"},
+                "read": {"verify_memory": verifies},
+            },
+            layout,
+            "memory-benchmark",
         )
-        self.buffers = [
-            torch.zeros(REQUEST_BYTES // 2, dtype=torch.bfloat16).view(-1, self.engine.rows.shape[1])
-            for _ in range(KEPT_REQUESTS)
-        ]
+        self.bare = BareKernels(self.engine, self.request_pages, threads=THREADS)
+        self.buffers = [self.engine.buffers(self.request_pages) for _ in range(KEPT_REQUESTS)]
         self.config = {
-            "layout": "Llama 8B, bfloat16, 16-token pages at random places",
-            "block_tokens": block_tokens,
-            "bytes_per_pair": REQUEST_BYTES,
+            "layout": f"{case.what}, {layout.page_tokens}-token pages at random places",
+            "kernels": "numpy" if compiled() is None else "numba",
+            "block_tokens": layout.block_tokens,
+            "block_bytes": layout.block_bytes[0],
+            "bytes_per_pair": self.request_bytes,
             "engine_bytes": ENGINE_BYTES,
             "host_capacity_bytes": capacity,
             "copy_threads": THREADS,
@@ -73,22 +110,30 @@ class _Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.bare.close()
         self.cache.close()
 
     # --- store ------------------------------------------------------------------------------------------------------
 
     def stores(self) -> Iterator[Row]:
-        """Store and ``index_select``."""
-        times = alternate(
-            [
-                Contestant("kvtier", self._store, self._begin_store, self._end_store, self._check_store),
-                Contestant("torch", self._select, self._choose_rows),
-                Contestant("again", self._select, self._choose_rows),
-            ],
-            self.pairs,
-        )
-        includes = "plan, gather; sealing with checksums follows and is in the CPU time"
-        yield from self._rows("store", times, "torch.index_select", STORE_TARGET, includes)
+        """Stores and ``index_select``."""
+        contestants = [
+            Contestant("kvtier", self._store, self._begin_store, self._end_store, self._check_store),
+            Contestant("done", self._store_to_the_end, self._begin_store, self._end_store, self._check_store),
+            Contestant("torch", self._select, self._choose_rows),
+            Contestant("again", self._select, self._choose_rows),
+        ]
+        if self.case.python_us is not None:
+            contestants.append(Contestant("bare", self._gather_bare, self._choose_pages))
+        times = alternate(contestants, self.pairs)
+        name, torch_name = f"memory.store.{self.case.name}", "torch.index_select"
+        includes = "plan, gather; checksums that follow are in the CPU time"
+        yield self._row(name, times, "kvtier", torch_name, self.case.store, includes)
+        includes = "plan, gather, checksums, commit"
+        yield self._row(f"{name}.done", times, "done", torch_name, self.case.done, includes)
+        if self.case.python_us is not None:
+            yield self._python_row(f"{name}.python", times, self.case.python_us)
+        yield self._itself(name, times, torch_name)
 
     def _begin_store(self, _: int) -> None:
         self.request = self._new_request()
@@ -97,6 +142,11 @@ class _Bench:
         assert self.request is not None
         self.job = self.cache.submit_store(self.request.tokens, self.engine.pages(self.request.sources))
         self.job.wait_source_free()
+
+    def _store_to_the_end(self, number: int) -> None:
+        self._store(number)
+        assert self.job is not None
+        self.job.result()
 
     def _end_store(self, _: int) -> None:
         assert self.job is not None
@@ -116,12 +166,18 @@ class _Bench:
         self.buffers.append(self.buffers.pop(0))
 
     def _select(self, _: int) -> None:
-        torch.index_select(self.engine.rows, 0, self.row_numbers, out=self.buffers[0])
+        self.engine.select(self.row_numbers, self.buffers[0])
+
+    def _choose_pages(self, _: int) -> None:
+        self.table = self.engine.pages(self.engine.sources(self.request_pages)).table
+
+    def _gather_bare(self, _: int) -> None:
+        self.bare.gather(self.table)
 
     # --- load -------------------------------------------------------------------------------------------------------
 
     def loads(self) -> Iterator[Row]:
-        """Verified load and ``index_copy_``."""
+        """Loads and ``index_copy_``."""
         self.kept = [self._stored_request() for _ in range(KEPT_REQUESTS)]
         times = alternate(
             [
@@ -131,8 +187,13 @@ class _Bench:
             ],
             self.pairs,
         )
+        name, torch_name, target = f"memory.load.{self.case.name}", "torch.index_copy_", self.case.load
         includes = "plan, checksums of every slice, scatter; the lookup before it is not timed"
-        yield from self._rows("load", times, "torch.index_copy_", LOAD_TARGET, includes)
+        if not self.verifies:
+            name, target = f"{name}.unverified", self.case.unverified
+            includes = "plan, scatter; the lookup before it is not timed"
+        yield self._row(name, times, "kvtier", torch_name, target, includes)
+        yield self._itself(name, times, torch_name)
 
     def _stored_request(self) -> Request:
         self._begin_store(0)
@@ -162,12 +223,12 @@ class _Bench:
         self.buffers.append(self.buffers.pop(0))
 
     def _copy(self, _: int) -> None:
-        self.engine.rows.index_copy_(0, self.row_numbers, self.buffers[0])
+        self.engine.copy(self.row_numbers, self.buffers[0])
 
     # --- both -------------------------------------------------------------------------------------------------------
 
     def _new_request(self) -> Request:
-        tokens = self.request_pages * PAGE_TOKENS
+        tokens = self.request_pages * self.layout.page_tokens
         return Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages))
 
     def _hit(self, request: Request) -> Hit:
@@ -185,32 +246,56 @@ class _Bench:
         if not self.engine.same(request.sources, targets):
             raise BenchmarkError("bytes that were loaded are not those that were stored")
 
-    def _rows(self, verb: str, times: dict[str, Times], torch_name: str, target: float, includes: str) -> Iterator[Row]:
-        name = f"memory.{verb}.{self.block_tokens}"
-        kvtier, plain, again = (times[side] for side in ("kvtier", "torch", "again"))
-        speeds = {side: REQUEST_BYTES / 1e9 / measured.median_s for side, measured in times.items()}
-        baseline_cpu = plain.cpu_s_per_gib(REQUEST_BYTES)
-        yield Row.of(
+    def _row(
+        self, name: str, times: dict[str, Times], subject: str, torch_name: str, target: float, includes: str
+    ) -> Row:
+        kvtier, plain = times[subject], times["torch"]
+        baseline_cpu = plain.cpu_s_per_gib(self.request_bytes)
+        return Row.of(
             name,
-            speeds["kvtier"],
+            self._speed(kvtier),
             "GB/s",
-            baseline=speeds["torch"],
+            baseline=self._speed(plain),
             baseline_name=torch_name,
             ratio=ratio_of(kvtier.wall_s, plain.wall_s),
             target=target,
             ok_if=AT_LEAST,
             data_checked=True,
             refused_tokens=self.refused_tokens,
-            cpu_s_per_gib=kvtier.cpu_s_per_gib(REQUEST_BYTES),
+            cpu_s_per_gib=kvtier.cpu_s_per_gib(self.request_bytes),
             config={**self.config, "includes": includes, "baseline_cpu_s_per_gib": round(baseline_cpu, 4)},
         )
-        yield itself(
+
+    def _itself(self, name: str, times: dict[str, Times], torch_name: str) -> Row:
+        again, plain = times["again"], times["torch"]
+        return itself(
             f"{name}.itself",
-            speeds["again"],
+            self._speed(again),
             "GB/s",
-            baseline=speeds["torch"],
+            baseline=self._speed(plain),
             baseline_name=torch_name,
             ratio=ratio_of(again.wall_s, plain.wall_s),
-            cpu_s_per_gib=baseline_cpu,
+            cpu_s_per_gib=plain.cpu_s_per_gib(self.request_bytes),
             config=self.config,
         )
+
+    def _python_row(self, name: str, times: dict[str, Times], target_us: float) -> Row:
+        """What is left of a store's CPU time, a block, without what the bare kernels take."""
+        blocks = self.request_bytes // self.layout.block_bytes[0]
+        ours_us, bare_us = (times[side].cpu_s * 1e6 / blocks for side in ("done", "bare"))
+        return Row.of(
+            name,
+            float(np.median(ours_us - bare_us)),
+            "us",
+            baseline=float(np.median(bare_us)),
+            baseline_name="CPU time a block of bare kernels",
+            ratio=ratio_of(ours_us, bare_us),
+            target=target_us,
+            ok_if=AT_MOST,
+            data_checked=True,
+            refused_tokens=self.refused_tokens,
+            config={**self.config, "includes": "CPU time of all threads beyond that of the bare kernels, a block"},
+        )
+
+    def _speed(self, times: Times) -> float:
+        return self.request_bytes / 1e9 / times.median_s

@@ -40,7 +40,7 @@ class RowSpace:
 
     def __init__(self, arrays: Sequence[Pages2D]) -> None:
         """At least one array; they may differ in their pages."""
-        starts = [_address(array) for array in arrays]
+        starts = [address_of(array) for array in arrays]
         base = min(starts)
         sizes = [array.shape[1] for array in arrays]
         unit = gcd(*sizes, *(start - base for start in starts))
@@ -78,6 +78,7 @@ class RowSpace:
         self._rows[rows.reshape(-1)] = source.reshape(rows.size, self.row_bytes)
 
 
-def _address(array: npt.NDArray[np.uint8]) -> int:
+def address_of(array: npt.NDArray[np.uint8]) -> int:
+    """Where the first byte of ``array`` lies."""
     address: int = array.__array_interface__["data"][0]
     return address

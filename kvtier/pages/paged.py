@@ -14,7 +14,7 @@ import numpy.typing as npt
 from kvtier.core.checks import whole
 from kvtier.core.memory import NO_PAGE, Blocks, Bytes1D, Bytes2D, GroupPages, KVPages, Mask, PageTable, Tokens
 from kvtier.errors import ConfigError
-from kvtier.kernels import Rows, RowSpace
+from kvtier.kernels import Addresses, FastPages, RecordMemory, Rows, RowSpace, SliceTable
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
@@ -28,7 +28,7 @@ _SHORT: Final = 32
 """Page ids that are looked at one by one in less time than as an array."""
 
 
-class PagedTensors:
+class PagedTensors(RecordMemory):
     """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.WindowedMemory``.
 
     ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind),
@@ -117,7 +117,7 @@ class PagedTensors:
         rows, pages = self._groups[group], table.groups[group]
         if rows.blocks.may_lack_pages:
             self._check_held(group, pages, first_tokens)
-        rows.space.gather(rows.of_blocks(pages.ids, rows.blocks.bases(pages, first_tokens), parts), out)
+        rows.gather(pages.ids, rows.blocks.bases(pages, first_tokens), parts, out)
 
     def scatter(
         self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Bytes2D, start: int, stop: int
@@ -133,10 +133,10 @@ class PagedTensors:
             whole &= rows.blocks.held(pages, first_tokens // self.layout.block_tokens)
         bases = rows.blocks.bases(pages, first_tokens)
         if whole.all():
-            rows.space.scatter(rows.of_blocks(pages.ids, bases, parts), source)
+            rows.scatter(pages.ids, bases, parts, source)
             return
         if whole.any():
-            rows.space.scatter(rows.of_blocks(pages.ids, bases[whole], parts), source[whole])
+            rows.scatter(pages.ids, bases[whole], parts, source[whole])
         if rows.blocks.is_state:
             return
         ids, kept = rows.blocks.ids_of(pages, first_tokens), self.layout.kept_tokens[group]
@@ -145,6 +145,37 @@ class PagedTensors:
             begin, end = max(start - first, 0), min(stop - first, kept)
             if begin < end:
                 self._scatter_tokens(rows, ids[block], parts, source[block], begin, end)
+
+    @property
+    def moves_records(self) -> bool:
+        """Whether there are compiled kernels, and no subclass wants to see the copies; see ``kernels.RecordMemory``."""
+        own = type(self)
+        is_plain = own.gather is PagedTensors.gather and own.scatter is PagedTensors.scatter
+        return is_plain and self._groups[0].fast is not None
+
+    def gather_records(
+        self, table: PageTable, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses
+    ) -> Bytes2D | None:
+        """Copy whole blocks to records; see ``kernels.RecordMemory``."""
+        rows, pages = self._groups[group], table.groups[group]
+        if rows.fast is None:
+            return None
+        if rows.blocks.may_lack_pages:
+            self._check_held(group, pages, first_tokens)
+        return rows.fast.gather_records(pages.ids, rows.blocks.bases(pages, first_tokens), slices, records)
+
+    def scatter_records(
+        self, table: PageTable, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses,
+        wanted: Bytes2D | None, start: int, stop: int,
+    ) -> npt.NDArray[np.bool_] | None:  # fmt: skip
+        """Write records to the pages of whole blocks; see ``kernels.RecordMemory``."""
+        rows, pages = self._groups[group], table.groups[group]
+        if rows.fast is None or not rows.blocks.whole(first_tokens, start, stop).all():
+            return None
+        if rows.blocks.may_lack_pages and not rows.blocks.held(pages, first_tokens // self.layout.block_tokens).all():
+            return None
+        bases = rows.blocks.bases(pages, first_tokens)
+        return rows.fast.scatter_records(pages.ids, bases, slices, records, wanted)
 
     def _scatter_tokens(self, rows: _GroupRows, ids: Ids, parts: range, source: Bytes1D, begin: int, end: int) -> None:
         """Tokens [begin, end) of one block, whose pages are ``ids``: whole pages, and cells at both ends."""
@@ -272,6 +303,7 @@ class _GroupRows:
     page: Rows  # the page of the block that it belongs to
     step: Rows  # rows from one page to the next
     begins: tuple[int, ...]  # [parts + 1]: a block's rows of part i are begins[i] to begins[i + 1]
+    fast: FastPages | None  # the same pages for compiled kernels
 
     @classmethod
     def of(cls, layout: KVLayout, group: int, parts: tuple[_PartPages, ...]) -> _GroupRows:
@@ -291,7 +323,22 @@ class _GroupRows:
             page=np.concatenate([np.repeat(np.arange(block_pages), count) for count in counts]),
             step=second - first,
             begins=tuple(accumulate((block_pages * count for count in counts), initial=0)),
+            fast=FastPages.of([part.pages for part in parts], block_pages),
         )
+
+    def gather(self, ids: Ids, bases: Tokens, parts: range, out: Bytes2D) -> None:
+        """Copy ``parts`` of the blocks whose pages are ``ids[base:]`` to ``out``."""
+        if self.fast is None:
+            self.space.gather(self.of_blocks(ids, bases, parts), out)
+        else:
+            self.fast.gather(ids, bases, parts, out)
+
+    def scatter(self, ids: Ids, bases: Tokens, parts: range, source: Bytes2D) -> None:
+        """Copy ``source`` to ``parts`` of the blocks whose pages are ``ids[base:]``."""
+        if self.fast is None:
+            self.space.scatter(self.of_blocks(ids, bases, parts), source)
+        else:
+            self.fast.scatter(ids, bases, parts, source)
 
     def of_blocks(self, ids: Ids, bases: Tokens, parts: range) -> Rows:
         """Rows of ``parts`` of the blocks whose pages are ``ids[base:]``: ``[blocks, rows]``."""

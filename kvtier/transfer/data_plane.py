@@ -30,6 +30,7 @@ from kvtier.core.plan import (
     Recovered,
 )
 from kvtier.errors import CapacityError, ClosedError, ConfigError, CorruptBlockError, TierError
+from kvtier.kernels import compiled
 from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
@@ -86,6 +87,7 @@ class DataPlane:
             ConfigError: an arena is larger than the memory that is free.
             TierError: a directory cannot be used, an arena cannot be had or pinned, or there are too few threads.
         """
+        compiled()  # now, while nobody waits: compiling stalls every thread
         self.rank = rank
         self._config = config
         self._machine = machine

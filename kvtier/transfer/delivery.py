@@ -50,15 +50,39 @@ class Delivery:
             EngineMemoryError: engine memory would not take one of them.
         """
         tokens = first_tokens(self.equipment, self.plan, self.rows)
-        if self.records.are_long(self.shape.pages):
-            done = self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)
-        else:
-            done = np.zeros(len(self.rows), np.bool_)
+        done = self._raw(tokens)
         if done.all():
             return [Reason.NONE] * len(self.rows)
         return [Reason.NONE if done[at] else self._one(at, tokens[at : at + 1]) for at in range(len(self.rows))]
 
     # --- what is raw ------------------------------------------------------------------------------------------------
+
+    def _raw(self, tokens: Tokens) -> Mask:
+        """Which rows were raw and sound, and are delivered."""
+        if not self.records.are_long(self.shape.pages):
+            return np.zeros(len(self.rows), np.bool_)
+        if self.target is not None and self.target.moves_records:
+            done = self._at_once(self.target, tokens)
+            if done is not None:
+                return done
+        return self._batch(tokens) if self.shape.batch > 1 else self._large(tokens)
+
+    def _at_once(self, target: Endpoint, tokens: Tokens) -> Mask | None:
+        """All blocks by one call of a kernel, which compares every slice before it writes it."""
+        shape, addresses = self.shape, self.records.addresses()
+        known, sums = shape.headers.read(self.records.headers(), self._keys(), self.places)
+        whole = known.all()
+        if not whole:
+            tokens, addresses, sums = tokens[known], addresses[known], sums[known]
+        if not len(tokens):
+            return known
+        sound = target.scatter_records(shape.group, tokens, shape.slice_table, addresses, sums if self.verify else None)
+        if sound is None:
+            return None
+        if whole:
+            return sound
+        known[known] = sound
+        return known
 
     def _batch(self, tokens: Tokens) -> Mask:
         """Small blocks, all at once."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens, WindowedMemory
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
+from kvtier.kernels import Addresses, RecordMemory, SliceTable
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError
 
@@ -53,6 +55,43 @@ class Endpoint:
             self.memory.scatter(self.table, group, first_tokens, parts, source, self.start, self.stop)
         except BaseException as error:
             raise EngineMemoryError(f"scatter of {type(self.memory).__name__} raised {error!r}") from error
+
+    @property
+    def moves_records(self) -> bool:
+        """Whether the memory moves whole records, and makes or compares their sums on the way."""
+        return isinstance(self.memory, RecordMemory) and self.memory.moves_records
+
+    def gather_records(
+        self, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses
+    ) -> Bytes2D | None:
+        """Copy blocks to records; see ``kernels.RecordMemory``. None where this memory does not.
+
+        Raises:
+            EngineMemoryError: the memory raised, whatever it was.
+        """
+        if not isinstance(self.memory, RecordMemory):
+            return None
+        try:
+            return self.memory.gather_records(self.table, group, first_tokens, slices, records)
+        except BaseException as error:
+            raise EngineMemoryError(f"gather_records of {type(self.memory).__name__} raised {error!r}") from error
+
+    def scatter_records(
+        self, group: int, first_tokens: Tokens, slices: SliceTable, records: Addresses, wanted: Bytes2D | None
+    ) -> npt.NDArray[np.bool_] | None:
+        """Write records to the engine's pages; see ``kernels.RecordMemory``. None where this memory does not.
+
+        Raises:
+            EngineMemoryError: the memory raised, whatever it was.
+        """
+        if not isinstance(self.memory, RecordMemory):
+            return None
+        try:
+            return self.memory.scatter_records(
+                self.table, group, first_tokens, slices, records, wanted, self.start, self.stop
+            )
+        except BaseException as error:
+            raise EngineMemoryError(f"scatter_records of {type(self.memory).__name__} raised {error!r}") from error
 
 
 def table_fits(equipment: Equipment, plan: Plan) -> bool:

@@ -1,7 +1,8 @@
 """Stores: engine pages -> host extents.
 
-The engine waits for its pages, so all pages are copied first, and checksums follow. Where the caller waits for the disk
-instead, and where blocks are small, both are done at once: the bytes are still in the cache.
+Compiled kernels make checksums of the bytes in passing. Without them the engine, which waits for its pages, comes
+first: all pages are copied, and checksums follow. Where the caller waits for the disk instead, and where blocks are
+small, both are done at once all the same: the bytes are still in the cache.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Extents
-from kvtier.transfer.records import fill_records, gather_record, seal_records
+from kvtier.transfer.records import fill_records, gather_record, move_records, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import Piece, Service
+from kvtier.transfer.work import Piece, Service, pieces
 
 Failures: TypeAlias = dict[int, Reason]
 """Rows that could not be gathered, and why; nearly always none."""
@@ -29,16 +30,20 @@ class StoreRun(Run):
         """Nothing is gathered yet."""
         super().__init__(plan, equipment)
         self._gathers_left = 0
+        self._moves_records = False
 
     def begin(self) -> None:
         """Queue the gathers, several blocks a piece where blocks are small."""
-        pieces = [
+        source = Endpoint.of(self.equipment, self.plan)
+        self._moves_records = source is not None and source.moves_records
+        are_long = self._moves_records and not self.plan.durable  # a disk would wait for the first
+        gathers = [
             (shape, rows)
             for shape, own in self.by_group(range(len(self.plan.rows)))
-            for rows in self.pieces(own, shape.pages * PAGE_BYTES)
+            for rows in pieces(own, shape.pages * PAGE_BYTES, are_long=are_long)
         ]
-        self._gathers_left = len(pieces)
-        for shape, rows in pieces:
+        self._gathers_left = len(gathers)
+        for shape, rows in gathers:
             self._queue_gather(shape, rows)
 
     def abandon(self, reason: Reason) -> None:
@@ -46,7 +51,7 @@ class StoreRun(Run):
         del reason
 
     def _queue_gather(self, shape: RecordShape, rows: list[int]) -> None:
-        seal_at_once = self.plan.durable or shape.batch > 1
+        seal_at_once = self._seals_at_once(shape)
 
         def work() -> Failures:
             return self._gather_now(shape, rows)
@@ -73,7 +78,7 @@ class StoreRun(Run):
         if source is None:
             return dict.fromkeys(rows, Reason.GONE)
         failures: Failures = {}
-        for batch in shape.batches(rows):
+        for batch in [rows] if self._moves_records else shape.batches(rows):
             self._gather_batch(source, shape, batch, failures)
         return failures
 
@@ -90,14 +95,20 @@ class StoreRun(Run):
                 self._gather_batch(source, shape, [row], failures)
 
     def _gather(self, source: Endpoint, shape: RecordShape, rows: list[int]) -> None:
-        """Many small blocks, or a large one."""
+        """Many blocks by a kernel, many small ones, or large ones one by one."""
         tokens, records = first_tokens(self.equipment, self.plan, rows), self._extents(rows)
+        if self._moves_records and move_records(self.plan, source, shape, rows, tokens, records):
+            return
         if shape.batch > 1:
             fill_records(self.plan, source, shape, rows, tokens, records)
             return
-        gather_record(source, shape, tokens, records.one(0))
-        if self.plan.durable:
+        for at in range(len(rows)):
+            gather_record(source, shape, tokens[at : at + 1], records.one(at))
+        if self._seals_at_once(shape):
             seal_records(self.plan, shape, rows, records)
+
+    def _seals_at_once(self, shape: RecordShape) -> bool:
+        return self.plan.durable or self._moves_records or shape.batch > 1
 
     def _queue_seal(self, shape: RecordShape, rows: list[int]) -> None:
         def work() -> None:

@@ -15,6 +15,7 @@ from kvtier.codecs.base import pages_of
 from kvtier.codecs.headers import BLANK_PAGE, WHOLE_PAGE, Pages
 from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES
+from kvtier.kernels import Addresses, address_of
 from kvtier.runtime.seam import Arena, Buffer
 
 
@@ -32,6 +33,9 @@ class Records(Protocol):
 
     def headers(self) -> Pages:
         """The header pages."""
+
+    def addresses(self) -> Addresses:
+        """Where each of them begins."""
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """Copies of the ``nbytes`` behind each header page: uint8 ``[n, nbytes]``, C-contiguous."""
@@ -62,6 +66,11 @@ class Extents:
     def headers(self) -> Pages:
         """See ``Records``; to be read or written."""
         return Pages(self._table, self._first)
+
+    def addresses(self) -> Addresses:
+        """See ``Records``."""
+        addresses: Addresses = address_of(self._arena.data) + self._first * PAGE_BYTES
+        return addresses
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """See ``Records``."""
@@ -107,6 +116,10 @@ class Buffers:
     def headers(self) -> Pages:
         """See ``Records``."""
         return Pages(np.stack([buffer[:PAGE_BYTES] for buffer in self._buffers]), np.arange(len(self)))
+
+    def addresses(self) -> Addresses:
+        """See ``Records``."""
+        return np.array([address_of(buffer) for buffer in self._buffers], np.int64)
 
     def payloads(self, nbytes: int) -> Bytes2D:
         """See ``Records``."""

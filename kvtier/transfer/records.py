@@ -19,6 +19,18 @@ from kvtier.transfer.images import Extents
 from kvtier.transfer.shapes import RecordShape
 
 
+def move_records(plan: Plan, source: Endpoint, shape: RecordShape, rows: Rows, tokens: Tokens, out: Extents) -> bool:
+    """Copy blocks, which begin at ``tokens``, from engine pages and make whole records of them, reading each byte once.
+
+    False, and nothing done, where the memory has no kernels for it.
+    """
+    sums = source.gather_records(shape.group, tokens, shape.slice_table, out.addresses())
+    if sums is None:
+        return False
+    shape.headers.write(out.headers(), table_of(plan, rows), sums)
+    return True
+
+
 def fill_records(plan: Plan, source: Endpoint, shape: RecordShape, rows: Rows, tokens: Tokens, out: Extents) -> None:
     """Copy small blocks, which begin at ``tokens``, from engine pages and make whole records of them, all at once."""
     content = np.empty((len(rows), shape.nbytes), np.uint8)

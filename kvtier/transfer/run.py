@@ -11,7 +11,6 @@ import numpy.typing as npt
 from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Lost, Plan, Priority, Reason, Status, Table, Tier
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import PIECE_BYTES
 
 Ints: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 _NO_ROWS: Final = np.empty(0, COMPLETED)
@@ -119,12 +118,6 @@ class Run:
         self.final = not self.quarantined
         if self._answers or self.final:
             self._tell(source_free=True)
-
-    def pieces(self, rows: list[int], nbytes: int) -> Iterator[list[int]]:
-        """``rows`` in runs of about one piece of work each, ``nbytes`` a row."""
-        size = max(1, PIECE_BYTES // max(1, nbytes))
-        for at in range(0, len(rows), size):
-            yield rows[at : at + size]
 
     def by_group(self, rows: Iterable[int]) -> Iterator[tuple[RecordShape, list[int]]]:
         """``rows`` of each group that has some, with what its records look like."""

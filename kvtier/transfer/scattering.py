@@ -24,7 +24,7 @@ from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import PIECE_BYTES, Piece, Service
+from kvtier.transfer.work import PIECE_BYTES, Piece, Service, pieces
 
 
 @direct_members
@@ -59,7 +59,9 @@ class LoadRun(Run):
         if NOWHERE in self.host_page:
             on_host = [row for row, page in enumerate(self.host_page) if page != NOWHERE]
             elsewhere = [row for row, page in enumerate(self.host_page) if page == NOWHERE]
-        for rows in self.pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES):
+        target = Endpoint.of(self.equipment, self.plan)
+        are_long = target is not None and target.moves_records
+        for rows in pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES, are_long=are_long):
             for row in rows:
                 self._tried[row] += 1
             self._deliver(rows, Tier.HOST)
@@ -186,7 +188,7 @@ class LoadRun(Run):
                         deliver(shape, [row])
 
         for shape, own in self.by_group(rows):
-            for batch in shape.batches(own):
+            for batch in [own] if target is not None and target.moves_records else shape.batches(own):
                 deliver(shape, batch)
         return [reasons[row] for row in rows]
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
+import numpy as np
+
 from kvtier.codecs.headers import RawHeaders
 from kvtier.core.plan import PAGE_BYTES
+from kvtier.kernels import SliceTable
 from kvtier.models.layout import KVLayout, SliceSpan
 
 BATCH_BYTES: Final = 512 << 10
@@ -40,6 +43,8 @@ class RecordShape:
     parts: range
     slices: tuple[tuple[int, int], ...]
     """Where in the record every slice begins, and its bytes."""
+    slice_table: SliceTable
+    """The same with the parts of every slice."""
     payload: tuple[SliceRun, ...]
     """The whole payload in as few runs as padding allows."""
     runs: tuple[SliceRun, ...]
@@ -64,6 +69,9 @@ class RecordShape:
             pages=pages,
             parts=range(len(layout.groups[group].parts)),
             slices=tuple((at, span.nbytes) for span, at in placed),
+            slice_table=np.array(
+                [(at, span.nbytes, span.parts.start, span.parts.stop) for span, at in placed], np.int64
+            ),
             payload=payload,
             runs=tuple(_runs(placed, RUN_BYTES)),
             padding=tuple(

@@ -20,7 +20,7 @@ from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment
 from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.records import encode_record, stamp
 from kvtier.transfer.run import Run
-from kvtier.transfer.work import Piece, Service
+from kvtier.transfer.work import Piece, Service, pieces
 
 _WRITE_PATIENCE_S: Final = 10.0
 """So long a write waits for a clean segment before it is refused; time in the queue of a slow disk is none of it."""
@@ -59,7 +59,7 @@ class SpillRun(Run):
             self._to_encode.extend(rows)
             self.encode_more()
         else:
-            for piece in self.pieces(rows, max(self._pages) * PAGE_BYTES):
+            for piece in pieces(rows, max(self._pages) * PAGE_BYTES):
                 for at in range(0, len(piece), MAX_ROWS_A_MOVE):
                     self._write([Outgoing(row, self._host_record(row)) for row in piece[at : at + MAX_ROWS_A_MOVE]])
         self.settle()

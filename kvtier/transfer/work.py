@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -12,6 +12,18 @@ from kvtier.runtime.seam import Event
 
 PIECE_BYTES: Final = 8 << 20
 """Payload of one piece of work: long enough to hide its price, short enough that a demand load soon gets a thread."""
+
+LONG_PIECE_BYTES: Final = 32 << 20
+"""What kernels move at once where there is enough for two threads. Whatever runs between two calls of a kernel finds
+the caches full of what it moved, and takes several times as long as it would; 32 MiB are some milliseconds."""
+
+
+def pieces(rows: list[int], nbytes: int, *, are_long: bool = False) -> Iterator[list[int]]:
+    """``rows`` in runs of about one piece of work each, ``nbytes`` a row; ``are_long``: kernels move them."""
+    limit = min(max(PIECE_BYTES, len(rows) * nbytes // 2), LONG_PIECE_BYTES) if are_long else PIECE_BYTES
+    size = max(1, limit // max(1, nbytes))
+    for at in range(0, len(rows), size):
+        yield rows[at : at + size]
 
 
 class Service(IntEnum):

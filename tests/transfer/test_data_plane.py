@@ -72,7 +72,7 @@ def test_closing_gives_nothing_back_while_a_thread_still_copies() -> None:
 
 def test_pages_are_free_again_only_after_the_last_of_them_was_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine overwrites them as soon as it hears so: under the key of a block there would be another's bytes."""
-    monkeypatch.setattr("kvtier.transfer.run.PIECE_BYTES", 1)
+    monkeypatch.setattr("kvtier.transfer.work.PIECE_BYTES", 1)
     opened = Opened(system_machine(), host={"capacity": "1MiB", "staging": "1MiB", "copy_threads": 1})
     engine = PseudoEngine(LAYOUT, 3)
     memory = StuckAtTheLast(engine, 3)
@@ -91,7 +91,8 @@ def test_a_mistake_of_ours_while_gathering_is_no_error_of_the_engine(monkeypatch
     """Nor do its blocks look as if their memory had gone."""
     world = Simulation(1)
     opened, engine = Opened(world.machine()), PseudoEngine(LAYOUT, 1)
-    monkeypatch.setattr(gathering, "fill_records", lambda *_: int("no number"))
+    for name in ("move_records", "fill_records"):  # with compiled kernels, and without
+        monkeypatch.setattr(gathering, name, lambda *_: int("no number"))
     opened.plane.submit([store(opened.plane, engine.memory, engine)])
     world.run_for(1)
     assert opened.ends() == [(1, Counter({(Status.FAILED, Reason.IO_ERROR): 1}))]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvtier.runtime import system_machine
-from kvtier.transfer.work import Piece, Service, WorkQueue
+from kvtier.transfer.work import PIECE_BYTES, Piece, Service, WorkQueue, pieces
 
 
 def _piece(service: Service) -> Piece:
@@ -41,3 +41,18 @@ def test_each_piece_wakes_a_thread_while_there_are_some_that_wait() -> None:
     queue.put(_piece(Service.LOAD))
     assert first.wait(0)
     assert second.wait(0)
+
+
+def test_rows_are_cut_into_pieces_of_eight_mebibytes() -> None:
+    assert list(pieces([4, 5, 6, 7, 9], PIECE_BYTES // 2)) == [[4, 5], [6, 7], [9]]
+    assert list(pieces([1, 2], 4 * PIECE_BYTES)) == [[1], [2]]
+
+
+def test_pieces_for_kernels_are_longer_where_two_threads_have_enough_all_the_same() -> None:
+    def lengths(count: int) -> list[int]:
+        return [len(piece) for piece in pieces(list(range(count)), PIECE_BYTES, are_long=True)]
+
+    assert lengths(2) == [1, 1]
+    assert lengths(4) == [2, 2]
+    assert lengths(8) == [4, 4]
+    assert lengths(64) == [4] * 16
