@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from benchmarks import rates
 from benchmarks.instant import InstantChannel
 from benchmarks.llama import VOCABULARY, llama_80m, parameters
 from benchmarks.pairs import Contestant, alternate, freeze_heap, ratio_of, summary
@@ -24,6 +25,7 @@ from benchmarks.payload import Prompts
 from benchmarks.rows import AT_LEAST, AT_MOST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
 from kvtier import Hit, KVGroup, KVLayout, Part, TieredCache
+from kvtier.core.keys import Keys
 from kvtier.core.memory import GroupPages, PageTable
 
 BLOCK_TOKENS: Final = 64
@@ -46,18 +48,22 @@ def run(settings: Settings) -> Iterator[Row]:
     grown = QUICK_GROWN_ENTRIES if settings.quick else GROWN_ENTRIES
     with closing(_Control(grown)) as control:
         yield _pause(control, grown)
+        yield from rates.match_and_insert(control, settings)
+    with closing(_Control(grown, crowded=True)) as control:
+        yield from rates.evict(control, settings)
     with closing(_Control(ENTRIES)) as control:
         yield from _hits(control, settings)
         yield from _misses(control, settings)
 
 
 class _Control:
-    """A cache with room for ``entries`` blocks that have no bytes."""
+    """A cache with room for ``entries`` blocks that have no bytes; a ``crowded`` one has room for no more."""
 
-    def __init__(self, entries: int) -> None:
+    def __init__(self, entries: int, *, crowded: bool = False) -> None:
         part = Part(0, "kv", "uint8", ("token", "dim"), (BLOCK_TOKENS, 1))
         layout = KVLayout(BLOCK_TOKENS, BLOCK_TOKENS, (KVGroup("attention", (part,)),))
-        capacity = entries * RECORD_BYTES * 5 // 4  # below the high watermark, so that nothing is evicted
+        # Below the high watermark nothing is evicted.
+        capacity = entries * RECORD_BYTES if crowded else entries * RECORD_BYTES * 5 // 4
         channel = InstantChannel(layout, capacity // 4096)
         self.cache = TieredCache({"host": {"capacity": capacity}}, layout, "lookup-benchmark", channels=[channel])
         self.prompts = Prompts()
@@ -67,6 +73,10 @@ class _Control:
         job = self.cache.submit_store(tokens, _NO_PAGES)
         if job.result(0).stored != len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS:
             raise BenchmarkError(f"a store was not taken: {job}")
+
+    def some_keys(self, blocks: int) -> Keys:
+        """Keys that nobody has used."""
+        return self.cache.keys(self.prompts.take(blocks * BLOCK_TOKENS + 1))
 
     def entries(self) -> int:
         """How many blocks are known."""

@@ -14,12 +14,14 @@ from benchmarks.pairs import Ratio
 AT_LEAST: Final = "ratio >= target"
 SURELY: Final = "low >= target"
 AT_MOST: Final = "value <= target"
+VALUE_AT_LEAST: Final = "value >= target"
 ITSELF: Final = "0.97 <= ratio <= 1.03"
 
 _RULES: Final[dict[str, Callable[[float, Ratio, float], bool]]] = {
     AT_LEAST: lambda value, ratio, target: ratio.ratio >= target,
     SURELY: lambda value, ratio, target: ratio.low >= target,
     AT_MOST: lambda value, ratio, target: value <= target,
+    VALUE_AT_LEAST: lambda value, ratio, target: value >= target,
     ITSELF: lambda value, ratio, target: 0.97 <= ratio.ratio <= 1.03,
 }
 
