@@ -67,8 +67,7 @@ class Cells(Index):
         self.host_ranks_at = self.host_ranks.data
         self.disk_ranks_at = self.disk_ranks.data
         self.host_children_at = self.host_children.data
-        self.host_page_at = tuple(row.data for row in self.host_page)
-        self.host_pages_at = tuple(row.data for row in self.host_pages)
+        self.all_on_host, self.none_on_host = self.host.has_all, self.host.has_none
 
     # --- asked ------------------------------------------------------------------------------------------------------
 
@@ -83,18 +82,6 @@ class Cells(Index):
         if len(entries) == 1:
             return bool(entries.item() < 0)
         return not np.count_nonzero(entries >= 0)
-
-    def all_on_host(self, entries: EntryRows) -> bool:
-        """Whether every rank has all of ``entries`` in host memory."""
-        if len(entries) == 1:
-            return bool(self.host_ranks_at[entries.item()] == self.every_rank)
-        return int(np.count_nonzero(self.on_host(entries))) == len(entries)
-
-    def none_on_host(self, entries: EntryRows) -> bool:
-        """Whether no rank has any of ``entries`` in host memory."""
-        if len(entries) == 1:
-            return not self.host_ranks_at[entries.item()]
-        return not np.count_nonzero(self.host_ranks[entries])
 
     def reachable(self, entries: EntryRows) -> EntryRows:
         """Those of ``entries`` that are found by their keys: all but what was superseded."""
@@ -144,18 +131,3 @@ class Cells(Index):
         entry = entries.item()
         self.pins_at[entry] -= 1
         return entries[:0] if self.pins_at[entry] else entries
-
-    def add_host(
-        self, rank: int, entries: EntryRows, pages: Sequence[int] | EntryRows, lengths: EntryRows
-    ) -> EntryRows:
-        """As ``Index.add_host``."""
-        if len(entries) != 1:
-            return super().add_host(rank, entries, pages, lengths)
-        entry = entries.item()
-        self.host_page_at[rank][entry], self.host_pages_at[rank][entry] = int(pages[0]), int(lengths[0])
-        self.host_ranks_at[entry] |= 1 << rank
-        if self.host_ranks_at[entry] != self.every_rank:
-            return entries[:0]
-        if (parent := self.parent_at[entry]) >= 0:
-            self.host_children_at[parent] += 1
-        return entries

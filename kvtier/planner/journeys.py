@@ -9,8 +9,8 @@ import numpy as np
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
 from kvtier.index.entries import EntryRows
 from kvtier.planner.hops import Hop, Join
-from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease
+from kvtier.planner.memory import targets_of
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Outcome, Ticket

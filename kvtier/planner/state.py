@@ -18,8 +18,8 @@ from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
 from kvtier.planner.finding import Finder
 from kvtier.planner.hops import Hop, Ints
-from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.rows import NO_PARENTS, plan_rows
 from kvtier.planner.tickets import Ticket
 from kvtier.planner.windows import Windows
@@ -72,13 +72,13 @@ class ControlState:
         self.block_bytes = sum(layout.block_bytes)
         self._next_number = 0
 
-    def _host_book(self) -> HostBook:
+    def _host_book(self) -> MemoryBook:
         kind, capacity = EVICTION_POLICIES[self.config.policy.eviction], self.index.table.capacity
         if not self.windows.partial:
-            return HostBook(self.index, kind(capacity), self.layout.record_pages, self)
+            return MemoryBook(self.index, self.index.host, kind(capacity), self.layout.record_pages, self)
         ages = TwoAges(kind, capacity)
         checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
-        return HostBook(self.index, ages, self.layout.record_pages, self, checkpoints)
+        return MemoryBook(self.index, self.index.host, ages, self.layout.record_pages, self, checkpoints)
 
     @property
     def attached(self) -> bool:
