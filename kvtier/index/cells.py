@@ -52,9 +52,9 @@ class CellTable(KeyTable):
 class Cells(Index):
     """An ``Index`` whose methods take one entry at the price of a few cells."""
 
-    def __init__(self, capacity: int, ranks: int) -> None:
+    def __init__(self, capacity: int, ranks: int, *, has_device: bool = False) -> None:
         """As ``Index``."""
-        super().__init__(capacity, ranks)
+        super().__init__(capacity, ranks, has_device=has_device)
         self.table = self.cells = CellTable(capacity)
         self.every_rank = int(self.all_ranks)
         self.pins_at = self.pins.data
@@ -95,8 +95,9 @@ class Cells(Index):
         if len(entries) == 1:
             entry = entries.item()
             is_held = self.host_ranks_at[entry] or self.disk_ranks_at[entry] or self.children_at[entry]
+            is_held = is_held or (self.device is not None and self.device.ranks_at[entry])
             return entries[:0] if is_held else entries
-        held = self.host_ranks[entries] | self.disk_ranks[entries] | self.children[entries].view(np.uint32)
+        held = self.having(entries) | self.children[entries].view(np.uint32)
         bare: EntryRows = entries[held == 0]
         return bare
 

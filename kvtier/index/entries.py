@@ -4,7 +4,8 @@ An entry has a parent (the block that it extends), pins, and copies: per rank an
 (``Copies``) and a place on disk. It can be read when every rank has a copy; until then, and after its last copy went,
 lookups do not see it. An entry that children still extend stays behind without copies, so that their links hold.
 
-Memory: 112 bytes an entry for one rank (``Index.ENTRY_BYTES``), 20 more for every further one, touched as entries come.
+Memory: 112 bytes an entry for one rank (``Index.ENTRY_BYTES``), 20 more for every further one, touched as entries come;
+with a device tier 16 more (``Copies``), and 8 for every further rank.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Index:
     ENTRY_BYTES: Final = 112
     RANK_BYTES: Final = 20
 
-    def __init__(self, capacity: int, ranks: int) -> None:
-        """Room for ``capacity`` entries of ``ranks`` ranks (at most 32)."""
+    def __init__(self, capacity: int, ranks: int, *, has_device: bool = False) -> None:
+        """Room for ``capacity`` entries of ``ranks`` ranks (at most 32), which may have copies in a device tier."""
         self.table = KeyTable(capacity)
         self.ranks = ranks
         self.all_ranks = np.uint32((1 << ranks) - 1)
@@ -50,6 +51,8 @@ class Index:
         self.host_ranks, self.host_children = self.host.ranks, self.host.children
         self.host_page, self.host_pages = self.host.page, self.host.pages
         self.on_host = self.host.are_complete
+        self.device = Copies(capacity, ranks, self.parent) if has_device else None
+        self._device_ranks_at = None if self.device is None else self.device.ranks_at
         self.disk_ranks = column(capacity, np.uint32)  # bit r: rank r has a copy there
         self.disk_segment = column((ranks, capacity), np.int32)
         self.disk_page = column((ranks, capacity), np.int32)
@@ -66,9 +69,25 @@ class Index:
 
     def readable(self, entries: EntryRows) -> Mask:
         """Which of ``entries`` every rank has a copy of."""
-        at = entries.astype(np.intp)
-        ready: Mask = (self.host_ranks[at] | self.disk_ranks[at]) == self.all_ranks
+        ready: Mask = self.having(entries.astype(np.intp)) == self.all_ranks
         return ready
+
+    def having(self, entries: EntryRows | Places | slice) -> npt.NDArray[np.uint32]:
+        """The ranks, as bits, that have copies of ``entries`` in any tier."""
+        ranks: npt.NDArray[np.uint32] = self.host_ranks[entries] | self.disk_ranks[entries]
+        if self.device is not None:
+            ranks |= self.device.ranks[entries]
+        return ranks
+
+    def are_at_hand(self, entries: EntryRows) -> bool:
+        """Whether every rank has each of ``entries`` in one memory tier."""
+        if self.device is None:
+            return self.host.has_all(entries)
+        return bool((self.host.are_complete(entries) | self.device.are_complete(entries)).all())
+
+    def on_device(self, entries: EntryRows) -> Mask:
+        """Which of ``entries`` every rank has in its device tier."""
+        return np.zeros(len(entries), np.bool_) if self.device is None else self.device.are_complete(entries)
 
     def on_disk(self, entries: EntryRows) -> Mask:
         """Which of ``entries`` every rank has on disk."""
@@ -127,6 +146,8 @@ class Index:
         self.parent[at] = parents
         count_child(self.children, parents)
         self.host.linked(entries, parents)
+        if self.device is not None:
+            self.device.linked(entries, parents)
 
     def link_chain(self, entries: EntryRows, before: int) -> None:
         """``link`` of new entries, each to the one in front of it; the first extends ``before`` (or MISSING)."""
@@ -207,8 +228,13 @@ class Index:
 
         Harmless for an entry that went already, as those do that went as parents of others.
         """
+        on_device = self._device_ranks_at
         while entry >= 0 and not (
-            self._pins_at[entry] or self._host_ranks_at[entry] or self._disk_ranks_at[entry] or self._children_at[entry]
+            self._pins_at[entry]
+            or self._host_ranks_at[entry]
+            or self._disk_ranks_at[entry]
+            or self._children_at[entry]
+            or (on_device is not None and on_device[entry])
         ):
             parent = self._parent_at[entry]
             if self._linked_at[entry]:
@@ -225,7 +251,7 @@ class Index:
         at = entries.astype(np.intp, copy=False)
         parents = self.parent[at]
         count_child(self.children, parents, -1)  # as if all of them went
-        held = self.host_ranks[at] | self.disk_ranks[at] | self.pins[at].view(np.uint32)
+        held = self.having(at) | self.pins[at].view(np.uint32)
         held |= self.children[at].view(np.uint32)
         if np.count_nonzero(held):
             going = self._without_ancestors(at, at[held != 0].tolist())
@@ -246,7 +272,7 @@ class Index:
         Nobody may be in the middle of adding entries: what is new looks the same.
         """
         touched = slice(0, self.table.touched)
-        ghost = (self.host_ranks[touched] | self.disk_ranks[touched]) == 0
+        ghost = self.having(touched) == 0
         ghost &= (self.pins[touched] == 0) & (self.children[touched] > 0)
         if not ghost.any():
             return
@@ -255,6 +281,8 @@ class Index:
         self.parent[below] = MISSING
         ghosts = np.flatnonzero(ghost).astype(np.int32)
         self.children[ghosts] = self.host_children[ghosts] = 0
+        if self.device is not None:
+            self.device.children[ghosts] = 0
         self.release_many(ghosts)
 
     def _without_ancestors(self, entries: Places, held: list[int]) -> Mask:
@@ -270,7 +298,12 @@ class Index:
         return np.fromiter(going.values(), np.bool_, len(going))
 
     def _is_usable(self, entry: int, *, exact: bool) -> bool:
-        if entry < 0 or self._host_ranks_at[entry] | self._disk_ranks_at[entry] != self._all_ranks:
+        if entry < 0:
+            return False
+        ranks = self._host_ranks_at[entry] | self._disk_ranks_at[entry]
+        if ranks != self._all_ranks and self._device_ranks_at is not None:
+            ranks |= self._device_ranks_at[entry]
+        if ranks != self._all_ranks:
             return False
         return not exact or self._lineage_at[entry] == Lineage.EXACT
 

@@ -99,6 +99,16 @@ class MemoryBook:
         self._keeper.made_room()
         return fit, taken
 
+    def cancel(self, group: int, starts: dict[int, list[int]]) -> None:
+        """Nothing will come into what ``reserve`` returned for records of ``group``."""
+        pages = self._record_pages[group]
+        self.free((rank, start, pages) for rank, own in starts.items() for start in own)
+
+    def could_hold(self, group: int, count: int) -> bool:
+        """Whether ``count`` records of ``group`` fit into every arena that is empty."""
+        pages = min([space.capacity_pages for space in self.spaces.values()], default=0)
+        return count * self._record_pages[group] <= pages
+
     def make_room(self, pages: int, most: int = sys.maxsize) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
         gone = self._evict_until(pages, most, self.leaves())
@@ -180,6 +190,10 @@ class MemoryBook:
         """A hit ended with ``entries``, or is likely to: of those in the tier that are windows or states."""
         if self.checkpoints is not None and len(entries):
             self.checkpoints.kept(entries[self.copies.are_complete(entries)], self.now_s)
+
+    def between(self, entries: EntryRows) -> EntryRows:
+        """Those of ``entries``, of windows and states, that no hit is likely to end with."""
+        return NO_ENTRIES if self.checkpoints is None else self.checkpoints.between(entries)
 
     def expire(self) -> None:
         """What was worth keeping for a time only goes first once that is over."""
