@@ -82,6 +82,12 @@ def _clean_segments(value: object) -> object:
     return value
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+        raise ValueError('not a device; want "auto", "cuda", "cuda:0" or another number, or "cpu"')
+    return value
+
+
 def _directory(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError("not a directory; name one as a string")
@@ -101,6 +107,9 @@ SegmentSize: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_segme
 CleanSegments: TypeAlias = Annotated[Literal["auto"] | int, BeforeValidator(_clean_segments)]
 """How many, or ``"auto"``: 512 MiB of them, at most an eighth of the capacity, and one at least."""
 
+DeviceName: TypeAlias = Annotated[str, AfterValidator(_device)]
+"""``auto``, ``cpu``, ``cuda`` or ``cuda:<number>``."""
+
 Directory: TypeAlias = Annotated[str, AfterValidator(_directory)]
 """An absolute path; ``~`` and paths relative to the working directory are resolved when the configuration is read."""
 
@@ -115,8 +124,17 @@ class _Section(BaseModel):
 class DeviceConfig(_Section):
     """kvtier's own slab of encoded blocks in GPU memory."""
 
-    capacity: Size = Field(0, description="bytes per process; 0 turns the tier off")
+    capacity: Size = Field(0, description="bytes per process, allocated at opening; 0 turns the tier off")
     codec: Literal["raw"] = Field("raw", description="how blocks are encoded in it")
+    device: DeviceName = Field(
+        "auto",
+        description="where it lies: cuda, cuda:1 or the like, or cpu, which stands in for a GPU; auto: the current GPU,"
+        " or the cpu where there is none",
+    )
+    promote: bool = Field(True, description="keep a copy in it of what was loaded from host memory")
+    verify: bool = Field(
+        False, description="for debugging: compare a digest of every block, worked out on the device, when it is read"
+    )
 
 
 class HostConfig(_Section):
@@ -343,10 +361,6 @@ def _validated(table: Any, *, where: str) -> Config:
         problems = [_problem(detail) for detail in error.errors(include_url=False)]
         lines = list(dict.fromkeys(problems))
         raise ConfigError(where + (lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))) from None
-    if config.device.capacity:
-        raise ConfigError(
-            f"{where}device.capacity = {config.device.capacity}: this version has no device tier; set it to 0"
-        )
     if config.remote:
         raise ConfigError(
             f"{where}remote[0].kind = {config.remote[0].kind!r}: no remote store is installed in this version; "

@@ -56,7 +56,7 @@ class Hit:
         """Tokens found beyond ``start`` by the tier that the slowest of their groups and ranks comes from."""
         counts = {"device": 0, "host": 0, "disk": 0}
         tiers = self.lease.tiers.tolist()
-        for tier in (Tier.HOST, Tier.DISK):
+        for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
             counts[tier.label] = tiers.count(tier) * self.keys.block_tokens
         if tiers:
             counts[Tier(tiers[0]).label] -= max(0, self.start - self.lease.first_block * self.keys.block_tokens)

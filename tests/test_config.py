@@ -318,9 +318,16 @@ class TestConfigFiles:
         assert load_config(path).host.capacity > 0
 
 
-def test_a_device_tier_is_refused_as_long_as_there_is_none() -> None:
-    with pytest.raises(ConfigError, match=r"device\.capacity = 1073741824: this version has no device tier"):
-        load_config({"device": {"capacity": "1GiB"}})
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_a_device_tier_lies_on_a_device(device: str) -> None:
+    config = load_config({"device": {"capacity": "1GiB", "device": device}}).device
+    assert (config.capacity, config.device) == (1 << 30, device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:1234", "CPU", ""])
+def test_what_is_no_device_is_refused_by_name(device: str) -> None:
+    with pytest.raises(ConfigError, match=r'device\.device = .*: not a device; want "auto", "cuda"'):
+        load_config({"device": {"device": device}})
 
 
 def test_what_is_too_long_for_a_configuration_is_not_read_to_its_end(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,30 @@ class WindowedMemory(KVMemory, Protocol):
 
     def held(self, table: PageTable, group: int, blocks: Blocks) -> Mask:
         """Which of ``blocks`` lie in the pages of ``group``, all that their records hold: the others are not stored."""
+
+
+@runtime_checkable
+class DeviceMemory(KVMemory, Protocol):
+    """Engine memory on a GPU, which copies to and from device memory without passing through the host.
+
+    ``gather`` and ``scatter`` of host bytes work as well, and are over when they return.
+    """
+
+    def mark(self) -> None:
+        """What this thread's current stream has been given until now comes before every copy that begins later.
+
+        So a store waits for the compute that wrote, and a load for the compute that last read. ``check`` does it, which
+        is called on the thread of whoever asks for a job; with data planes in other processes the engine there does it
+        right before it asks. Compute waits for a load by being queued when the job, or the part, has ended.
+        """
+
+    def gather_on_device(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Any) -> None:
+        """As ``gather``; ``out`` is a ``torch.Tensor`` on that device. Queued to the current stream."""
+
+    def scatter_on_device(
+        self, table: PageTable, group: int, first_tokens: Tokens, parts: range, source: Any, start: int, stop: int
+    ) -> None:
+        """As ``scatter``; ``source`` is a ``torch.Tensor`` on that device. Queued to the current stream."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -58,12 +58,13 @@ class Tier(IntEnum):
 class PlanKind(IntEnum):
     """The hops that exist."""
 
-    STORE = 0  # engine pages -> the reserved host extent
+    STORE = 0  # engine pages -> the reserved extent
     LOAD = 1  # any copy -> engine pages; rows with a target are kept there too (promotion)
-    FETCH = 2  # any slower copy -> the reserved host extent
+    FETCH = 2  # any slower copy -> the reserved extent
     SPILL = 3  # host extent -> disk, where the data plane chooses the place
     SYNC = 4  # what was written becomes durable: that of its rows, or without rows whatever was
     RECLAIM = 5  # one sealed segment becomes clean again; no rows
+    LAND = 6  # device extent -> the reserved host extent
 
 
 @direct_members
@@ -120,18 +121,20 @@ ROW = np.dtype(
         ("depth", "<i4"),  # number of blocks before it in its chain
         ("block", "<i4"),  # its position in this request: first token / block_tokens
         ("tokens", "<i4"),
+        ("device_page", "<i4"),
+        ("device_pages", "<i4"),
         ("host_page", "<i4"),
         ("host_pages", "<i4"),
         ("disk_segment", "<i4"),
         ("disk_page", "<i4"),
         ("disk_pages", "<i4"),
-        ("target_page", "<i4"),  # reserved host extent, worst-case length
+        ("target_page", "<i4"),  # reserved extent in Plan.target, worst-case length
         ("target_pages", "<i4"),
         ("disk_generation", "<i8"),
     ]
 )
 
-ROW_STRUCT = Struct("<32s32sHBBiiiiiiiiiiq")
+ROW_STRUCT = Struct("<32s32sHBBiiiiiiiiiiiiq")
 """One row of ``ROW`` as plain values."""
 
 COMPLETED = np.dtype(
@@ -189,7 +192,8 @@ class Plan:
 
     ``[start, stop)`` are absolute token positions, for LOAD and STORE. ``deadline_s`` is on the clock of the sender
     (CLOCK_MONOTONIC, which processes of one machine share); None waits as long as the tier's own limits. Whoever asked
-    for a ``durable`` store waits until it is on disk: its rows are sealed as soon as they are gathered.
+    for a ``durable`` store waits until it is on disk: its rows are sealed as soon as they are gathered. ``target`` is
+    the memory tier that the extents of its rows' targets lie in.
     """
 
     plan_id: int
@@ -206,6 +210,7 @@ class Plan:
     segment: int = NOWHERE
     generation: int = 0
     incarnation: int = 1
+    target: Tier = Tier.HOST
 
 
 @dataclass(slots=True, eq=False)
@@ -237,6 +242,7 @@ class Hello:
     disk_bytes: int
     segment_bytes: int
     directories: tuple[str, ...] = ()
+    device_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

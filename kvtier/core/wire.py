@@ -31,7 +31,7 @@ _TABLES: Final[dict[tuple[str, str], np.dtype[Any]]] = {
     ("Lost", "rows"): LOST,
     ("DiskState", "sealed"): np.dtype("<i8"),
 }
-_ENUMS: Final = {"PlanKind": nouns.PlanKind, "Priority": nouns.Priority}
+_ENUMS: Final = {"PlanKind": nouns.PlanKind, "Priority": nouns.Priority, "Tier": nouns.Tier}
 _TUPLES: Final = {"tuple[str, ...]": "str", "tuple[int, ...]": "int"}
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "int": (int,),

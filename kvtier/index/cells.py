@@ -52,9 +52,9 @@ class CellTable(KeyTable):
 class Cells(Index):
     """An ``Index`` whose methods take one entry at the price of a few cells."""
 
-    def __init__(self, capacity: int, ranks: int) -> None:
+    def __init__(self, capacity: int, ranks: int, *, has_device: bool = False) -> None:
         """As ``Index``."""
-        super().__init__(capacity, ranks)
+        super().__init__(capacity, ranks, has_device=has_device)
         self.table = self.cells = CellTable(capacity)
         self.every_rank = int(self.all_ranks)
         self.pins_at = self.pins.data
@@ -67,8 +67,7 @@ class Cells(Index):
         self.host_ranks_at = self.host_ranks.data
         self.disk_ranks_at = self.disk_ranks.data
         self.host_children_at = self.host_children.data
-        self.host_page_at = tuple(row.data for row in self.host_page)
-        self.host_pages_at = tuple(row.data for row in self.host_pages)
+        self.all_on_host, self.none_on_host = self.host.has_all, self.host.has_none
 
     # --- asked ------------------------------------------------------------------------------------------------------
 
@@ -84,18 +83,6 @@ class Cells(Index):
             return bool(entries.item() < 0)
         return not np.count_nonzero(entries >= 0)
 
-    def all_on_host(self, entries: EntryRows) -> bool:
-        """Whether every rank has all of ``entries`` in host memory."""
-        if len(entries) == 1:
-            return bool(self.host_ranks_at[entries.item()] == self.every_rank)
-        return int(np.count_nonzero(self.on_host(entries))) == len(entries)
-
-    def none_on_host(self, entries: EntryRows) -> bool:
-        """Whether no rank has any of ``entries`` in host memory."""
-        if len(entries) == 1:
-            return not self.host_ranks_at[entries.item()]
-        return not np.count_nonzero(self.host_ranks[entries])
-
     def reachable(self, entries: EntryRows) -> EntryRows:
         """Those of ``entries`` that are found by their keys: all but what was superseded."""
         if len(entries) == 1:
@@ -108,8 +95,9 @@ class Cells(Index):
         if len(entries) == 1:
             entry = entries.item()
             is_held = self.host_ranks_at[entry] or self.disk_ranks_at[entry] or self.children_at[entry]
+            is_held = is_held or (self.device is not None and self.device.ranks_at[entry])
             return entries[:0] if is_held else entries
-        held = self.host_ranks[entries] | self.disk_ranks[entries] | self.children[entries].view(np.uint32)
+        held = self.having(entries) | self.children[entries].view(np.uint32)
         bare: EntryRows = entries[held == 0]
         return bare
 
@@ -144,18 +132,3 @@ class Cells(Index):
         entry = entries.item()
         self.pins_at[entry] -= 1
         return entries[:0] if self.pins_at[entry] else entries
-
-    def add_host(
-        self, rank: int, entries: EntryRows, pages: Sequence[int] | EntryRows, lengths: EntryRows
-    ) -> EntryRows:
-        """As ``Index.add_host``."""
-        if len(entries) != 1:
-            return super().add_host(rank, entries, pages, lengths)
-        entry = entries.item()
-        self.host_page_at[rank][entry], self.host_pages_at[rank][entry] = int(pages[0]), int(lengths[0])
-        self.host_ranks_at[entry] |= 1 << rank
-        if self.host_ranks_at[entry] != self.every_rank:
-            return entries[:0]
-        if (parent := self.parent_at[entry]) >= 0:
-            self.host_children_at[parent] += 1
-        return entries

@@ -1,15 +1,15 @@
 """The index: what is known of every (key, group), in columns.
 
-An entry has a parent (the block that it extends), pins, and copies: per rank an extent of the host arena and a place
-on disk. It can be read when every rank has a copy; until then, and after its last copy went, lookups do not see it.
-An entry that children still extend stays behind without copies, so that their links hold.
+An entry has a parent (the block that it extends), pins, and copies: per rank an extent of the arena of each memory tier
+(``Copies``) and a place on disk. It can be read when every rank has a copy; until then, and after its last copy went,
+lookups do not see it. An entry that children still extend stays behind without copies, so that their links hold.
 
-Memory: 112 bytes an entry for one rank (``Index.ENTRY_BYTES``), 20 more for every further one, touched as entries come.
+Memory: 112 bytes an entry for one rank (``Index.ENTRY_BYTES``), 20 more for every further one, touched as entries come;
+with a device tier 16 more (``Copies``), and 8 for every further rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from kvtier.core.columns import column
 from kvtier.core.plan import DIRECTORY_SHIFT, Lineage
+from kvtier.index.copies import Copies, Mask, count_child
 from kvtier.index.keytable import MISSING, EntryRows, KeyRows, KeyTable, Places
-
-Mask = npt.NDArray[np.bool_]
 
 MAX_RANKS: Final = 32
 _FIRST_LOOK: Final = 64
@@ -36,23 +35,25 @@ class Index:
     ENTRY_BYTES: Final = 112
     RANK_BYTES: Final = 20
 
-    def __init__(self, capacity: int, ranks: int) -> None:
-        """Room for ``capacity`` entries of ``ranks`` ranks (at most 32)."""
+    def __init__(self, capacity: int, ranks: int, *, has_device: bool = False) -> None:
+        """Room for ``capacity`` entries of ``ranks`` ranks (at most 32), which may have copies in a device tier."""
         self.table = KeyTable(capacity)
         self.ranks = ranks
         self.all_ranks = np.uint32((1 << ranks) - 1)
         self.parent = column(capacity, np.int32)
         self.children = column(capacity, np.int32)
-        self.host_children = column(capacity, np.int32)
         self.depth = column(capacity, np.int32)
         self.tokens = column(capacity, np.int32)
         self.pins = column(capacity, np.int32)
         self.lineage = column(capacity, np.uint8)
         self.linked = column(capacity, np.bool_)  # found by key; False once superseded or free
-        self.host_ranks = column(capacity, np.uint32)  # bit r: rank r has a copy there
-        self.disk_ranks = column(capacity, np.uint32)
-        self.host_page = column((ranks, capacity), np.int32)
-        self.host_pages = column((ranks, capacity), np.int32)
+        self.host = Copies(capacity, ranks, self.parent)
+        self.host_ranks, self.host_children = self.host.ranks, self.host.children
+        self.host_page, self.host_pages = self.host.page, self.host.pages
+        self.on_host = self.host.are_complete
+        self.device = Copies(capacity, ranks, self.parent) if has_device else None
+        self._device_ranks_at = None if self.device is None else self.device.ranks_at
+        self.disk_ranks = column(capacity, np.uint32)  # bit r: rank r has a copy there
         self.disk_segment = column((ranks, capacity), np.int32)
         self.disk_page = column((ranks, capacity), np.int32)
         self.disk_pages = column((ranks, capacity), np.int32)
@@ -61,22 +62,32 @@ class Index:
         self.count = 0
         # One entry is read and written through these at a third of the price of numpy's.
         self._parent_at, self._lineage_at, self._linked_at = self.parent.data, self.lineage.data, self.linked.data
-        self._children_at, self._host_children_at = self.children.data, self.host_children.data
+        self._children_at = self.children.data
         self._pins_at = self.pins.data
         self._host_ranks_at, self._disk_ranks_at = self.host_ranks.data, self.disk_ranks.data
-        self._host_page_at, self._host_pages_at = self.host_page.data, self.host_pages.data
         self._all_ranks = int(self.all_ranks)
 
     def readable(self, entries: EntryRows) -> Mask:
         """Which of ``entries`` every rank has a copy of."""
-        at = entries.astype(np.intp)
-        ready: Mask = (self.host_ranks[at] | self.disk_ranks[at]) == self.all_ranks
+        ready: Mask = self.having(entries.astype(np.intp)) == self.all_ranks
         return ready
 
-    def on_host(self, entries: EntryRows) -> Mask:
-        """Which of ``entries`` every rank has in host memory."""
-        ready: Mask = self.host_ranks[entries.astype(np.intp)] == self.all_ranks
-        return ready
+    def having(self, entries: EntryRows | Places | slice) -> npt.NDArray[np.uint32]:
+        """The ranks, as bits, that have copies of ``entries`` in any tier."""
+        ranks: npt.NDArray[np.uint32] = self.host_ranks[entries] | self.disk_ranks[entries]
+        if self.device is not None:
+            ranks |= self.device.ranks[entries]
+        return ranks
+
+    def are_at_hand(self, entries: EntryRows) -> bool:
+        """Whether every rank has each of ``entries`` in one memory tier."""
+        if self.device is None:
+            return self.host.has_all(entries)
+        return bool((self.host.are_complete(entries) | self.device.are_complete(entries)).all())
+
+    def on_device(self, entries: EntryRows) -> Mask:
+        """Which of ``entries`` every rank has in its device tier."""
+        return np.zeros(len(entries), np.bool_) if self.device is None else self.device.are_complete(entries)
 
     def on_disk(self, entries: EntryRows) -> Mask:
         """Which of ``entries`` every rank has on disk."""
@@ -133,10 +144,10 @@ class Index:
         """Give ``entries``, which have none, their parents: entries, or MISSING."""
         at = entries.astype(np.intp)
         self.parent[at] = parents
-        self._count_child(self.children, parents)
-        here = self.host_ranks[at] == self.all_ranks
-        if here.any():
-            self._count_child(self.host_children, parents[here])
+        count_child(self.children, parents)
+        self.host.linked(entries, parents)
+        if self.device is not None:
+            self.device.linked(entries, parents)
 
     def link_chain(self, entries: EntryRows, before: int) -> None:
         """``link`` of new entries, each to the one in front of it; the first extends ``before`` (or MISSING)."""
@@ -158,39 +169,6 @@ class Index:
         self.pins[at] = left
         free: EntryRows = entries[left == 0]
         return free
-
-    def add_host(
-        self, rank: int, entries: EntryRows, pages: Sequence[int] | EntryRows, lengths: EntryRows
-    ) -> EntryRows:
-        """Rank ``rank`` has copies of ``entries`` in host memory; returns those that are complete there now."""
-        at = entries.astype(np.intp)
-        self.host_page[rank][at] = pages
-        self.host_pages[rank][at] = lengths
-        ranks = self.host_ranks[at] | np.uint32(1 << rank)
-        self.host_ranks[at] = ranks
-        whole = ranks == self.all_ranks
-        complete: EntryRows = entries[whole]
-        self._count_child(self.host_children, self.parent[at[whole]])
-        return complete
-
-    def drop_host(self, entry: int) -> list[tuple[int, int, int]]:
-        """Forget the host copies of ``entry``; returns the (rank, page, pages) that they took."""
-        ranks = self._host_ranks_at[entry]
-        if ranks == self._all_ranks and (parent := self._parent_at[entry]) >= 0:
-            self._host_children_at[parent] -= 1
-        self._host_ranks_at[entry] = 0
-        return [
-            (rank, self._host_page_at[rank, entry], self._host_pages_at[rank, entry])
-            for rank in range(self.ranks)
-            if ranks >> rank & 1
-        ]
-
-    def leave_host(self, entries: EntryRows) -> list[tuple[EntryRows, EntryRows]]:
-        """Forget the host copies of ``entries``, all complete there; returns per rank the first pages and lengths."""
-        at = entries.astype(np.intp, copy=False)
-        self._count_child(self.host_children, self.parent[at], -1)
-        self.host_ranks[at] = 0
-        return [(self.host_page[rank][at], self.host_pages[rank][at]) for rank in range(self.ranks)]
 
     def add_disk(
         self,
@@ -250,8 +228,13 @@ class Index:
 
         Harmless for an entry that went already, as those do that went as parents of others.
         """
+        on_device = self._device_ranks_at
         while entry >= 0 and not (
-            self._pins_at[entry] or self._host_ranks_at[entry] or self._disk_ranks_at[entry] or self._children_at[entry]
+            self._pins_at[entry]
+            or self._host_ranks_at[entry]
+            or self._disk_ranks_at[entry]
+            or self._children_at[entry]
+            or (on_device is not None and on_device[entry])
         ):
             parent = self._parent_at[entry]
             if self._linked_at[entry]:
@@ -267,8 +250,8 @@ class Index:
         """``release`` of each of ``entries``, all in use, in any order."""
         at = entries.astype(np.intp, copy=False)
         parents = self.parent[at]
-        self._count_child(self.children, parents, -1)  # as if all of them went
-        held = self.host_ranks[at] | self.disk_ranks[at] | self.pins[at].view(np.uint32)
+        count_child(self.children, parents, -1)  # as if all of them went
+        held = self.having(at) | self.pins[at].view(np.uint32)
         held |= self.children[at].view(np.uint32)
         if np.count_nonzero(held):
             going = self._without_ancestors(at, at[held != 0].tolist())
@@ -289,7 +272,7 @@ class Index:
         Nobody may be in the middle of adding entries: what is new looks the same.
         """
         touched = slice(0, self.table.touched)
-        ghost = (self.host_ranks[touched] | self.disk_ranks[touched]) == 0
+        ghost = self.having(touched) == 0
         ghost &= (self.pins[touched] == 0) & (self.children[touched] > 0)
         if not ghost.any():
             return
@@ -298,6 +281,8 @@ class Index:
         self.parent[below] = MISSING
         ghosts = np.flatnonzero(ghost).astype(np.int32)
         self.children[ghosts] = self.host_children[ghosts] = 0
+        if self.device is not None:
+            self.device.children[ghosts] = 0
         self.release_many(ghosts)
 
     def _without_ancestors(self, entries: Places, held: list[int]) -> Mask:
@@ -313,7 +298,12 @@ class Index:
         return np.fromiter(going.values(), np.bool_, len(going))
 
     def _is_usable(self, entry: int, *, exact: bool) -> bool:
-        if entry < 0 or self._host_ranks_at[entry] | self._disk_ranks_at[entry] != self._all_ranks:
+        if entry < 0:
+            return False
+        ranks = self._host_ranks_at[entry] | self._disk_ranks_at[entry]
+        if ranks != self._all_ranks and self._device_ranks_at is not None:
+            ranks |= self._device_ranks_at[entry]
+        if ranks != self._all_ranks:
             return False
         return not exact or self._lineage_at[entry] == Lineage.EXACT
 
@@ -324,15 +314,6 @@ class Index:
         if exact:
             good &= self.lineage[entries] == Lineage.EXACT
         return good
-
-    @staticmethod
-    def _count_child(counts: npt.NDArray[np.int32], parents: EntryRows, change: int = 1) -> None:
-        """One child more (or less) for each of ``parents``, some of which are MISSING and some there more than once."""
-        known = parents[parents >= 0].astype(np.intp)
-        if len(known) == 1:
-            counts[known] += change
-        elif len(known):
-            np.add.at(counts, known, np.int32(change))  # a plain number is int64 first, and takes four times as long
 
 
 __all__ = ["MAX_RANKS", "MISSING", "EntryRows", "Index", "KeyRows", "Mask"]

@@ -6,29 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Any, Final, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtier.core.checks import whole
-from kvtier.core.memory import NO_PAGE, Blocks, Bytes1D, Bytes2D, GroupPages, KVPages, Mask, PageTable, Tokens
+from kvtier.core.memory import NO_PAGE, Bytes1D, Bytes2D, PageTable, Tokens
 from kvtier.errors import ConfigError
 from kvtier.kernels import Addresses, FastPages, RecordMemory, Rows, RowSpace, SliceTable
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
-from kvtier.pages.spans import BlockPages, Edge, check_groups, cut, frozen_ids
-from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of, listed
+from kvtier.pages.spans import BlockPages, Edge, cut
+from kvtier.pages.tables import PagedMemory, in_order_of_parts, same_count
+from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Cells: TypeAlias = npt.NDArray[np.uint8]
 """uint8 ``[pages, outer, entries, inner bytes]``: pages cut at the token axis, or one plane of them."""
-_SHORT: Final = 32
-"""Page ids that are looked at one by one in less time than as an array."""
 
 
-class PagedTensors(RecordMemory):
+class PagedTensors(PagedMemory, RecordMemory):
     """Engine memory as one tensor ``[num_pages, *part.shape]`` per part; implements ``core.memory.WindowedMemory``.
 
     ``tensors`` are in the order of the layout's parts, all groups one after another, or a mapping from (layer, kind),
@@ -44,8 +42,7 @@ class PagedTensors(RecordMemory):
         Raises:
             ConfigError: naming the part, what was given and what it wants.
         """
-        self.layout = checked_layout(layout)
-        given = iter(_in_order(layout, tensors))
+        given = iter(in_order_of_parts(checked_layout(layout), tensors))
         self._groups = tuple(
             _GroupRows.of(
                 layout,
@@ -55,58 +52,20 @@ class PagedTensors(RecordMemory):
             for number, group in enumerate(layout.groups)
         )
         check_apart((part.what, part.pages) for rows in self._groups for part in rows.parts)
-        self.num_pages = tuple(
-            _same_count(group, rows.parts) for group, rows in zip(layout.groups, self._groups, strict=True)
+        super().__init__(
+            layout,
+            tuple(
+                same_count(group, [(part.part, len(part.pages)) for part in rows.parts])
+                for group, rows in zip(layout.groups, self._groups, strict=True)
+            ),
         )
         parts = (part for rows in self._groups for part in rows.parts)
         self._moored = Moored("PagedTensors", ((part.what, part.tensor) for part in parts))
 
-    @property
-    def placement(self) -> str:
-        """Placement digest (hex) of the layout."""
-        return self.layout.placement
-
-    @property
-    def is_paged(self) -> bool:
-        """Yes."""
-        return True
-
-    def pages(self, ids: Any, first_token: int = 0) -> KVPages:
-        """A request's pages: ``ids[i]`` holds the tokens from ``first_token + i * page_tokens``.
-
-        ``ids`` is a list, an array or a tensor of integers; for a layout of several groups a list of them, one each.
-        Of a group of states, ``ids[i]`` is the state behind token ``first_token + (i + 1) * block_tokens``. Where a
-        group needs no whole prefix, an id may be ``NO_PAGE`` (-1).
-
-        Raises:
-            ConfigError: no such pages, or ``first_token`` is not a multiple of ``page_tokens``, or, with a group of
-                states, of ``block_tokens``.
-        """
-        groups, first_token = self.layout.groups, whole("first_token", first_token)
-        lists = [ids] if len(groups) == 1 else listed("page ids", ids)
-        if len(lists) != len(groups):
-            raise ConfigError(f"page ids: got {len(lists)} lists, the layout has {len(groups)} groups")
-        per_group = tuple(
-            GroupPages(first_token, frozen_ids(own, f"page ids of group {group.name!r}", least=_least_id(group)))
-            for own, group in zip(lists, groups, strict=True)
-        )
-        table = PageTable(-1, per_group)
-        covered = [
-            first_token + len(pages.ids) * self.layout.page_tokens
-            for pages, group in zip(per_group, groups, strict=True)
-            if group.reuse.rule == "all"
-        ]
-        self._check_table(table, first_token, min(covered, default=first_token))
-        return KVPages(self, table)
-
     def check(self, table: PageTable, start: int, stop: int) -> None:
         """Refuse a page table that does not cover tokens [start, stop), and tensors that moved; see ``KVMemory``."""
         self._moored.check()
-        self._check_table(table, start, stop)
-
-    def held(self, table: PageTable, group: int, blocks: Blocks) -> Mask:
-        """Which of ``blocks`` lie in the pages of ``group``; see ``WindowedMemory``."""
-        return self._groups[group].blocks.held(table.groups[group], blocks)
+        self.check_table(table, start, stop)
 
     def gather(self, table: PageTable, group: int, first_tokens: Tokens, parts: range, out: Bytes2D) -> None:
         """Copy blocks of ``parts`` to ``out``; see ``KVMemory``.
@@ -116,7 +75,7 @@ class PagedTensors(RecordMemory):
         """
         rows, pages = self._groups[group], table.groups[group]
         if rows.blocks.may_lack_pages:
-            self._check_held(group, pages, first_tokens)
+            self.check_held(group, pages, first_tokens)
         rows.gather(pages.ids, rows.blocks.bases(pages, first_tokens), parts, out)
 
     def scatter(
@@ -161,7 +120,7 @@ class PagedTensors(RecordMemory):
         if rows.fast is None:
             return None
         if rows.blocks.may_lack_pages:
-            self._check_held(group, pages, first_tokens)
+            self.check_held(group, pages, first_tokens)
         return rows.fast.gather_records(pages.ids, rows.blocks.bases(pages, first_tokens), slices, records)
 
     def scatter_records(
@@ -191,54 +150,6 @@ class PagedTensors(RecordMemory):
             for edge in edges:
                 if ids[edge.page] != NO_PAGE:
                     part.write_entries(int(ids[edge.page]), block[edge.page], edge)
-
-    def _check_held(self, group: int, pages: GroupPages, first_tokens: Tokens) -> None:
-        held = self._groups[group].blocks.held(pages, first_tokens // self.layout.block_tokens)
-        if not held.all():
-            first = int(first_tokens[~held][0])
-            raise ConfigError(
-                f"{self._where(group)}: the block of tokens [{first}, {first + self.layout.block_tokens}) has no pages,"
-                " or lacks some: held() tells which blocks can be stored"
-            )
-
-    def _check_table(self, table: PageTable, start: int, stop: int) -> None:
-        check_groups(table.groups, len(self.num_pages))
-        for group, pages in enumerate(table.groups):
-            self._check_group(group, pages, start, stop)
-
-    def _check_group(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
-        size, first = self._groups[group].blocks.unit_tokens, pages.first_token
-        if first < 0 or first % size:
-            name = "page_tokens" if size == self.layout.page_tokens else "block_tokens"
-            raise ConfigError(f"{self._where(group)}: first_token = {first}, want a multiple of {name} = {size}")
-        if self.layout.groups[group].reuse.rule == "all":
-            self._check_covered(group, pages, start, stop)
-            touched = pages.ids[(start - first) // size : -(-(stop - first) // size)]
-        else:
-            touched = pages.ids[pages.ids != NO_PAGE]
-        if not len(touched):
-            return
-        low, high, are_distinct = _range_of(touched)
-        if not 0 <= low <= high < self.num_pages[group]:
-            last = self.num_pages[group] - 1
-            raise ConfigError(f"{self._where(group)}: ids {low} to {high}, the memory has pages 0 to {last}")
-        if not are_distinct:
-            raise ConfigError(
-                f"{self._where(group)}: a page id is there twice; two parts of a sequence cannot lie in one page"
-            )
-
-    def _check_covered(self, group: int, pages: GroupPages, start: int, stop: int) -> None:
-        size, first = self.layout.page_tokens, pages.first_token
-        covered = first + len(pages.ids) * size
-        if start < first or stop > covered:
-            begin = start // size * size
-            raise ConfigError(
-                f"{self._where(group)}: its {len(pages.ids)} pages hold tokens [{first}, {covered}), want "
-                f"[{start}, {stop}): {-(-(stop - begin) // size)} pages of {size} tokens from token {begin}"
-            )
-
-    def _where(self, group: int) -> str:
-        return f"page table of group {self.layout.groups[group].name!r}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -345,51 +256,3 @@ class _GroupRows:
         own = slice(self.begins[parts.start], self.begins[parts.stop])
         rows: Rows = ids[bases[:, None] + self.page[own]] * self.step[own] + self.first[own]
         return rows
-
-
-def _least_id(group: KVGroup) -> int:
-    return 0 if group.reuse.rule == "all" else NO_PAGE
-
-
-def _range_of(ids: Ids) -> tuple[int, int, bool]:
-    """The least and the greatest of ``ids``, and whether all are different; at least one."""
-    if len(ids) == 1:
-        only = ids.item()
-        return only, only, True
-    if len(ids) <= _SHORT:
-        numbers = ids.tolist()
-        return min(numbers), max(numbers), len(set(numbers)) == len(numbers)
-    if not np.count_nonzero(ids[1:] <= ids[:-1]):  # as an engine with many free pages gives them
-        return ids.item(0), ids.item(-1), True
-    ordered = np.sort(ids)
-    return ordered.item(0), ordered.item(-1), not np.count_nonzero(ordered[1:] == ordered[:-1])
-
-
-def _same_count(group: KVGroup, parts: tuple[_PartPages, ...]) -> int:
-    counts = [len(part.pages) for part in parts]
-    if len(set(counts)) > 1:
-        other = next(number for number, count in enumerate(counts) if count != counts[0])
-        raise ConfigError(
-            f"group {group.name!r}: {group.parts[0].label} has {counts[0]} pages, "
-            f"{group.parts[other].label} has {counts[other]}; page ids need the same number in all"
-        )
-    return counts[0]
-
-
-def _in_order(layout: KVLayout, tensors: Sequence[Tensor] | Mapping[tuple[int, str], Tensor]) -> Sequence[Tensor]:
-    parts = [part for group in layout.groups for part in group.parts]
-    if not isinstance(tensors, Mapping):
-        given = listed("tensors", tensors)
-        if len(given) != len(parts):
-            raise ConfigError(f"tensors: got {len(given)}, the layout has {len(parts)} parts")
-        return given
-    names = [(part.layer, part.name or part.kind) for part in parts]
-    if len(set(names)) != len(names):
-        raise ConfigError(
-            "tensors: two groups have a part of the same layer and kind; pass a list in the layout's order"
-        )
-    missing = [name for name in names if name not in tensors]
-    unknown = [name for name in tensors if name not in set(names)]
-    if missing or unknown:
-        raise ConfigError(f"tensors: missing {missing[:4]}, not in the layout {unknown[:4]}")
-    return [tensors[name] for name in names]

@@ -1,4 +1,4 @@
-"""Blocks of windows and states in host memory: those that hits end with stay, those between go first."""
+"""Blocks of windows and states in a memory tier: those that hits end with stay, those between go first."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class Checkpoints:
         self._used_s = column(index.table.capacity, np.float64)
 
     def coming(self, entries: EntryRows, between: EntryRows) -> None:
-        """Entries of any group that are about to come into host memory; no hit is likely to end with ``between``."""
+        """Entries of any group that are about to come into the tier; no hit is likely to end with ``between``."""
         self._ages.set_apart(entries, goes_first=False)
         self._ages.set_apart(between, goes_first=True)
 
     def kept(self, entries: EntryRows, now_s: float) -> None:
-        """Entries of such groups in host memory, which a hit ended with, or is likely to end with."""
+        """Entries of such groups in the tier, which a hit ended with, or is likely to end with."""
         own = self._of_windows(entries)
         if len(own):
             self._ages.promote(own)
             self._used(own, now_s)
 
     def came(self, entries: EntryRows, now_s: float) -> None:
-        """Entries of any group that came into host memory."""
+        """Entries of any group that came into the tier."""
         own = self._of_windows(entries)
         if self._by_use is not None and len(own):
             self._used(own[~self._ages.which_go_first(own)], now_s)
 
     def left(self, entries: EntryRows) -> None:
-        """Entries of any group that left host memory."""
+        """Entries of any group that left the tier."""
         if self._by_use is not None:
             gone = entries[self._is_tracked[entries]]
             self._by_use.remove_many(gone)
@@ -58,6 +58,11 @@ class Checkpoints:
     def spare(self) -> EvictionPolicy:
         """What goes first, in order."""
         return self._ages.first
+
+    def between(self, entries: EntryRows) -> EntryRows:
+        """Those of ``entries`` that no hit is likely to end with, and that therefore go first."""
+        going: EntryRows = entries[self._ages.which_go_first(entries)]
+        return going
 
     def expire(self, now_s: float) -> None:
         """Those that nobody used for long go first from now on."""

@@ -32,6 +32,7 @@ class Commits:
             PlanKind.SPILL: self._settle_spill,
             PlanKind.SYNC: self._settle_sync,
             PlanKind.RECLAIM: self._settle_reclaim,
+            PlanKind.LAND: self._settle_landing,
         }
 
     # --- completions ------------------------------------------------------------------------------------------------
@@ -43,10 +44,10 @@ class Commits:
         if hop is None or not hop.finals_left >> rank & 1:
             return
         if freed := hop.take(completion):
-            state.host.free(freed)
+            state.books[hop.tier].free(freed)
         if completion.final:
             if freed := hop.end(rank):
-                state.host.free(freed)
+                state.books[hop.tier].free(freed)
         elif completion.source_free:
             hop.sources_left &= ~(1 << rank)
         self._go_on(hop)
@@ -84,6 +85,9 @@ class Commits:
         for entry in hop.entries.tolist() if hop.kind == PlanKind.SPILL else ():
             state.disk.write_ended(entry, written=False)
             self._advance(state.row_ended(entry, Reason.REFUSED))
+        for entry in hop.entries.tolist() if hop.kind == PlanKind.LAND else ():
+            state.landing.write_ended(entry, written=False)
+            self._advance(state.end_postponed(entry, Reason.REFUSED))
         for ticket in hop.let_go():
             others = sum(ticket in other.tickets for other in state.hops.values() if not other.settled)
             self._stages.give_up(ticket, Reason.REFUSED, waits=others)
@@ -120,11 +124,18 @@ class Commits:
         if hop.version != state.version:
             hop.fail_all(Reason.RETIRED)
         self._stores_no_more(hop)
-        complete = self._land(hop)
-        if state.writes_through and state.disk.usable:
-            for entry in complete[state.which_spill(complete)].tolist() if state.windows.partial else complete.tolist():
-                state.disk.enqueue(entry)
+        self._send_down(self._land(hop), hop.tier)
         self._pass_on(hop)
+
+    def _send_down(self, landed: EntryRows, tier: Tier) -> None:
+        """Queue what landed in ``tier`` for the next one, as far as it goes there by itself."""
+        state = self._state
+        if tier == Tier.DEVICE:
+            for entry in landed.tolist():
+                state.landing.enqueue(entry)
+        elif state.writes_through and state.disk.usable:
+            for entry in landed[state.which_spill(landed)].tolist() if state.windows.partial else landed.tolist():
+                state.disk.enqueue(entry)
 
     def _stores_no_more(self, hop: Hop) -> None:
         if hop.stores:
@@ -156,6 +167,17 @@ class Commits:
             state.disk.write_ended(entry, written=not refused)
             self._advance(state.row_ended(entry, hop.failed.get(row, Reason.NONE)))
 
+    def _settle_landing(self, hop: Hop) -> None:
+        state, device = self._state, self._state.index.device
+        landed = self._land(hop)
+        state.counts["landed_bytes"] += hop.moved_bytes
+        for row, entry in enumerate(hop.entries.tolist()):
+            # What lost its device copy meanwhile could not land: that is no refusal of whatever has its number next.
+            refused = row in hop.failed and device is not None and bool(device.ranks_at[entry])
+            state.landing.write_ended(entry, written=not refused)
+            self._advance(state.end_postponed(entry, hop.failed.get(row, Reason.NONE)))
+        self._send_down(landed, Tier.HOST)
+
     def _fail_overtaken(self, hop: Hop) -> None:
         """Rows whose segment was sealed and reclaimed while the rest of the plan was still being written."""
         for rank, answers in hop.answers.items():
@@ -186,30 +208,30 @@ class Commits:
         self._state.counts["reclaimed_segments"] += 1
 
     def _land(self, hop: Hop) -> EntryRows:
-        """Publish the copies that landed in host memory on every rank, free the others; returns what is complete."""
-        state = self._state
-        if hop.landed_whole() and state.index.none_on_host(hop.entries):
-            complete = state.host.publish_whole(hop)
+        """Publish the copies that landed in memory on every rank, free the others; returns what is complete."""
+        state, book = self._state, self._state.books[hop.tier]
+        if hop.landed_whole() and book.copies.has_none(hop.entries):
+            complete = book.publish_whole(hop)
         else:
             complete = self._land_some(hop)
-        state.host.admit(complete, np.intersect1d(hop.between, complete) if len(hop.between) else hop.between)
-        state.tell("stored", complete, Tier.HOST)
+        book.admit(complete, np.intersect1d(hop.between, complete) if len(hop.between) else hop.between)
+        state.tell("stored", complete, hop.tier)
         return complete
 
     def _land_some(self, hop: Hop) -> EntryRows:
-        state = self._state
-        fresh = hop.good() & (state.index.host_ranks[hop.entries] == 0)
+        book = self._state.books[hop.tier]
+        fresh = hop.good() & (book.copies.ranks[hop.entries] == 0)
         for rank in hop.answers:
-            fresh &= hop.landed(rank, Tier.HOST)
+            fresh &= hop.landed(rank, hop.tier)
         rows = wide(fresh.nonzero()[0])
         complete = hop.entries[:0]
         for rank in hop.answers:
-            stray = np.flatnonzero(hop.landed(rank, Tier.HOST) & ~fresh)
+            stray = np.flatnonzero(hop.landed(rank, hop.tier) & ~fresh)
             answers = hop.answers[rank][stray]
-            state.host.free(
+            book.free(
                 (rank, page, n) for page, n in zip(answers["page"].tolist(), answers["pages"].tolist(), strict=True)
             )
-            complete = state.host.publish(hop, rank, rows)
+            complete = book.publish(hop, rank, rows)
         return complete
 
     def _pass_on(self, hop: Hop) -> None:

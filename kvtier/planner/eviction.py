@@ -1,6 +1,6 @@
-"""Which entries leave host memory next: the policy's order, without what is pinned, kept, or extended by others.
+"""Which entries leave a memory tier next: the policy's order, without what is pinned, kept, or extended by others.
 
-A parent goes only after its children in host memory went; one that was passed over because of a child comes right
+A parent goes only after its children in that tier went; one that was passed over because of a child comes right
 after it. Requests come as chains, deepest block first, so nearly always a whole batch goes as it stands, which arrays
 tell at once; anything else is looked at entry by entry.
 """
@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from kvtier.index.cells import Cells, wide
+from kvtier.index.copies import Copies
 from kvtier.index.entries import EntryRows, Mask
 from kvtier.policy import EvictionPolicy
 
@@ -30,24 +31,25 @@ class Keeper(Protocol):
     """Knows what may go, and hears of what went."""
 
     def may_go(self, entry: int) -> bool:
-        """Whether the host copies of ``entry`` may be evicted."""
+        """Whether the copies of ``entry`` in the tier may be evicted."""
 
     def which_may_go(self, entries: EntryRows) -> Mask:
         """``may_go`` of each of ``entries``."""
 
     def evicted(self, entries: EntryRows) -> None:
-        """The host copies of ``entries`` are gone."""
+        """The copies of ``entries`` in the tier are gone."""
 
     def made_room(self) -> None:
         """Nothing more goes now: what is of no use without that which went may go, too."""
 
 
 class Leaves:
-    """One pass over host memory from the least worth keeping on. Evict what was taken before taking more."""
+    """One pass over a memory tier from the least worth keeping on. Evict what was taken before taking more."""
 
-    def __init__(self, index: Cells, policy: EvictionPolicy, keeper: Keeper) -> None:
+    def __init__(self, index: Cells, copies: Copies, policy: EvictionPolicy, keeper: Keeper) -> None:
         """Nothing was looked at."""
         self._index = index
+        self._copies = copies
         self._policy = policy
         self._keeper = keeper
         self._candidates = islice(policy.candidates(), len(policy))  # each once: what is held comes again at the end
@@ -97,23 +99,23 @@ class Leaves:
         return batch
 
     def _note_extended(self, held: EntryRows) -> None:
-        pins, parents, ranks = self._index.pins_at, self._index.parent_at, self._index.host_ranks_at
+        pins, parents, ranks = self._index.pins_at, self._index.parent_at, self._copies.ranks_at
         above = self._index.parent[held]
         for parent in above[(above >= 0) & (self._index.pins[above] == 0)].tolist():
             entry = parent
-            while entry >= 0 and not pins[entry] and ranks[entry] == self._index.every_rank:
+            while entry >= 0 and not pins[entry] and ranks[entry] == self._copies.every_rank:
                 if entry in self._extended:
                     break
                 self._extended.add(entry)
                 entry = parents[entry]
 
     def _goes_whole(self, batch: EntryRows) -> bool:
-        """Whether each of ``batch`` may go, with its only children in host memory right before it."""
+        """Whether each of ``batch`` may go, with its only children in the tier right before it."""
         index = self._index
         if len(batch) < _FEW:
             return False
         parents = index.parent[batch]
-        if int(index.host_children[batch].sum()) != np.count_nonzero(parents[:-1] == batch[1:]):
+        if int(self._copies.children[batch].sum()) != np.count_nonzero(parents[:-1] == batch[1:]):
             return False
         if self._passed and not self._passed.keys().isdisjoint(parents.tolist()):
             return False
@@ -128,7 +130,7 @@ class Leaves:
 
     def _one_by_one(self, candidates: Iterable[tuple[int, bool]]) -> Iterator[int]:
         """Leaves among ``candidates``, each followed by the parents that were passed over because of it."""
-        pins, children, parents = self._index.pins_at, self._index.host_children_at, self._index.parent_at
+        pins, children, parents = self._index.pins_at, self._copies.children_at, self._index.parent_at
         passed, gone = self._passed, self._gone
         for candidate, candidate_may in candidates:
             if pins[candidate]:

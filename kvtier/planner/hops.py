@@ -19,7 +19,7 @@ from kvtier.planner.tickets import Ticket
 
 Ints: TypeAlias = npt.NDArray[np.int32]
 Extent: TypeAlias = tuple[int, int, int]
-"""(rank, first page, pages) of a host arena."""
+"""(rank, first page, pages) of a memory tier's arena."""
 
 WRITE_HOP_BYTES: Final = 16 << 20
 """Of what goes to disk: the first blocks are written while the last ones are still gathered."""
@@ -36,8 +36,6 @@ _OK: Final = int(Status.OK)
 _FAILED: Final = int(Status.FAILED)
 _QUARANTINED: Final = int(Status.QUARANTINED)
 _RELEASED: Final = int(Status.RELEASED)
-_HOST: Final = int(Tier.HOST)
-_HOST_BYTE: Final = bytes((Tier.HOST,))
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +57,7 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Targets:
-    """Host extents reserved on one rank; NOWHERE for rows without one."""
+    """Extents reserved on one rank; NOWHERE for rows without one."""
 
     page: Ints
     pages: Ints
@@ -92,6 +90,8 @@ class Hop:
     version: str
     ticket: Ticket | None = None
     targets: dict[int, Targets] = field(default_factory=dict)
+    tier: Tier = Tier.HOST
+    """The memory tier that its targets are in."""
     joins: list[Join] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
     between: EntryRows = field(default_factory=lambda: NO_ENTRIES)
@@ -231,10 +231,10 @@ class Hop:
         return there
 
     def landed_whole(self) -> bool:
-        """Whether every rank made a copy of every row in host memory."""
+        """Whether every rank made a copy of every row in the tier of the targets."""
         if self.failed:
             return False
-        whole = _HOST_BYTE * len(self.entries)
+        whole = bytes((self.tier,)) * len(self.entries)
         return all(answers["tier"].tobytes() == whole for answers in self.answers.values())
 
     @property
@@ -265,12 +265,12 @@ class Hop:
         """Trim what landed to its length; free the reservation of what did not land."""
         targets, at = self.targets.get(rank), rows["row"]
         if targets is None:
-            _check_nothing_landed(rows)
+            _check_nothing_landed(rows, self.tier)
             return []
-        if _fills(rows, targets):
+        if _fills(rows, targets, self.tier):
             return []
-        _check_places(rows, targets)
-        used = np.where((rows["status"] == _OK) & (rows["tier"] == _HOST), rows["pages"], 0)
+        _check_places(rows, targets, self.tier)
+        used = np.where((rows["status"] == _OK) & (rows["tier"] == int(self.tier)), rows["pages"], 0)
         first, reserved = targets.page[at], targets.pages[at]
         loose = (first >= 0) & (used < reserved) & (rows["status"] != _QUARANTINED)
         if not loose.any():
@@ -301,25 +301,25 @@ def _is_plain(rows: Table, count: int) -> bool:
     return not np.count_nonzero(rows["status"]) and not np.count_nonzero(rows["row"] != np.arange(count))
 
 
-def _fills(rows: Table, targets: Targets) -> bool:
+def _fills(rows: Table, targets: Targets, tier: Tier) -> bool:
     """Whether ``rows`` answer all rows, and each of them takes all of its reserved extent."""
     return (
         rows["pages"].tobytes() == targets.pages.tobytes()
         and rows["page"].tobytes() == targets.page.tobytes()
-        and rows["tier"].tobytes() == _HOST_BYTE * len(rows)
+        and rows["tier"].tobytes() == bytes((tier,)) * len(rows)
         and not np.count_nonzero(rows["status"])
         and len(rows) == len(targets.page)
     )
 
 
-def _check_nothing_landed(rows: Table) -> None:
-    if _HOST in rows["tier"].tolist():
-        raise ValueError("a copy in host memory where no room was reserved for one")
+def _check_nothing_landed(rows: Table, tier: Tier) -> None:
+    if int(tier) in rows["tier"].tolist():
+        raise ValueError(f"a copy in {tier.label} memory where no room was reserved for one")
 
 
-def _check_places(rows: Table, targets: Targets) -> None:
+def _check_places(rows: Table, targets: Targets, tier: Tier) -> None:
     """What landed lies where room was reserved for it, and takes no more: nobody's word can publish another place."""
-    there = (rows["status"] == _OK) & (rows["tier"] == _HOST)
+    there = (rows["status"] == _OK) & (rows["tier"] == int(tier))
     at, page, pages = rows["row"][there], rows["page"][there], rows["pages"][there]
     fits = (at >= 0) & (page == targets.page[at]) & (page >= 0) & (pages > 0) & (pages <= targets.pages[at])
     if not fits.all():

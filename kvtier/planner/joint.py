@@ -100,14 +100,13 @@ class JointPlans:
         shield = wide(np.union1d(self._entries_of(alone), self._stores.at_stake(extended)))
         state.index.pin(shield)
         try:
-            fit, starts = state.host.reserve(0, count)
+            tier, fit, starts = self._stores.find_room(0, count)
         finally:
             state.unpinned(state.index.unpin(shield))
         if fit < count:
-            pages = state.layout.record_pages[0]
-            state.host.free((rank, start, pages) for rank, own in starts.items() for start in own)
+            state.books[tier].cancel(0, starts)
             return wishes
-        self._send_stores(joint, count, starts[0])
+        self._send_stores(joint, count, starts[0], tier)
         return alone
 
     def _new_and_known(self, wishes: Sequence[StoreWish]) -> tuple[Sequence[StoreWish], Sequence[StoreWish]]:
@@ -132,7 +131,7 @@ class JointPlans:
         found = self._state.index.table.find(_rows_of(keys), 0)
         return wide(np.unique(found[found != MISSING]))
 
-    def _send_stores(self, wishes: Sequence[StoreWish], count: int, starts: Sequence[int]) -> None:
+    def _send_stores(self, wishes: Sequence[StoreWish], count: int, starts: Sequence[int], tier: Tier) -> None:
         state = self._state
         spans = [(wish.keys, range(wish.ticket.first_block, wish.stop)) for wish in wishes]
         keys = [key for keys, span in spans for key in keys.digests[span.start : span.stop]]
@@ -151,7 +150,7 @@ class JointPlans:
         state.index.link(entries, before)
         hop = self._hop(PlanKind.STORE, entries, shares)
         pages = np.full(count, state.layout.record_pages[0], np.int32)
-        hop.targets = {0: Targets(np.array(starts, np.int32), pages)}
+        hop.targets, hop.tier = {0: Targets(np.array(starts, np.int32), pages)}, tier
         parents = b"".join([own.parents(span) for own, span in spans])
         self._stores.send(hop, parents, self._table(wishes), 0, count * state.layout.block_tokens)
 
@@ -166,9 +165,11 @@ class JointPlans:
         room = state.config.host.load_queue - state.in_flight_bytes[PlanKind.LOAD]
         if len(joint) < 2 or nbytes > room:
             return wishes
-        for wish in joint:
-            wish.ticket.tiers = bytearray((Tier.HOST,)) * len(wish.ticket.outcome)
-        hop = self._hop(PlanKind.LOAD, entries, _shares(joint))
+        shares = _shares(joint)
+        tiers = bytearray((Tier.HOST,)) * len(entries) if state.device is None else bytearray(state.tiers_of(entries))
+        for share in shares:
+            share.ticket.tiers = tiers[share.rows.start : share.rows.stop]
+        hop = self._hop(PlanKind.LOAD, entries, shares)
         hop.nbytes = nbytes
         due = min((wish.deadline_s for wish in joint if wish.deadline_s is not None), default=None)
         state.send(
@@ -178,12 +179,12 @@ class JointPlans:
         return alone
 
     def _at_hand(self, wishes: Sequence[LoadWish]) -> tuple[Sequence[LoadWish], Sequence[LoadWish], EntryRows]:
-        """Those whose blocks are in host memory and no earlier one's, the others, and the entries of the first."""
+        """Those whose blocks are in memory and no earlier one's, the others, and the entries of the first."""
         index = self._state.index
         wanted = [_entries_of(wish) for wish in wishes]
         entries = np.concatenate(wanted)
         numbers = entries.tolist()
-        is_plain = index.all_on_host(entries) and len(set(numbers)) == len(numbers)
+        is_plain = index.are_at_hand(entries) and len(set(numbers)) == len(numbers)
         if is_plain and not any(wish.lease.released for wish in wishes):
             return wishes, (), wide(entries)
         joint: list[LoadWish] = []
@@ -191,7 +192,7 @@ class JointPlans:
         going: list[EntryRows] = []
         taken = set[int]()
         for wish, own in zip(wishes, wanted, strict=True):
-            is_at_hand = not wish.lease.released and index.all_on_host(own)
+            is_at_hand = not wish.lease.released and index.are_at_hand(own)
             if is_at_hand and taken.isdisjoint(own.tolist()):
                 taken.update(own.tolist())
                 going.append(own)

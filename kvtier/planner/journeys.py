@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
-from kvtier.index.entries import EntryRows
+from kvtier.index.entries import EntryRows, Mask
 from kvtier.planner.hops import Hop, Join
-from kvtier.planner.host import targets_of
 from kvtier.planner.leases import Lease
+from kvtier.planner.memory import targets_of
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 from kvtier.planner.tickets import Outcome, Ticket
@@ -48,8 +48,7 @@ class Journeys:
             ticket.fail_from(first, Reason.REFUSED)
             self._stages.advance(ticket)
             return
-        if state.config.read.promote and Tier.DISK in ticket.tiers:
-            self._target(hop)
+        self._promote(hop, ticket)
         if len(hop.entries):
             state.send(
                 hop, priority=wish.priority, pages=wish.pages, start=wish.start, stop=wish.stop,
@@ -63,12 +62,12 @@ class Journeys:
         stale = keys.root.weights_version != state.version
         prefix = state.finder.find(keys, range(0 if stale else wish.stop), exact=False)
         found = self._hop(PlanKind.FETCH, prefix.groups, prefix.begins, ticket if wish.waits else None)
-        missing = self._only(found, state.index.host_ranks[found.entries] == 0)
+        missing = self._only(found, self._only_on_disk(found.entries))
         ticket.cover(prefix.blocks, Outcome.EXISTING)
         for block in missing.blocks.tolist():
             ticket.outcome[block] = Outcome.WAITING if wish.waits else Outcome.PENDING
         state.index.pin(found.entries)  # what is there of the prefix must not go to make room for the rest
-        placed = self._target(missing)
+        placed = self._target(missing, np.ones(len(missing.entries), np.bool_))
         state.unpinned(state.index.unpin(found.entries))
         for block in missing.blocks[~placed].tolist():
             ticket.fail(block, Reason.REFUSED)
@@ -112,24 +111,47 @@ class Journeys:
 
     def _tiers(self, groups: Sequence[EntryRows], begins: Sequence[int], first: int, blocks: int) -> bytearray:
         """Per block from ``first`` on, the slowest of its groups' tiers."""
-        index = self._state.index
-        tiers = bytearray((Tier.HOST,)) * blocks
+        state = self._state
+        tiers = bytearray((state.top_tier,)) * blocks
         for begin, entries in zip(begins, groups, strict=True):
-            if not index.all_on_host(entries):
-                np.frombuffer(tiers, np.uint8)[begin - first :][~index.on_host(entries)] = Tier.DISK
+            if state.device is not None or not state.index.all_on_host(entries):
+                own = np.frombuffer(tiers, np.uint8)[begin - first :]
+                np.maximum(own, state.tiers_of(entries), out=own)
         return tiers
 
-    def _target(self, hop: Hop) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Reserve host extents for the rows that no rank has in host memory; returns which rows got one."""
+    def _promote(self, hop: Hop, ticket: Ticket) -> None:
+        """Reserve room, where policy wants it, for what is loaded: one tier up, from the slowest tier of all."""
+        state = self._state
+        if Tier.DISK in ticket.tiers:
+            if state.config.read.promote:
+                self._target(hop, self._only_on_disk(hop.entries))
+        elif state.device is not None and state.config.device.promote and Tier.HOST in ticket.tiers:
+            hop.tier = Tier.DEVICE
+            self._target(hop, self._raw_on_host(hop.entries) & (state.device.copies.ranks[hop.entries] == 0))
+
+    def _only_on_disk(self, entries: EntryRows) -> Mask:
+        """Which of ``entries``, all readable, no memory tier has."""
+        index = self._state.index
+        only: Mask = (index.host_ranks[entries] == 0) & ~index.on_device(entries)
+        return only
+
+    def _raw_on_host(self, entries: EntryRows) -> Mask:
+        """Which of ``entries`` have whole raw records in host memory, as the device takes them."""
+        index = self._state.index
+        lengths = np.array(self._state.layout.record_pages, np.int32)[index.table.groups[entries]]
+        raw: Mask = index.on_host(entries) & (index.host_pages[:, entries] == lengths).all(axis=0)
+        return raw
+
+    def _target(self, hop: Hop, wanted: Mask) -> Mask:
+        """Reserve extents in the hop's tier for the ``wanted`` rows; returns which rows got one."""
         state, index = self._state, self._state.index
         placed = np.zeros(len(hop.entries), np.bool_)
-        if index.all_on_host(hop.entries):
+        if not wanted.any():
             return placed
-        elsewhere = index.host_ranks[hop.entries] == 0
         index.pin(hop.entries)
         for group, pages in enumerate(state.layout.record_pages):
-            rows = np.flatnonzero(elsewhere & (index.table.groups[hop.entries] == group)).astype(np.int32)
-            fit, starts = state.host.reserve(group, len(rows))
+            rows = np.flatnonzero(wanted & (index.table.groups[hop.entries] == group)).astype(np.int32)
+            fit, starts = state.books[hop.tier].reserve(group, len(rows))
             placed[rows[:fit]] = True
             for rank, first_pages in starts.items():
                 mine = targets_of(first_pages, rows[:fit], len(hop.entries), pages)
@@ -137,7 +159,7 @@ class Journeys:
         index.unpin(hop.entries)
         return placed
 
-    def _only(self, hop: Hop, rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Hop:
+    def _only(self, hop: Hop, rows: Mask) -> Hop:
         less = Hop(hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket)
         less.targets = {rank: target.of_rows(rows) for rank, target in hop.targets.items()}
         return less

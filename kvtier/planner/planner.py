@@ -28,7 +28,6 @@ from kvtier.core.plan import (
     Priority,
     Reason,
     Recovered,
-    Tier,
 )
 from kvtier.errors import ConfigError
 from kvtier.index.cells import Cells
@@ -40,6 +39,7 @@ from kvtier.planner.finding import Found
 from kvtier.planner.joint import JointPlans
 from kvtier.planner.journeys import Journeys
 from kvtier.planner.leases import Lease
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.recovery import Recovery
 from kvtier.planner.reports import Reports
 from kvtier.planner.sessions import Sessions
@@ -50,6 +50,7 @@ from kvtier.planner.tickets import Durability, Ticket
 from kvtier.planner.upkeep import Upkeep
 from kvtier.planner.windows import Windows
 from kvtier.planner.wishes import FlushWish, LoadWish, PrefetchWish, StoreWish, Wish
+from kvtier.planner.writes import WriteQueue
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -68,7 +69,8 @@ class Planner:
         """
         if not 1 <= ranks <= MAX_RANKS:
             raise ConfigError(f"ranks = {ranks}: between 1 and {MAX_RANKS} are served")
-        self._state = ControlState(config, layout, Cells(max_entries(config, layout), ranks))
+        index = Cells(max_entries(config, layout), ranks, has_device=config.device.capacity > 0)
+        self._state = ControlState(config, layout, index)
         stages = self._stages = Stages(self._state)
         self._journeys = Journeys(self._state, stages)
         self._stores = Stores(self._state, stages)
@@ -111,11 +113,12 @@ class Planner:
             pending_blocks=self._pending_after(keys, wanted, found.blocks), lineage=self._lineage(found),
             replay_tokens=found.replay_tokens,
         )  # fmt: skip
-        state.host.now_s = now_s
-        for group in (*state.windows.whole, *state.windows.partial):  # what only a hit's end needs is the newer one
-            state.host.touch(found.groups[group])
-        for group in state.windows.partial:
-            state.host.keep(found.groups[group])
+        for book in state.books.values():
+            book.now_s = now_s
+            for group in (*state.windows.whole, *state.windows.partial):  # what only a hit's end needs is the newer one
+                book.touch(found.groups[group])
+            for group in state.windows.partial:
+                book.keep(found.groups[group])
         state.counts["lookup_tokens"] += keys.num_tokens - start
         state.counts["hit_tokens"] += max(0, found.stop * keys.block_tokens - start)
         if found.replay_tokens:
@@ -146,7 +149,8 @@ class Planner:
         planned, by a mistake of ours, is refused, and all others are planned: ``take_mistakes`` says why.
         """
         if now_s is not None:
-            self._state.host.now_s = now_s
+            for book in self._state.books.values():
+                book.now_s = now_s
         for _, alike in groupby(wishes, self._joint.likeness):
             for portion in self._joint.portions(alike):
                 alone = portion
@@ -370,13 +374,17 @@ class Planner:
     def counters(self) -> dict[str, float]:
         """What happened so far; names end in their unit."""
         state = self._state
-        return {**state.counts, "evicted_entries": state.host.evicted, "dropped_events": state.events.dropped}
+        evicted = {"evicted_entries": state.host.evicted}
+        if state.device is not None:
+            evicted["evicted_device_entries"] = state.device.evicted
+        return {**state.counts, **evicted, "dropped_events": state.events.dropped}
 
     def levels(self) -> dict[str, float]:
         """How things are now; names end in their unit."""
         state, touched = self._state, self._state.index.table.touched
         spaces = state.host.spaces.values()
-        return {
+        levels = {} if state.device is None else _levels_of_device(state.device, state.landing)
+        return levels | {
             "entries": state.index.count,
             "host_entries": len(state.host),
             "disk_entries": int(np.count_nonzero(state.index.disk_ranks[:touched])),
@@ -416,9 +424,10 @@ class Planner:
         self.follow_up()
 
     def _tiers(self, found: Found) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        tiers = np.full(found.blocks, Tier.HOST, np.uint8)
+        tiers = np.full(found.blocks, self._state.top_tier, np.uint8)
         for begin, entries in zip(found.begins, found.groups, strict=True):
-            tiers[begin - found.first :][~self._state.index.on_host(entries)] = Tier.DISK
+            own = tiers[begin - found.first :]
+            np.maximum(own, self._state.tiers_of(entries), out=own)
         return tiers
 
     def _lineage(self, found: Found) -> int:
@@ -438,8 +447,18 @@ class Planner:
         return at - first
 
 
+def _levels_of_device(device: MemoryBook, landing: WriteQueue) -> dict[str, float]:
+    spaces = device.spaces.values()
+    return {
+        "device_entries": len(device),
+        "device_used_bytes": PAGE_BYTES * sum(space.used_pages for space in spaces),
+        "device_capacity_bytes": PAGE_BYTES * sum(space.capacity_pages for space in spaces),
+        "landing_backlog_entries": landing.backlog,
+    }
+
+
 def max_entries(config: Config, layout: KVLayout) -> int:
     """Entries that the tiers can hold, doubled for compression and for links that outlive their copies."""
-    nbytes = config.host.capacity + config.disk.capacity * bool(config.disk.directories)
+    nbytes = config.device.capacity + config.host.capacity + config.disk.capacity * bool(config.disk.directories)
     smallest = min(layout.record_pages) * PAGE_BYTES
     return min(_MAX_ENTRIES, 2 * (nbytes // smallest) * len(layout.groups) + 4096)

@@ -105,7 +105,7 @@ class Recovery:
         """
         state, index = self._state, self._state.index
         found_exact, known_exact = rows["lineage"] == Lineage.EXACT, index.lineage[entries] == Lineage.EXACT
-        bare = (index.host_ranks[entries] | index.disk_ranks[entries] | state.being_stored(entries)) == 0
+        bare = (index.having(entries) | state.being_stored(entries)) == 0
         over = (found_exact & ~known_exact) | (~found_exact & known_exact & bare & (index.pins[entries] > 0))
         over &= entries >= 0
         old = entries[over]
@@ -116,7 +116,7 @@ class Recovery:
     def _useful(self, rank: int, entries: EntryRows, rows: Table) -> Mask:
         """Rows that are no worse than what is known: unknown blocks, ghosts, and newer copies of the same lineage."""
         index, sequences = self._state.index, self._sequences[rank]
-        held = (index.host_ranks[entries] | index.disk_ranks[entries]) != 0
+        held = index.having(entries) != 0
         held |= self._state.being_stored(entries)
         same = rows["lineage"] == index.lineage[entries]
         here = (index.disk_ranks[entries] >> np.uint32(rank) & np.uint32(1)).astype(np.bool_)

@@ -33,6 +33,8 @@ class Reports:
             self.detach(hello.rank)
         state.incarnations[hello.rank] = hello.incarnation
         state.host.attach(hello.rank, hello.host_pages)
+        if state.device is not None:
+            state.device.attach(hello.rank, hello.device_pages)
         state.disk.attach(hello)
         if hello.disk_bytes:
             self._recovery.begin(hello.rank)
@@ -41,7 +43,8 @@ class Reports:
         """The data plane of ``rank`` is gone: nothing is asked of it before another says hello."""
         del self._state.incarnations[rank]  # first: what its plans end may ask for more
         self._void(rank)
-        self._state.host.attach(rank, 0)
+        for book in self._state.books.values():
+            book.attach(rank, 0)
         self._state.disk.detach(rank)
         self._recovery.give_up(rank)
 
@@ -51,15 +54,16 @@ class Reports:
         self._commits.void(rank)
         bit = np.uint32(1 << rank)
         touched = slice(0, index.table.touched)
-        on_host = np.flatnonzero(index.host_ranks[touched] & bit).astype(np.int32)
-        on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
-        for entry in on_host.tolist():
-            state.host.drop(entry)
+        either = on_disk = np.flatnonzero(index.disk_ranks[touched] & bit).astype(np.int32)
         complete = on_disk[index.on_disk(on_disk)]
+        for tier, book in state.books.items():
+            there = np.flatnonzero(book.copies.ranks[touched] & bit).astype(np.int32)
+            for entry in there.tolist():
+                book.drop(entry)
+            state.tell("removed", there, tier)
+            either = np.union1d(either, there)
         index.drop_disk(rank, on_disk)
-        state.tell("removed", on_host, Tier.HOST)
         state.tell("removed", complete, Tier.DISK)
-        either = np.union1d(on_host, on_disk)
         self._note_lost(index.readable(either))
         state.forget_unreadable(either)
 
@@ -71,13 +75,14 @@ class Reports:
             if entry < 0 or not self._is_at(entry, rank, row):
                 continue
             lost = np.array([entry], np.int32)
-            if row["tier"] == Tier.HOST:
-                state.host.drop(entry)
-                state.tell("removed", lost, Tier.HOST)
+            tier = Tier(int(row["tier"]))
+            if tier in state.books:
+                state.books[tier].drop(entry)
+                state.tell("removed", lost, tier)
                 self._note_lost(index.readable(lost))
                 state.forget_unreadable(lost)
             else:
-                self._note_lost(index.on_host(lost))
+                self._note_lost(index.on_host(lost) | index.on_device(lost))
                 state.leave_disk(rank, lost)
 
     def _note_lost(self, is_kept: Mask) -> None:
@@ -87,8 +92,12 @@ class Reports:
     def _is_at(self, entry: int, rank: int, row: np.void) -> bool:
         """Whether the copy that ``rank`` has of ``entry`` is the one that ``row`` (dtype ``LOST``) speaks of."""
         index = self._state.index
-        if row["tier"] == Tier.HOST:
-            return bool(index.host_ranks[entry] >> rank & 1 and index.host_page[rank, entry] == row["page"])
+        tier = Tier(int(row["tier"]))
+        if tier != Tier.DISK:
+            book = self._state.books.get(tier)
+            if book is None:
+                return False
+            return bool(book.copies.ranks[entry] >> rank & 1 and book.copies.page[rank, entry] == row["page"])
         place = (index.disk_segment[rank, entry], index.disk_page[rank, entry])
         generation = index.generations(rank, np.array([entry], np.int32))[0]
         return bool(
@@ -101,5 +110,5 @@ class Reports:
         """How a directory is; one that cannot be used any more loses all its copies."""
         if self._state.disk.update(report):
             entries = self._state.index.in_directory(report.rank, report.directory)
-            self._note_lost(self._state.index.on_host(entries))
+            self._note_lost(self._state.index.on_host(entries) | self._state.index.on_device(entries))
             self._state.leave_disk(report.rank, entries)

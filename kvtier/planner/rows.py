@@ -15,7 +15,7 @@ NO_PARENTS: Final = b""
 """Of rows whose parents nobody has to write down."""
 _NO_KEY: Final = bytes(KEY_BYTES)
 _EMPTY_ROW: Final = np.zeros(1, ROW)
-for _place in ("host_page", "disk_segment", "target_page"):
+for _place in ("device_page", "host_page", "disk_segment", "target_page"):
     _EMPTY_ROW[_place] = NOWHERE
 
 
@@ -28,6 +28,8 @@ def plan_rows(index: Cells, hop: Hop, rank: int, parents: bytes) -> Table:
 
 def _one_row(index: Cells, hop: Hop, rank: int, parent: bytes) -> Table:
     entry, block = hop.entries.item(), hop.blocks.item()
+    device = index.device
+    on_device = device is not None and device.ranks_at[entry] >> rank & 1
     on_host = index.host_ranks_at[entry] >> rank & 1
     on_disk = index.disk_ranks_at[entry] >> rank & 1
     target = hop.targets.get(rank)
@@ -40,8 +42,10 @@ def _one_row(index: Cells, hop: Hop, rank: int, parent: bytes) -> Table:
         index.depth_at[entry],
         block,
         index.tokens_at[entry],
-        index.host_page_at[rank][entry] if on_host else NOWHERE,
-        index.host_pages_at[rank][entry] if on_host else 0,
+        device.page_at[rank][entry] if device is not None and on_device else NOWHERE,
+        device.pages_at[rank][entry] if device is not None and on_device else 0,
+        index.host.page_at[rank][entry] if on_host else NOWHERE,
+        index.host.pages_at[rank][entry] if on_host else 0,
         index.disk_segment[rank, entry] if on_disk else NOWHERE,
         index.disk_page[rank, entry] if on_disk else 0,
         index.disk_pages[rank, entry] if on_disk else 0,
@@ -74,6 +78,10 @@ def _many_rows(index: Cells, hop: Hop, rank: int, parents: bytes) -> Table:
 def _fill_copies(rows: Table, index: Cells, entries: np.ndarray[tuple[int], np.dtype[np.int32]], rank: int) -> None:
     """The places of the copies that ``rank`` has."""
     bit = np.uint32(1 << rank)
+    if index.device is not None:
+        on_device = index.device.ranks[entries] & bit
+        rows["device_page"] = np.where(on_device, index.device.page[rank, entries], NOWHERE)
+        rows["device_pages"] = index.device.pages[rank, entries]
     on_host = index.host_ranks[entries] & bit
     if np.count_nonzero(on_host):
         rows["host_page"] = np.where(on_host, index.host_page[rank, entries], NOWHERE)

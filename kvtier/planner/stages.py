@@ -57,7 +57,8 @@ class Stages:
     def _await_writes(self, ticket: Ticket) -> None:
         state = self._state
         if ticket.kind == TicketKind.FLUSH:
-            entries = wide(np.array(list(state.host.candidates()), np.int32))
+            kept = {entry: None for book in state.books.values() for entry in book.candidates()}
+            entries = wide(np.array(list(kept), np.int32))
             entries = entries[state.which_spill(entries)]
             blocks = np.zeros(len(entries), np.int32)
         else:

@@ -11,18 +11,22 @@ from kvtier.config import Config
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import NOWHERE, Plan, PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import Cells, wide
+from kvtier.index.copies import Copies
 from kvtier.index.entries import EntryRows, KeyRows, Mask
 from kvtier.models.layout import KVLayout
 from kvtier.planner.checkpoints import Checkpoints
+from kvtier.planner.device import DeviceKeeper
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
+from kvtier.planner.eviction import Keeper
 from kvtier.planner.finding import Finder
 from kvtier.planner.hops import Hop, Ints
-from kvtier.planner.host import HostBook
 from kvtier.planner.leases import LeaseBook
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.rows import NO_PARENTS, plan_rows
 from kvtier.planner.tickets import Ticket
 from kvtier.planner.windows import Windows
+from kvtier.planner.writes import WriteQueue
 from kvtier.policy import EVICTION_POLICIES, TwoAges
 
 _COUNTER: Final = {(change, tier): f"{change}_{tier.label}_blocks" for change in ("stored", "removed") for tier in Tier}
@@ -45,7 +49,15 @@ class ControlState:
         self.spilled_groups = frozenset(spilled)
         """Groups that go to disk."""
         self._spills_all = len(self.spilled_groups) == len(layout.groups)
-        self.host = self._host_book()
+        self.host = self._book(index.host, self)
+        self.landing = WriteQueue(config.host.staging, index.table.capacity if index.device is not None else 0)
+        """Blocks of the device tier that host memory has to have, too."""
+        self.device_keeper = DeviceKeeper(self)
+        self.device = None if index.device is None else self._book(index.device, self.device_keeper)
+        self.books = {Tier.HOST: self.host} if self.device is None else {Tier.DEVICE: self.device, Tier.HOST: self.host}
+        """The memory tiers, the fastest first."""
+        self.top_tier = next(iter(self.books))
+        self.top = self.books[self.top_tier]
         self.disk = DiskBook(config.host.staging, index.table.capacity)
         self.leases = LeaseBook(index)
         self.events = ControlEvents()
@@ -74,13 +86,13 @@ class ControlState:
         self.block_bytes = sum(layout.block_bytes)
         self._next_number = 0
 
-    def _host_book(self) -> HostBook:
+    def _book(self, copies: Copies, keeper: Keeper) -> MemoryBook:
         kind, capacity = EVICTION_POLICIES[self.config.policy.eviction], self.index.table.capacity
         if not self.windows.partial:
-            return HostBook(self.index, kind(capacity), self.layout.record_pages, self)
+            return MemoryBook(self.index, copies, kind(capacity), self.layout.record_pages, keeper)
         ages = TwoAges(kind, capacity)
         checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
-        return HostBook(self.index, ages, self.layout.record_pages, self, checkpoints)
+        return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints)
 
     @property
     def attached(self) -> bool:
@@ -91,6 +103,15 @@ class ControlState:
         """Whether ``nbytes`` more of ``kind`` may be under way; whatever its size, one alone always may."""
         under_way = self.in_flight_bytes[kind]
         return not under_way or under_way + nbytes <= limit_bytes
+
+    def tiers_of(self, entries: EntryRows) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Of each of ``entries``, all readable, the fastest tier that every rank has it in."""
+        tiers = np.full(len(entries), Tier.HOST, np.uint8)
+        if not self.index.all_on_host(entries):
+            tiers[~self.index.on_host(entries)] = Tier.DISK
+        if self.device is not None:
+            tiers[self.device.copies.are_complete(entries)] = Tier.DEVICE
+        return tiers
 
     def nbytes_of(self, entries: EntryRows) -> int:
         """What ``entries`` take in engine memory."""
@@ -158,7 +179,7 @@ class ControlState:
                 plan_id=hop.plan_id, rank=rank, kind=hop.kind, priority=priority,
                 rows=plan_rows(self.index, hop, rank, parents), chains=chains, pages=pages, start=start, stop=stop,
                 durable=durable, deadline_s=deadline_s, segment=hop.segment, generation=hop.generation,
-                incarnation=self.incarnations.get(rank, NOWHERE),
+                incarnation=self.incarnations.get(rank, NOWHERE), target=hop.tier,
             )
             for rank in hop.unanswered
         ]  # fmt: skip
@@ -186,7 +207,8 @@ class ControlState:
         index = self.index
         for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)
-        self.host.unpinned(entries)
+        for book in self.books.values():
+            book.unpinned(entries)
         bare = index.bare(entries)
         if len(self.layout.groups) > 1:
             self._release(np.union1d(self._with_dead(bare), self._drop_orphans(entries)))
@@ -197,17 +219,32 @@ class ControlState:
         """Their keys are for other content now: nobody finds them any more, and they go with their last pin."""
         if not len(entries):
             return
-        self.tell("removed", entries[self.index.on_host(entries)], Tier.HOST)
-        self.tell("removed", entries[self.index.on_disk(entries)], Tier.DISK)
+        self._tell_gone(entries)
         for entry in entries.tolist():
             self.index.unlink(entry)
 
+    def _tell_gone(self, entries: EntryRows) -> None:
+        """No copy of ``entries`` will be found any more, in any tier."""
+        for tier, book in self.books.items():
+            self.tell("removed", entries[book.copies.are_complete(entries)], tier)
+        self.tell("removed", entries[self.index.on_disk(entries)], Tier.DISK)
+
+    def _drop_from_memory(self, entries: EntryRows) -> None:
+        for book in self.books.values():
+            for entry in entries[book.copies.ranks[entries] != 0].tolist():
+                book.drop(entry)
+
     def _drop_superseded(self, entry: int) -> None:
-        self.disk.forget(np.array([entry], np.int32))
-        if self.index.host_ranks[entry]:
-            self.host.drop(entry)
+        one = np.array([entry], np.int32)
+        self._forget_refusals(one)
+        self._drop_from_memory(one)
         for rank in range(self.index.ranks):
-            self.index.drop_disk(rank, np.array([entry], np.int32))
+            self.index.drop_disk(rank, one)
+
+    def _forget_refusals(self, entries: EntryRows) -> None:
+        self.disk.forget(entries)
+        if self.device is not None:
+            self.landing.forget(entries)
 
     def leave_disk(self, rank: int, entries: EntryRows) -> None:
         """The copies that ``rank`` has of ``entries`` are gone: tell of those that were complete on disk until now."""
@@ -219,20 +256,25 @@ class ControlState:
     def forget_unreadable(self, entries: EntryRows) -> None:
         """Forget those of ``entries`` that cannot be read any more and that nothing holds."""
         gone = entries[~self.index.readable(entries)]
-        for entry in gone[self.index.host_ranks[gone] != 0].tolist():
-            self.host.drop(entry)
+        self._drop_from_memory(gone)
         self._forget(gone)
 
     def evicted(self, entries: EntryRows) -> None:
         """The host copies of ``entries`` are gone: tell, and forget those that cannot be read any more."""
-        self.tell("removed", entries, Tier.HOST)
-        if np.count_nonzero(self.index.disk_ranks[entries]):
+        self.left_memory(entries, Tier.HOST)
+
+    def left_memory(self, entries: EntryRows, tier: Tier) -> None:
+        """The copies of ``entries`` in that memory tier are gone."""
+        self.tell("removed", entries, tier)
+        if self.device is not None:
+            entries = entries[~self.index.readable(entries)]
+        elif np.count_nonzero(self.index.disk_ranks[entries]):
             entries = entries[~self.index.on_disk(entries)]
         self.lost_blocks |= len(entries) > 0
         if len(self.layout.groups) > 1:  # in the middle of a pass over host memory nothing else may leave it
             self._gone += self._blocks_of(entries)
             self._cut_off.update(self.index.parent[entries].tolist())
-        self.disk.forget(entries)
+        self._forget_refusals(entries)
         self._release(entries)
 
     def made_room(self) -> None:
@@ -273,7 +315,7 @@ class ControlState:
         """Nothing of ``entries`` is left to be written, or to be kept unless somebody holds it."""
         if len(self.layout.groups) > 1:
             entries = self._with_dead(entries)
-        self.disk.forget(entries)
+        self._forget_refusals(entries)
         self._release(entries)
 
     def _with_dead(self, gone: EntryRows) -> EntryRows:
@@ -283,7 +325,7 @@ class ControlState:
         go of.
         """
         index, all_gone = self.index, [gone]
-        while len(gone := gone[(index.host_ranks[gone] | index.disk_ranks[gone]) == 0]):
+        while len(gone := gone[index.having(gone) == 0]):
             dropped = [self._drop_blocks(group, keys) for group, keys in self._blocks_of(gone)]
             gone = np.concatenate([gone[:0], *dropped])
             all_gone.append(gone)
@@ -318,13 +360,13 @@ class ControlState:
         index = self.index
         entries = wide(entries[entries >= 0])
         held = (index.pins[entries] > 0) | self.disk.which_await_write(entries)
-        entries = entries[~held & ((index.host_ranks[entries] | index.disk_ranks[entries]) != 0)]
+        if self.device is not None:
+            held |= self.landing.which_await_write(entries)
+        entries = entries[~held & (index.having(entries) != 0)]
         if not len(entries):
             return entries
-        self.tell("removed", entries[index.on_host(entries)], Tier.HOST)
-        self.tell("removed", entries[index.on_disk(entries)], Tier.DISK)
-        for entry in entries[index.host_ranks[entries] != 0].tolist():
-            self.host.drop(entry)
+        self._tell_gone(entries)
+        self._drop_from_memory(entries)
         for rank in range(index.ranks):
             index.drop_disk(rank, entries)
         self.counts["dropped_dead_blocks"] += len(entries)
@@ -347,6 +389,16 @@ class ControlState:
             index, parents = self.index, self.index.parent[entries]
             keys = index.table.keys
             self.events.add(change, tier, keys[entries], keys[parents], parents >= 0, index.tokens[entries])
+
+    def end_postponed(self, entry: int, reason: int) -> list[Ticket]:
+        """What stood between ``entry`` and its write ended so; returns tickets that wait for nothing more."""
+        if not self.disk.is_postponed(entry):
+            return []
+        if reason == Reason.NONE:
+            self.disk.resume(entry, first=entry in self.row_waiters)
+            return []
+        self.disk.take_back(entry)
+        return self.row_ended(entry, reason)
 
     def row_ended(self, entry: int, reason: int) -> list[Ticket]:
         """A write that tickets wait for ended; returns those that wait for nothing more."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvtier.core.keys import Keys
 from kvtier.core.memory import PageTable
-from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason
+from kvtier.core.plan import PAGE_BYTES, Lineage, PlanKind, Priority, Reason, Tier
 from kvtier.index.cells import wide
 from kvtier.index.entries import MISSING, EntryRows, Mask
 from kvtier.planner.hops import (
@@ -56,6 +56,7 @@ class _Room:
     rows: Ints
     starts: dict[int, list[int]]
     refused: Ints
+    tier: Tier = Tier.HOST
 
 
 @dataclass(slots=True, eq=False)
@@ -69,10 +70,12 @@ class _NewRows:
     """Of the longest record among them."""
     between: EntryRows
     """Windows and states that no hit is likely to end with."""
+    tier: Tier = Tier.HOST
+    """That the extents are in."""
 
     @classmethod
     def together(cls, parts: Sequence[_NewRows]) -> _NewRows:
-        """All of ``parts``, at least one, one after the other."""
+        """All of ``parts``, at least one, of one tier, one after the other."""
         if len(parts) == 1:
             return parts[0]
         targets = {
@@ -84,7 +87,7 @@ class _NewRows:
         }
         return cls(
             np.concatenate([part.entries for part in parts]), np.concatenate([part.blocks for part in parts]), targets,
-            max(part.pages for part in parts), np.concatenate([part.between for part in parts]),
+            max(part.pages for part in parts), np.concatenate([part.between for part in parts]), parts[0].tier,
         )  # fmt: skip
 
 
@@ -176,8 +179,8 @@ class Stores:
 
     def _add_partial(self, wish: StoreWish, part: _Asked, shields: list[EntryRows]) -> list[_NewRows]:
         wanted = self._wanted(wish.ticket, part, wish.lineage, shields)
-        if not part.are_spare:
-            self._state.host.keep(part.entries[part.entries >= 0])
+        for book in self._state.books.values() if not part.are_spare else ():
+            book.keep(part.entries[part.entries >= 0])
         return self._add(wish, (part,), (wanted,))
 
     def _make_entries_free(self, count: int) -> None:
@@ -189,7 +192,7 @@ class Stores:
         index, counts = self._state.index, self._state.counts
         if self._spare_entries >= count:
             return
-        gone = counts["removed_host_blocks"] + counts["removed_disk_blocks"]
+        gone = counts["removed_device_blocks"] + counts["removed_host_blocks"] + counts["removed_disk_blocks"]
         if gone >= self._next_cut:
             index.cut_ghosts()
             self._next_cut = gone + self._least_free_entries
@@ -236,13 +239,13 @@ class Stores:
         key = keys.digests[block]
         if not state.is_plain or index.table.find_one(key, 0) >= 0 or self._spare_entries < 1:
             return False
-        if self._store_room(state.block_bytes) < 1 or (page := state.host.take_one()) < 0:
+        if self._store_room(state.block_bytes) < 1 or (page := state.top.take_one()) < 0:
             return False
         before = self.before(keys, 0, block) if keys.chained else MISSING
         entry = index.add_one(key, before, depth=block, tokens=keys.block_tokens, lineage=wish.lineage)
         one = np.array((entry, block, page, state.layout.record_pages[0]), np.int32)
         hop = Hop(state.next_number(), PlanKind.STORE, one[:1], one[1:2], 1, state.version, wish.ticket)
-        hop.targets = {0: Targets(one[2:3], one[3:])}
+        hop.targets, hop.tier = {0: Targets(one[2:3], one[3:])}, state.top_tier
         self.send(hop, keys.parent(block), wish.pages, wish.start, wish.stop * keys.block_tokens)
         return True
 
@@ -259,7 +262,8 @@ class Stores:
         self._supersede(entries, lineage)
         shields.append(entries[entries >= 0])
         kept = (entries >= 0) & state.index.readable(entries)
-        state.host.touch(entries[kept])
+        for book in state.books.values():
+            book.touch(entries[kept])
         self._join(ticket, part)
         wanted = wide((~kept).nonzero()[0])
         if state.storing and len(wanted):
@@ -340,13 +344,30 @@ class Stores:
         most = min(len(wanted), index.table.free, self._store_room(state.layout.block_bytes[group]))
         shield = self.at_stake((self.before(wish.keys, group, wish.ticket.first_block),) if part.is_chain else ())
         index.pin(shield)
-        reserve = state.host.reserve_spare if part.are_spare else state.host.reserve
         try:
-            fit, starts = reserve(group, most)
+            if part.are_spare:
+                tier, (fit, starts) = Tier.HOST, state.host.reserve_spare(group, most)
+            else:
+                on_device = wish.ticket.durability == Durability.MEMORY
+                tier, fit, starts = self.find_room(group, most, on_device=on_device)
         finally:
             state.unpinned(index.unpin(shield))
         refused = part.blocks[:0] if part.are_spare else part.blocks[wanted[fit:]]
-        return _Room(part, wanted[:fit], starts, refused)
+        return _Room(part, wanted[:fit], starts, refused, tier)
+
+    def find_room(self, group: int, count: int, *, on_device: bool = True) -> tuple[Tier, int, dict[int, list[int]]]:
+        """Room for ``count`` new records of ``group``, on the device where all of them fit, else in host memory.
+
+        Returns the tier, how many fit, and per rank the first pages of those. What has to reach the disk takes the
+        short way: not ``on_device``.
+        """
+        device = self._state.device
+        if on_device and device is not None and device.could_hold(group, count):
+            fit, starts = device.reserve(group, count)
+            if fit == count:
+                return Tier.DEVICE, fit, starts
+            device.cancel(group, starts)
+        return Tier.HOST, *self._state.host.reserve(group, count)
 
     def _without(self, room: _Room, refused: Ints) -> _Room:
         """``room`` without that of blocks that another group refused, which is free again."""
@@ -356,9 +377,9 @@ class Stores:
         pages = self._state.layout.record_pages[room.part.group]
         starts = {rank: np.array(first, np.int32) for rank, first in room.starts.items()}
         for rank, first in starts.items():
-            self._state.host.free((rank, start, pages) for start in first[~stays].tolist())
+            self._state.books[room.tier].free((rank, start, pages) for start in first[~stays].tolist())
         kept = {rank: first[stays].tolist() for rank, first in starts.items()}
-        return _Room(room.part, room.rows[stays], kept, room.refused)
+        return _Room(room.part, room.rows[stays], kept, room.refused, room.tier)
 
     def _enter(self, wish: StoreWish, room: _Room) -> _NewRows:
         """Entries of the rows that have room; fills those of its part in."""
@@ -375,7 +396,7 @@ class Stores:
         pages = state.layout.record_pages[part.group]
         lengths = np.array((pages,), np.int32).repeat(len(new))
         targets = {rank: Targets(np.array(first, np.int32), lengths) for rank, first in room.starts.items()}
-        return _NewRows(new, part.blocks[rows], targets, pages, between)
+        return _NewRows(new, part.blocks[rows], targets, pages, between, room.tier)
 
     def _add_chain(self, keys: Keys, group: int, first: int, count: int, lineage: Lineage) -> EntryRows:
         """New entries for ``count`` blocks from ``first`` on."""
@@ -414,7 +435,7 @@ class Stores:
         """One hop over all groups that need the whole prefix; windows and states, which may be much larger, alone."""
         ticket, whole = wish.ticket, len(self._state.windows.whole)
         alike = [part for part in new[:whole] if len(part.entries)]
-        parts = [_NewRows.together(alike)] if alike else []
+        parts = [_NewRows.together(alike)] if len({part.tier for part in alike}) == 1 else alike
         parts += [part for part in new[whole:] if len(part.entries)]
         for part in parts:
             self._send_store(wish, part)
@@ -429,7 +450,7 @@ class Stores:
             entries, blocks = part.entries[rows], part.blocks[rows]
             number, ranks = state.next_number(), state.index.every_rank
             hop = Hop(number, PlanKind.STORE, entries, blocks, ranks, state.version, ticket)
-            hop.targets = {rank: target.of_rows(rows) for rank, target in part.targets.items()}
+            hop.targets, hop.tier = {rank: target.of_rows(rows) for rank, target in part.targets.items()}, part.tier
             hop.between = np.intersect1d(part.between, entries) if len(part.between) else part.between
             self.send(hop, keys.parents(blocks.tolist()), wish.pages, wish.start, wish.stop * keys.block_tokens)
 

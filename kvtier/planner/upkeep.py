@@ -1,9 +1,7 @@
-"""What nobody asked for: spills over the watermark, queued writes, reclaims."""
+"""What nobody asked for: spills over the watermark, queued landings and writes, reclaims."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -12,16 +10,14 @@ from kvtier.core.plan import PAGE_BYTES, PlanKind, Priority, Reason
 from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows
 from kvtier.planner.disk import Directory
+from kvtier.planner.draining import Drain
 from kvtier.planner.hops import WRITE_HOP_BYTES, Hop, stretches
+from kvtier.planner.landings import Landings
 from kvtier.planner.stages import Stages
 from kvtier.planner.state import ControlState
 
-_ENTRIES_LOOKED_AT: Final = 4096
 _NO_ENTRIES: Final = np.empty(0, np.int32)
-_NOTHING_SEEN: Final = (-1, -1, -1)
 _RECLAIMS_IN_VAIN: Final = 8
-_EVICTED_A_TURN: Final = 256
-"""Room is made ahead in steps of less than a millisecond: nobody waits for what nobody asked for."""
 
 
 class Upkeep:
@@ -31,20 +27,21 @@ class Upkeep:
         """Tickets that wait for a write go on through ``stages``."""
         self._state = state
         self._stages = stages
-        self._draining = False
-        self._seen = _NOTHING_SEEN
+        self._host = Drain(state, state.host, state.disk, state)
+        self._device = None
+        if state.device is not None:
+            self._device = Drain(state, state.device, state.landing, state.device_keeper)
+        self._landings = Landings(state, stages)
 
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
-        host, limits = self._state.host, self._state.config.host
-        host.expire()
-        self._draining = host.is_above(limits.low_watermark if self._draining else limits.high_watermark)
-        if self._draining:
-            self._drain()
-        else:
-            self._seen = _NOTHING_SEEN
+        if self._device is not None:
+            self._device.plan(may_write=True)
+        self._host.plan(may_write=self._state.disk.usable)
         if self._state.disk.backlog:
             self._write()
+        if self._state.landing.backlog:
+            self._landings.plan()
         for rank, disk in self._state.disk.ranks.items():
             for directory in disk.directories.values():
                 while directory.waits_for_segments and self._reclaim(rank, directory):
@@ -81,45 +78,6 @@ class Upkeep:
             for directory in disk.directories.values()
         )
 
-    def _drain(self) -> None:
-        """Look at what may go, unless nothing went the last time and nothing has changed since.
-
-        A change is a write that ended, or so many blocks more, less or unpinned that others may be queued or freed.
-        """
-        state = self._state
-        step = state.host.step_blocks
-        seen = (state.disk.ended, len(state.host) // step, state.unpinned_entries // step)
-        if seen != self._seen:
-            self._seen = _NOTHING_SEEN if self._spill_to_low_watermark() else seen
-
-    def _spill_to_low_watermark(self) -> bool:
-        """Free some of what is on disk already, the least worth keeping first; too little: queue the rest for it.
-
-        Returns whether something went.
-        """
-        state, low = self._state, self._state.config.host.low_watermark
-        free_pages = min(int((1 - low) * space.capacity_pages) for space in state.host.spaces.values())
-        gone = state.host.make_room(free_pages, _EVICTED_A_TURN)
-        if gone == _EVICTED_A_TURN or not state.disk.usable:
-            return bool(gone)
-        surplus = free_pages - state.host.free_pages
-        for entry in islice(self._movable(), _ENTRIES_LOOKED_AT):
-            if surplus <= 0:
-                break
-            if not state.disk.awaits_write(entry):
-                if state.may_go(entry):
-                    continue
-                state.disk.enqueue(entry)
-            surplus -= int(state.index.host_pages[0, entry])
-        return bool(gone)
-
-    def _movable(self) -> Iterator[int]:
-        """Entries in host memory, the least worth keeping first, without those that somebody holds."""
-        state, candidates = self._state, iter(self._state.host.candidates())
-        while len(some := wide(np.fromiter(islice(candidates, _ENTRIES_LOOKED_AT), np.int32))):
-            held = (state.index.pins[some] > 0) & ~state.disk.which_await_write(some)  # a write under way pins, too
-            yield from some[~held].tolist()
-
     def _write(self) -> None:
         state, more = self._state, True
         nbytes = max(state.layout.record_pages) * PAGE_BYTES
@@ -144,6 +102,9 @@ class Upkeep:
 
     def _write_those(self, entries: list[int], nbytes: int) -> None:
         state, wanted = self._state, wide(np.array(entries, np.int32))
+        if state.device is not None and state.disk.usable:
+            wanted = self._without_unlanded(wanted)
+            entries = wanted.tolist()
         wanted = wanted[state.index.on_host(wanted) & ~state.index.on_disk(wanted)] if state.disk.usable else wanted[:0]
         going = set(wanted.tolist())
         hindrance = Reason.GONE if state.disk.usable else Reason.NO_DISK
@@ -159,6 +120,16 @@ class Upkeep:
             except Exception as error:  # a mistake of ours
                 state.mistakes.append(("planning a write", error))
                 self._refuse(wanted[rows])
+
+    def _without_unlanded(self, entries: EntryRows) -> EntryRows:
+        """``entries`` without those of the device alone: they go to disk when they have landed in host memory."""
+        state, index = self._state, self._state.index
+        unlanded = index.on_device(entries) & ~index.on_host(entries) & ~index.on_disk(entries)
+        for entry in entries[unlanded].tolist():
+            state.disk.postpone(entry)
+            state.landing.enqueue(entry, first=True)
+            self._landings.look_again()
+        return wide(entries[~unlanded]) if unlanded.any() else entries
 
     def _refuse(self, entries: EntryRows) -> None:
         for entry in entries.tolist():

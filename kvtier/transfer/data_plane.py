@@ -15,6 +15,7 @@ from math import ceil
 from typing import Final
 
 import numpy as np
+import torch
 
 from kvtier.config import Config
 from kvtier.core.memory import KVMemory
@@ -35,9 +36,11 @@ from kvtier.metrics import Metrics, Sample
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.deadline import Deadline
 from kvtier.runtime.seam import Arena, Buffer, Event, Machine, Worker
+from kvtier.tiers.device import Slab, device_bytes, device_of
 from kvtier.transfer.endpoint import table_fits
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.gathering import StoreRun
+from kvtier.transfer.landing import LandRun
 from kvtier.transfer.paths import IDLE_THREADS_S, DiskPath, open_path
 from kvtier.transfer.reclaiming import ReclaimRun
 from kvtier.transfer.run import Run
@@ -54,6 +57,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.SPILL: SpillRun,
     PlanKind.SYNC: SyncRun,
     PlanKind.RECLAIM: ReclaimRun,
+    PlanKind.LAND: LandRun,
 }
 _HEADER_PAGES: Final = 512
 _HOUSEKEEPING_S: Final = 0.02
@@ -105,6 +109,7 @@ class DataPlane:
         self._workers: list[Worker] = []
         record_pages = max(layout.record_pages)
         _check_host(config, sum(layout.record_pages))
+        _check_device(config, sum(layout.record_pages))
         with ExitStack() as held:
             host = _make_arena(machine, "host", config.host.capacity // PAGE_BYTES * PAGE_BYTES, held)
             staging = _make_arena(machine, "staging", Staging.arena_bytes(config.host.staging, record_pages), held)
@@ -114,7 +119,7 @@ class DataPlane:
             self._equipment = Equipment(
                 rank=rank, incarnation=incarnation, layout=layout, verify_memory=config.read.verify_memory,
                 clock=machine.runtime.clock, host=host, staging=Staging(staging, record_pages),
-                headers=Staging(headers, 1, shares=False), paths=[],
+                headers=Staging(headers, 1, shares=False), paths=[], slab=_make_slab(config, machine, held),
                 metrics=Metrics(machine.runtime.lock(), max_series=config.metrics.max_series),
             )  # fmt: skip
             self._open_directories(layout, held)
@@ -453,6 +458,7 @@ class DataPlane:
                 rank=self.rank, incarnation=equipment.incarnation, placement=layout.placement,
                 block_tokens=layout.block_tokens, record_pages=layout.record_pages,
                 host_pages=equipment.host.data.nbytes // PAGE_BYTES,
+                device_pages=0 if equipment.slab is None else equipment.slab.page_count,
                 disk_bytes=sum(tier.capacity_bytes for tier in tiers),
                 segment_bytes=max((tier.segment_bytes for tier in tiers), default=0), directories=directories,
             )
@@ -470,6 +476,28 @@ def _make_arena(machine: Machine, name: str, nbytes: int, held: ExitStack) -> Ar
         ) from error
     held.callback(arena.close)
     return arena
+
+
+def _make_slab(config: Config, machine: Machine, held: ExitStack) -> Slab | None:
+    nbytes = config.device.capacity // PAGE_BYTES * PAGE_BYTES
+    if not nbytes:
+        return None
+    device = device_of(config.device.device)
+    if device.type == "cpu":
+        memory = torch.from_numpy(_make_arena(machine, "device", nbytes, held).data)
+    else:
+        memory = device_bytes(nbytes, device)
+    slab = Slab(memory, verifies=config.device.verify)
+    held.callback(slab.close)
+    return slab
+
+
+def _check_device(config: Config, block_pages: int) -> None:
+    if 0 < config.device.capacity < block_pages * PAGE_BYTES:
+        raise CapacityError(
+            f"device.capacity = {config.device.capacity}: one block of this model takes {block_pages * PAGE_BYTES}"
+            f" bytes; set it to at least {block_pages * PAGE_BYTES}, or to 0 for no device tier"
+        )
 
 
 def _check_host(config: Config, block_pages: int) -> None:

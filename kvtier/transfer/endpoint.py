@@ -7,8 +7,9 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from kvtier.core.memory import Bytes2D, KVMemory, PageTable, Tokens, WindowedMemory
+from kvtier.core.memory import Bytes2D, DeviceMemory, KVMemory, PageTable, Tokens, WindowedMemory
 from kvtier.core.plan import Plan, PlanKind, Table
 from kvtier.errors import ConfigError
 from kvtier.kernels import Addresses, RecordMemory, SliceTable
@@ -92,6 +93,46 @@ class Endpoint:
             )
         except BaseException as error:
             raise EngineMemoryError(f"scatter_records of {type(self.memory).__name__} raised {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceEndpoint:
+    """The same, for bytes in device memory; inside ``kernels.streams.in_order``."""
+
+    endpoint: Endpoint
+    on_device: DeviceMemory | None
+    """The memory, if it lies on a device itself. What lies in host memory passes through a buffer."""
+
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> DeviceEndpoint:
+        """Of any memory."""
+        memory = endpoint.memory
+        return cls(endpoint, memory if isinstance(memory, DeviceMemory) else None)
+
+    def gather(self, group: int, first_tokens: Tokens, parts: range, out: torch.Tensor) -> None:
+        """As ``Endpoint.gather``; ``out`` is uint8 ``[blocks, bytes of the parts]``."""
+        if self.on_device is not None:
+            try:
+                self.on_device.gather_on_device(self.endpoint.table, group, first_tokens, parts, out)
+            except BaseException as error:
+                raise EngineMemoryError(f"gather of {type(self.on_device).__name__} raised {error!r}") from error
+        elif out.device.type == "cpu":
+            self.endpoint.gather(group, first_tokens, parts, out.numpy())
+        else:
+            content = np.empty(tuple(out.shape), np.uint8)
+            self.endpoint.gather(group, first_tokens, parts, content)
+            out.copy_(torch.from_numpy(content))
+
+    def scatter(self, group: int, first_tokens: Tokens, parts: range, source: torch.Tensor) -> None:
+        """As ``Endpoint.scatter``."""
+        own = self.endpoint
+        if self.on_device is None:
+            own.scatter(group, first_tokens, parts, source.cpu().numpy())
+            return
+        try:
+            self.on_device.scatter_on_device(own.table, group, first_tokens, parts, source, own.start, own.stop)
+        except BaseException as error:
+            raise EngineMemoryError(f"scatter of {type(self.on_device).__name__} raised {error!r}") from error
 
 
 def table_fits(equipment: Equipment, plan: Plan) -> bool:

@@ -14,6 +14,7 @@ from kvtier.core.plan import Message, Priority
 from kvtier.metrics import Metrics
 from kvtier.models.layout import KVLayout
 from kvtier.runtime.seam import Arena, Buffer, Clock
+from kvtier.tiers.device import Slab
 from kvtier.transfer.faults import Faults
 from kvtier.transfer.paths import DiskPath
 from kvtier.transfer.shapes import RecordShape
@@ -49,6 +50,8 @@ class Equipment:
     headers: Staging
     metrics: Metrics
     paths: list[DiskPath]
+    slab: Slab | None = None
+    """The device tier, if there is one."""
     shapes: tuple[RecordShape, ...] = field(init=False)
     """Per group, what its raw records look like."""
     placement: bytes = field(init=False)

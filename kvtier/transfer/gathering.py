@@ -1,8 +1,9 @@
-"""Stores: engine pages -> host extents.
+"""Stores: engine pages -> host extents, or extents of the slab.
 
 Compiled kernels make checksums of the bytes in passing. Without them the engine, which waits for its pages, comes
 first: all pages are copied, and checksums follow. Where the caller waits for the disk instead, and where blocks are
-small, both are done at once all the same: the bytes are still in the cache.
+small, both are done at once all the same: the bytes are still in the cache. Records in the slab have no checksums:
+those are made when they land in host memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from kvtier.core.plan import PAGE_BYTES, Plan, Reason, Tier
-from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
+from kvtier.tiers.device import Slab
+from kvtier.transfer.device import gather_to_slab, note_residents
+from kvtier.transfer.endpoint import DeviceEndpoint, Endpoint, first_tokens, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Extents
@@ -51,26 +54,82 @@ class StoreRun(Run):
         del reason
 
     def _queue_gather(self, shape: RecordShape, rows: list[int]) -> None:
+        slab = self.equipment.slab if self.plan.target == Tier.DEVICE else None
+        if slab is not None:
+            self._queue_gather_to(slab, shape, rows)
+            return
         seal_at_once = self._seals_at_once(shape)
 
         def work() -> Failures:
             return self._gather_now(shape, rows)
 
         def finish(result: Failures | Exception) -> None:
-            self._gathers_left -= 1
-            failures = dict.fromkeys(rows, reason_of(result)) if isinstance(result, Exception) else result
-            for row, reason in failures.items():
-                self.failed(row, reason)
-            gathered = [row for row in rows if row not in failures] if failures else rows
+            gathered = self._gathered(rows, result)
             if gathered and seal_at_once:
                 self._sealed(shape, gathered)
             elif gathered:
                 self._queue_seal(shape, gathered)
-            self.settle()
-            if not self._gathers_left:
-                self.free_source()
+            self._gather_ended()
 
         self.equipment.work.put(Piece(Service.GATHER, work, finish))
+
+    def _gathered(self, rows: list[int], result: Failures | Exception) -> list[int]:
+        """Those of ``rows`` that could be gathered; the others have failed."""
+        failures = dict.fromkeys(rows, reason_of(result)) if isinstance(result, Exception) else result
+        for row, reason in failures.items():
+            self.failed(row, reason)
+        return [row for row in rows if row not in failures] if failures else rows
+
+    def _gather_ended(self) -> None:
+        self._gathers_left -= 1
+        self.settle()
+        if not self._gathers_left:
+            self.free_source()
+
+    # --- to the slab ------------------------------------------------------------------------------------------------
+
+    def _queue_gather_to(self, slab: Slab, shape: RecordShape, rows: list[int]) -> None:
+        digests: dict[int, int] = {}
+
+        def work() -> Failures:
+            failures: Failures = {}
+            source = Endpoint.of(self.equipment, self.plan)
+            if source is None:
+                return dict.fromkeys(rows, Reason.GONE)
+            with slab.ordered():
+                for batch in shape.batches(rows):
+                    self._gather_batch_to(slab, DeviceEndpoint.of(source), shape, batch, failures)
+            if slab.verifies and (whole := [row for row in rows if row not in failures]):
+                with slab.ordered():
+                    first = table_of(self.plan, whole)["target_page"].tolist()
+                    digests.update(zip(whole, slab.digests(first, shape.pages), strict=True))
+            return failures
+
+        def finish(result: Failures | Exception) -> None:
+            if gathered := self._gathered(rows, result):
+                found = [digests[row] for row in gathered] if slab.verifies else None
+                note_residents(slab, self.plan, gathered, shape, found, sealed=False)
+                self._landed(shape, gathered, Tier.DEVICE)
+            self._gather_ended()
+
+        self.equipment.work.put(Piece(Service.GATHER, work, finish))
+
+    def _gather_batch_to(
+        self, slab: Slab, source: DeviceEndpoint, shape: RecordShape, rows: list[int], failures: Failures
+    ) -> None:
+        """As ``_gather_batch``."""
+        tokens = first_tokens(self.equipment, self.plan, rows)
+        try:
+            gather_to_slab(slab, source, shape, tokens, table_of(self.plan, rows)["target_page"].tolist())
+        except EngineMemoryError as error:
+            reason = self.equipment.faults.of_engine(error)
+            if len(rows) == 1:
+                failures[rows[0]] = reason
+                return
+            for row in rows:
+                self._gather_batch_to(slab, source, shape, [row], failures)
+
+    # --- to host memory ---------------------------------------------------------------------------------------------
 
     def _gather_now(self, shape: RecordShape, rows: list[int]) -> Failures:
         """On a copy thread: which of ``rows`` could not be gathered."""
@@ -129,7 +188,10 @@ class StoreRun(Run):
         return Extents(self.equipment.host, table["target_page"], table["target_pages"])
 
     def _sealed(self, shape: RecordShape, rows: list[int]) -> None:
+        self._landed(shape, rows, Tier.HOST)
+
+    def _landed(self, shape: RecordShape, rows: list[int], tier: Tier) -> None:
         self.all_ok(
-            rows, moved_bytes=shape.pages * PAGE_BYTES, tier=Tier.HOST, page=table_of(self.plan, rows)["target_page"],
+            rows, moved_bytes=shape.pages * PAGE_BYTES, tier=tier, page=table_of(self.plan, rows)["target_page"],
             pages=shape.pages,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loads and fetches: any copy -> engine pages, or -> the host extent reserved for it, or both.
+"""Loads and fetches: any copy -> engine pages, or -> the extent reserved for it in a faster tier, or both.
 
 A copy is read at most twice and another copy at most once; after that the row is a miss. A damaged copy is reported
 lost. Reads go to the reserved extent where there is one, to staging otherwise: only the last copy, and only while the
@@ -8,6 +8,7 @@ caller still wants it, touches engine memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from kvtier.codecs.headers import Places
 from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Tier, direct_members
 from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
+from kvtier.tiers.device import Resident
 from kvtier.transfer.delivery import Delivery
-from kvtier.transfer.endpoint import Endpoint, table_of
+from kvtier.transfer.device import deliver_from_slab, note_residents
+from kvtier.transfer.endpoint import DeviceEndpoint, Endpoint, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Buffers, Extents
@@ -35,6 +38,16 @@ class _State(IntEnum):
     ENDED = 3
 
 
+@dataclass(slots=True, eq=False)
+class _Cargo:
+    """Rows on their way through a copy thread: from where, to whom, and what came of each so far."""
+
+    origin: Tier
+    target: Endpoint | None
+    buffer_of: dict[int, Buffer]
+    reasons: dict[int, Reason]
+
+
 class LoadRun(Run):
     """Runs one LOAD or FETCH plan."""
 
@@ -48,17 +61,26 @@ class LoadRun(Run):
         self.disk_page = rows["disk_page"].tolist()
         self.disk_pages = rows["disk_pages"].tolist()
         self.generation = rows["disk_generation"].tolist()
+        self.device_page = rows["device_page"].tolist()
         self.target_page = rows["target_page"].tolist()
+        """In host memory: what comes from disk is read right into it."""
+        self._residents: dict[int, Resident] = {}
+        self._promoted: set[int] = set()
+        self._digests: dict[int, int] = {}
+        if self._climbs:
+            self.target_page = [NOWHERE] * len(rows)
         self.states = bytearray((_State.WAITING,)) * len(rows)
         self._tried = [0] * len(rows)  # reads of any copy that were begun
         self._service = Service.LOAD if plan.priority == Priority.DEMAND else Service.FETCH
 
     def begin(self) -> None:
-        """Queue the rows that are in host memory for copying, the others for reading, adjacent ones together."""
+        """Queue the rows that are in memory for copying, the others for reading, adjacent ones together."""
         on_host, elsewhere = list(range(len(self.host_page))), []
+        if self.device_page.count(NOWHERE) < len(self.device_page):
+            on_host = self._begin_on_device()
         if NOWHERE in self.host_page:
-            on_host = [row for row, page in enumerate(self.host_page) if page != NOWHERE]
-            elsewhere = [row for row, page in enumerate(self.host_page) if page == NOWHERE]
+            elsewhere = [row for row in on_host if self.host_page[row] == NOWHERE]
+            on_host = [row for row in on_host if self.host_page[row] != NOWHERE]
         target = Endpoint.of(self.equipment, self.plan)
         are_long = target is not None and target.moves_records
         for rows in pieces(on_host, max(self.host_pages, default=1) * PAGE_BYTES, are_long=are_long):
@@ -70,6 +92,38 @@ class LoadRun(Run):
             if self.segment[row] == NOWHERE:
                 self._end(row, Reason.GONE)
         self.settle()
+
+    def _begin_on_device(self) -> list[int]:
+        """Queue the rows that are in the slab for copying; returns the others."""
+        on_device = [row for row, page in enumerate(self.device_page) if page != NOWHERE]
+        for row in on_device:
+            self._tried[row] += 1
+        there = self._those_in_slab(on_device)
+        for shape, own in self.by_group(there):
+            for rows in pieces(own, shape.pages * PAGE_BYTES):
+                self._deliver(rows, Tier.DEVICE)
+        if len(there) < len(on_device):
+            self.lost(sorted(set(on_device) - set(there)), Tier.DEVICE, Reason.GONE)
+        return [row for row, page in enumerate(self.device_page) if page == NOWHERE]
+
+    def _those_in_slab(self, rows: list[int]) -> list[int]:
+        """Those of ``rows`` that lie in the slab as the plan says."""
+        slab, table = self.equipment.slab, self.plan.rows
+        if slab is None:
+            return []
+        for row in rows:
+            one = table[row]
+            found = slab.residents.find(
+                self.device_page[row], int(one["device_pages"]), one["key"].tobytes(), int(one["group"])
+            )
+            if found is not None:
+                self._residents[row] = found
+        return [row for row in rows if row in self._residents]
+
+    @property
+    def _climbs(self) -> bool:
+        """Whether rows with a target are copied to the slab."""
+        return self.plan.target == Tier.DEVICE
 
     def abandon(self, reason: Reason) -> None:
         """Rows that wait end now; those being read are quarantined; copy threads end theirs at once."""
@@ -152,6 +206,8 @@ class LoadRun(Run):
         def finish(result: list[Reason] | Exception) -> None:
             self._give_back(staged)
             reasons = [reason_of(result)] * len(rows) if isinstance(result, Exception) else result
+            if self._promoted:
+                self._note_promoted(rows)
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
@@ -163,34 +219,69 @@ class LoadRun(Run):
         if target is None and self.plan.pages is not None:
             return [Reason.GONE] * len(rows)
         reasons = dict.fromkeys(rows, Reason.ABANDONED)
-        buffer_of = dict(zip(rows, buffers, strict=False))
-        on_host = origin == Tier.HOST
-
-        def deliver(shape: RecordShape, batch: list[int]) -> None:
-            wanted = batch
-            if self.abandoned or self._has_ended_among(batch):
-                wanted = [row for row in batch if self._is_wanted(row)]
-            if not wanted:
-                return
-            delivery = Delivery(
-                self.equipment, self.plan, shape, wanted,
-                records=self._extents(wanted) if on_host else Buffers([buffer_of[row] for row in wanted]),
-                places=None if on_host else self._places(wanted),
-                target=target,
-                verify=self.equipment.verify_memory or not on_host,
-            )  # fmt: skip
-            try:
-                reasons.update(zip(wanted, delivery.deliver(), strict=True))
-            except EngineMemoryError as error:
-                reasons.update(dict.fromkeys(wanted, self.equipment.faults.of_engine(error)))
-                if len(wanted) > 1:  # they may be several callers', and only one's to blame
-                    for row in wanted:
-                        deliver(shape, [row])
-
+        cargo = _Cargo(origin, target, dict(zip(rows, buffers, strict=False)), reasons)
         for shape, own in self.by_group(rows):
-            for batch in [own] if target is not None and target.moves_records else shape.batches(own):
-                deliver(shape, batch)
+            at_once = origin != Tier.DEVICE and target is not None and target.moves_records
+            for batch in [own] if at_once else shape.batches(own):
+                self._deliver_batch(shape, batch, cargo)
+            if origin == Tier.HOST and self._climbs:
+                self._copy_to_slab(shape, [row for row in own if reasons[row] == Reason.NONE])
         return [reasons[row] for row in rows]
+
+    def _deliver_batch(self, shape: RecordShape, batch: list[int], cargo: _Cargo) -> None:
+        """What one call copies."""
+        wanted = batch
+        if self.abandoned or self._has_ended_among(batch):
+            wanted = [row for row in batch if self._is_wanted(row)]
+        if not wanted:
+            return
+        try:
+            cargo.reasons.update(zip(wanted, self._deliver_wanted(shape, wanted, cargo), strict=True))
+        except EngineMemoryError as error:
+            cargo.reasons.update(dict.fromkeys(wanted, self.equipment.faults.of_engine(error)))
+            if len(wanted) > 1:  # they may be several callers', and only one's to blame
+                for row in wanted:
+                    self._deliver_batch(shape, [row], cargo)
+
+    def _deliver_wanted(self, shape: RecordShape, rows: list[int], cargo: _Cargo) -> list[Reason]:
+        if cargo.origin == Tier.DEVICE:
+            return self._from_slab(shape, rows, cargo.target)
+        on_host = cargo.origin == Tier.HOST
+        delivery = Delivery(
+            self.equipment, self.plan, shape, rows,
+            records=self._extents(rows) if on_host else Buffers([cargo.buffer_of[row] for row in rows]),
+            places=None if on_host else self._places(rows),
+            target=cargo.target,
+            verify=self.equipment.verify_memory or not on_host,
+        )  # fmt: skip
+        return delivery.deliver()
+
+    def _from_slab(self, shape: RecordShape, rows: list[int], target: Endpoint | None) -> list[Reason]:
+        slab, engine = self.equipment.slab, None if target is None else DeviceEndpoint.of(target)
+        if slab is None:
+            return [Reason.GONE] * len(rows)
+        residents = [self._residents[row] for row in rows]
+        return deliver_from_slab(self.equipment, self.plan, slab, shape, rows, residents, engine)
+
+    def _copy_to_slab(self, shape: RecordShape, rows: list[int]) -> None:
+        """Those of ``rows``, all verified, that have a target there and are raw: the others stay where they are."""
+        table, slab = self.plan.rows, self.equipment.slab
+        rows = [row for row in rows if table["target_page"][row] != NOWHERE and self.host_pages[row] == shape.pages]
+        if not rows or slab is None:
+            return
+        own = table_of(self.plan, rows)
+        raw = shape.headers.read(self._extents(rows).headers(), own["key"], None)[0].tolist()
+        rows = [row for row, is_raw in zip(rows, raw, strict=True) if is_raw]
+        if rows:
+            own = table_of(self.plan, rows)
+            with slab.ordered():
+                slab.copy_from_host(
+                    self.equipment.host.data, own["host_page"].tolist(), shape.pages, own["target_page"].tolist()
+                )
+                if slab.verifies:
+                    found = slab.digests(own["target_page"].tolist(), shape.pages)
+                    self._digests.update(zip(rows, found, strict=True))
+            self._promoted.update(rows)
 
     def _is_wanted(self, row: int) -> bool:
         return self.states[row] != _State.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)
@@ -211,8 +302,16 @@ class LoadRun(Run):
             return
         self._mark(rows, _State.ENDED)
         table = table_of(self.plan, rows)
-        if origin == Tier.HOST:
-            self.all_ok(rows, moved_bytes=table["host_pages"].astype(np.int64) * PAGE_BYTES)
+        if origin != Tier.DISK:
+            pages = table["host_pages" if origin == Tier.HOST else "device_pages"]
+            if not self._promoted:
+                self.all_ok(rows, moved_bytes=pages.astype(np.int64) * PAGE_BYTES)
+                return
+            kept = np.array([row in self._promoted for row in rows], np.bool_)
+            self.all_ok(
+                rows, moved_bytes=pages.astype(np.int64) * PAGE_BYTES, tier=np.where(kept, Tier.DEVICE, Tier.ENGINE),
+                page=np.where(kept, table["target_page"], NOWHERE), pages=np.where(kept, pages, 0),
+            )  # fmt: skip
             return
         pages, targets = table["disk_pages"], table["target_page"]
         kept = targets != NOWHERE
@@ -226,8 +325,11 @@ class LoadRun(Run):
             self._release(row)
         elif reason == Reason.NONE:
             self.states[row] = _State.ENDED
-            pages = self.host_pages[row] if origin == Tier.HOST else self.disk_pages[row]
-            if origin == Tier.DISK and self.target_page[row] != NOWHERE:
+            pages = self._pages_in(origin, row)
+            if row in self._promoted:
+                page = int(self.plan.rows["target_page"][row])
+                self.ok(row, moved_bytes=pages * PAGE_BYTES, tier=Tier.DEVICE, page=page, pages=pages)
+            elif origin == Tier.DISK and self.target_page[row] != NOWHERE:
                 page = self.target_page[row]
                 self.ok(row, moved_bytes=pages * PAGE_BYTES, tier=Tier.HOST, page=page, pages=pages)
             else:
@@ -248,9 +350,9 @@ class LoadRun(Run):
             self.report_lost([row], origin, reason)
         if source is None:
             self._end(row, reason)
-        elif source == Tier.HOST:
+        elif source != Tier.DISK:
             self._tried[row] += 1
-            self._deliver([row], Tier.HOST)
+            self._deliver([row], source)
         else:
             self._read([row])
 
@@ -275,17 +377,33 @@ class LoadRun(Run):
         table["tier"], table["reason"] = tier, reason
         for at, row in enumerate(rows):
             on_disk = tier == Tier.DISK
+            in_memory = self.device_page if tier == Tier.DEVICE else self.host_page
             table["segment"][at] = self.segment[row] if on_disk else NOWHERE
-            table["page"][at] = self.disk_page[row] if on_disk else self.host_page[row]
+            table["page"][at] = self.disk_page[row] if on_disk else in_memory[row]
             table["generation"][at] = self.generation[row] if on_disk else 0
         self.tell_lost(table, tier)
 
     def _next_source(self, row: int) -> Tier | None:
-        """The copy to read next: the first one twice, then the other one once."""
-        copies = [tier for tier, at in ((Tier.HOST, self.host_page), (Tier.DISK, self.segment)) if at[row] != NOWHERE]
+        """The copy to read next: the first one twice, then any other one once."""
+        places = (Tier.DEVICE, self.device_page), (Tier.HOST, self.host_page), (Tier.DISK, self.segment)
+        copies = [tier for tier, at in places if at[row] != NOWHERE]
         order = [*copies[:1], *copies]
         tried = self._tried[row]
         return order[tried] if tried < len(order) else None
+
+    def _pages_in(self, tier: Tier, row: int) -> int:
+        """How long the copy of ``row`` in ``tier`` is."""
+        if tier == Tier.DEVICE:
+            return int(self.plan.rows["device_pages"][row])
+        pages: int = self.host_pages[row] if tier == Tier.HOST else self.disk_pages[row]
+        return pages
+
+    def _note_promoted(self, rows: list[int]) -> None:
+        """Those of ``rows`` that were copied lie in the slab from now on."""
+        slab, copied = self.equipment.slab, [row for row in rows if row in self._promoted]
+        for shape, own in self.by_group(copied) if slab is not None else ():
+            if slab is not None and own:
+                note_residents(slab, self.plan, own, shape, [self._digests.get(row) for row in own], sealed=True)
 
     def _has_ended_among(self, rows: list[int]) -> bool:
         """Whether any of ``rows``, ascending, has ended."""

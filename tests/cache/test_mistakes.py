@@ -19,7 +19,7 @@ from kvtier.core.plan import Hello, Plan, PlanKind
 from kvtier.dispatch import Dispatch
 from kvtier.planner import state, stores
 from kvtier.planner.commits import Commits
-from kvtier.planner.host import HostBook
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.planner import Planner
 from kvtier.planner.recovery import Recovery
 from kvtier.testing import SimDisk, Simulation
@@ -87,7 +87,7 @@ def test_an_interrupt_while_others_wishes_are_planned_ends_them(
     cache: TieredCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = store(cache, 1)
-    once(monkeypatch, HostBook, "reserve", KeyboardInterrupt)
+    once(monkeypatch, MemoryBook, "reserve", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         cache.lookup([9] * SIZE)
     assert job.result(60).failed == {"refused": 2 * SIZE}
@@ -240,7 +240,7 @@ def test_what_a_mistake_says_in_the_log_is_said_with_no_lock_held(
             asked.append(cache.stats()["jobs"])
 
     monkeypatch.setattr(logging.getLogger("kvtier"), "handlers", [Asking()])
-    for owner, name in ((HostBook, "reserve"), (Commits, "complete")):
+    for owner, name in ((MemoryBook, "reserve"), (Commits, "complete")):
         once(monkeypatch, owner, name)
         assert store(cache, len(asked)).result(60).failed == {"refused": 2 * SIZE}
     assert len(asked) == 2

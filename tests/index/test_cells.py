@@ -43,12 +43,12 @@ def test_one_entry_lives_the_same_life_as_in_arrays(ranks: int) -> None:
         index.pin(last)
         assert index.unpin(last).tolist() == []
         for rank in range(ranks):
-            complete = index.add_host(rank, last, [5], np.array([2]))
+            complete = index.host.add(rank, last, [5], np.array([2]))
             assert complete.tolist() == ([2] if rank == ranks - 1 else [])
     assert state_of(cells) == state_of(arrays)
     for index in (cells, arrays):
         assert index.unpin(last).tolist() == [2]
-        index.drop_host(2)
+        index.host.drop(2)
         index.release(2)
         assert index.table.find(keys, 0).tolist() == [0, 1, -1]
     assert state_of(cells) == state_of(arrays)
@@ -65,10 +65,10 @@ def test_questions_have_the_same_answer_for_one_and_for_many(many: bool) -> None
     assert cells.none_on_host(rows)
     assert not cells.all_on_host(rows)
     assert cells.bare(rows).tolist() == rows.tolist()
-    cells.add_host(0, rows, [0] * len(rows), np.ones(len(rows), np.int32))
+    cells.host.add(0, rows, [0] * len(rows), np.ones(len(rows), np.int32))
     assert not cells.none_on_host(rows)
     assert not cells.all_on_host(rows), "one rank is not every rank"
-    cells.add_host(1, rows, [0] * len(rows), np.ones(len(rows), np.int32))
+    cells.host.add(1, rows, [0] * len(rows), np.ones(len(rows), np.int32))
     assert cells.all_on_host(rows)
     assert cells.bare(rows).tolist() == []
     assert cells.reachable(rows).tolist() == rows.tolist()

@@ -32,7 +32,7 @@ def chain(index: Index, count: int, seed: int = 0, group: int = 0) -> EntryRows:
 def on_host(index: Index, entries: EntryRows) -> None:
     """Complete copies in host memory, one page each."""
     for rank in range(index.ranks):
-        index.add_host(rank, entries, entries, np.ones(len(entries), np.int32))
+        index.host.add(rank, entries, entries, np.ones(len(entries), np.int32))
 
 
 def on_disk(index: Index, entries: EntryRows, segment: int = 0) -> None:
@@ -56,7 +56,7 @@ def test_an_entry_is_readable_when_every_rank_has_a_copy_somewhere() -> None:
     (entry,) = chain(index, 1)
     place = np.array([1], np.int32)
     assert not index.readable(one(entry))[0]
-    assert not len(index.add_host(0, one(entry), [5], place))
+    assert not len(index.host.add(0, one(entry), [5], place))
     index.add_disk(1, one(entry), place, place, place, GENERATION)
     assert not index.readable(one(entry))[0]
     index.add_disk(2, one(entry), place, place, place, GENERATION)
@@ -105,10 +105,10 @@ def test_a_parent_without_copies_stays_as_a_ghost_until_its_last_child_went() ->
     on_host(index, np.array([child, twig], np.int32))
     index.release(root)
     assert index.count == 3
-    index.drop_host(child)
+    index.host.drop(child)
     index.release(child)
     assert index.count == 2
-    index.drop_host(twig)
+    index.host.drop(twig)
     index.release(twig)
     assert index.count == 0
     assert index.table.free == 16
@@ -123,7 +123,7 @@ def test_a_child_that_is_linked_late_counts_wherever_it_lies_by_then() -> None:
     index.link(np.array([resident, spilled], np.int32), np.array([parent, parent], np.int32))
     assert index.children[parent] == 2
     assert index.host_children[parent] == 1
-    index.drop_host(resident)
+    index.host.drop(resident)
     assert index.host_children[parent] == 0
 
 
@@ -134,7 +134,7 @@ def test_what_is_held_by_anything_is_not_forgotten(holder: str) -> None:
     if holder == "pin":
         index.pin(one(entry))
     elif holder == "host":
-        index.add_host(1, one(entry), [0], one(1))
+        index.host.add(1, one(entry), [0], one(1))
     elif holder == "disk":
         index.add_disk(1, one(entry), one(0), one(0), one(1), GENERATION)
     if holder != "child":
@@ -174,7 +174,7 @@ def test_a_number_that_is_used_again_remembers_nothing() -> None:
     on_disk(index, old)
     index.lineage[old] = Lineage.APPROXIMATE
     for entry in old[::-1].tolist():
-        index.drop_host(entry)
+        index.host.drop(entry)
         for rank in range(2):
             index.drop_disk(rank, one(entry))
         index.release(entry)
@@ -197,7 +197,7 @@ def test_an_unlinked_entry_stays_until_it_is_let_go_while_another_takes_its_key(
     (new,) = chain(index, 1)
     assert new != old
     assert index.table.find_one(keys(1)[0].tobytes(), 0) == new
-    index.drop_host(old)
+    index.host.drop(old)
     index.unpin(one(old))
     index.release(old)
     assert index.count == 1
@@ -333,7 +333,7 @@ class Links(RuleBasedStateMachine):
     def leave_host(self, data: st.DataObject, then_release: bool) -> None:
         entry = self.pick(data)
         had = bool(self.index.host_ranks[entry])
-        assert len(self.index.drop_host(entry)) == had * self.index.ranks
+        assert len(self.index.host.drop(entry)) == had * self.index.ranks
         if then_release:
             self.index.release(entry)
 
@@ -343,7 +343,7 @@ class Links(RuleBasedStateMachine):
         """At once, in any order; then all of them are released."""
         some = np.array(data.draw(st.lists(st.sampled_from(sorted(self.live)), unique=True)), np.int32)
         there = some[self.index.on_host(some)]
-        assert [len(pages) for pages, _ in self.index.leave_host(there)] == [len(there)] * self.index.ranks
+        assert [len(pages) for pages, _ in self.index.host.leave(there)] == [len(there)] * self.index.ranks
         self.index.release_many(some)
 
     @precondition(lambda self: self.live)

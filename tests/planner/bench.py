@@ -68,6 +68,7 @@ class Bench:
         ranks: int = 1,
         groups: int = 1,
         host_blocks: int = 16,
+        device_blocks: int = 0,
         segments: int = 0,
         segment_blocks: int = 4,
         clean_target: int = 1,
@@ -78,11 +79,14 @@ class Bench:
     ) -> None:
         self.layout = layout or layout_of(groups)
         pages = sum(self.layout.record_pages)
+        if device_blocks:
+            sections = {"device": {"capacity": "1MiB"}, **sections}
         self.planner = Planner(config_of(segments > 0, **sections), self.layout, ranks=ranks)
         self.planes = [
             FakePlane(
                 rank, host_pages=host_blocks * pages, segments=segments, segment_pages=segment_blocks * pages,
                 clean_target=clean_target, directories=directories, layout=self.layout,
+                device_pages=device_blocks * pages,
             )
             for rank in range(ranks)
         ]  # fmt: skip
@@ -249,11 +253,14 @@ class Bench:
         index = self.index
         assert index.count == len(live)
         children = Counter(int(index.parent[entry]) for entry in live)
-        hosted = Counter(int(index.parent[entry]) for entry in live if index.host_ranks[entry] == index.all_ranks)
+        complete = [
+            (book.copies, Counter(int(index.parent[e]) for e in live if book.copies.ranks[e] == index.all_ranks))
+            for book in self.books.values()
+        ]
         for entry in live:
             assert index.children[entry] == children[entry]
-            assert index.host_children[entry] == hosted[entry]
-            held = index.pins[entry] or index.host_ranks[entry] or index.disk_ranks[entry] or children[entry]
+            assert all(copies.children[entry] == of_parent[entry] for copies, of_parent in complete)
+            held = index.pins[entry] or index.having(np.array([entry]))[0] or children[entry]
             assert held, "an entry that nothing holds is not forgotten"
             found = index.table.find_one(index.table.keys[entry].tobytes(), int(index.table.groups[entry]))
             assert (found == entry) == bool(index.linked[entry])
@@ -276,31 +283,37 @@ class Bench:
         assert set(state.storing) == storing
 
     def _check_order(self, live: list[int]) -> None:
-        index, host = self.index, self.planner._state.host
-        assert {int(index.host_ranks[entry]) for entry in live} <= {0, int(index.all_ranks)}
-        here = [entry for entry in live if index.host_ranks[entry]]
-        assert len(host) == len(here)
-        assert sorted(host.candidates()) == here
+        for book in self.books.values():
+            ranks = book.copies.ranks
+            assert {int(ranks[entry]) for entry in live} <= {0, int(self.index.all_ranks)}
+            here = [entry for entry in live if ranks[entry]]
+            assert len(book) == len(here)
+            assert sorted(book.candidates()) == here
 
     def _check_space(self, live: list[int]) -> None:
-        index, state = self.index, self.planner._state
-        for rank, space in state.host.spaces.items():
-            used = [
-                (int(index.host_page[rank, entry]), int(index.host_pages[rank, entry]))
-                for entry in live
-                if index.host_ranks[entry]
-            ]
-            used += [extent[1:] for extents in state.host._deferred.values() for extent in extents if extent[0] == rank]
-            for hop in state.hops.values():
-                used += _reserved(hop, rank)
-            taken = sorted(used)
-            for (page, pages), (following, _) in pairwise(taken):
-                assert page + pages <= following, "two extents overlap"
-            assert sum(pages for _, pages in taken) == space.used_pages
-            free = space.free_runs()
-            merged = sorted(taken + free)
-            assert sum(pages for _, pages in merged) == space.capacity_pages
-            assert all(a[0] + a[1] <= b[0] for a, b in pairwise(merged)), "taken and free overlap"
+        for tier, book in self.books.items():
+            for rank, space in book.spaces.items():
+                self._check_arena(live, tier, book, rank, space)
+
+    def _check_arena(self, live: list[int], tier: Tier, book: Any, rank: int, space: Any) -> None:
+        copies = book.copies
+        used = [(int(copies.page[rank, e]), int(copies.pages[rank, e])) for e in live if copies.ranks[e]]
+        used += [extent[1:] for extents in book._deferred.values() for extent in extents if extent[0] == rank]
+        for hop in self.planner._state.hops.values():
+            used += _reserved(hop, rank) if hop.tier == tier else []
+        taken = sorted(used)
+        for (page, pages), (following, _) in pairwise(taken):
+            assert page + pages <= following, "two extents overlap"
+        assert sum(pages for _, pages in taken) == space.used_pages
+        free = space.free_runs()
+        merged = sorted(taken + free)
+        assert sum(pages for _, pages in merged) == space.capacity_pages
+        assert all(a[0] + a[1] <= b[0] for a, b in pairwise(merged)), "taken and free overlap"
+
+    @property
+    def books(self) -> Any:
+        """The memory tiers as control sees them."""
+        return self.planner._state.books
 
     def _check_contents(self, live: list[int]) -> None:
         """Every copy that the index speaks of is there: same key, same group, no worse lineage."""
@@ -309,8 +322,9 @@ class Bench:
             key, group = index.table.keys[entry].tobytes(), int(index.table.groups[entry])
             for plane in filter(self.knows, self.planes):
                 found = []
-                if index.host_ranks[entry] >> plane.rank & 1:
-                    found.append(plane.host.get(int(index.host_page[plane.rank, entry]), (None,))[0])
+                for tier, book in self.books.items():
+                    if book.copies.ranks[entry] >> plane.rank & 1:
+                        found.append(plane.memory[tier].get(int(book.copies.page[plane.rank, entry]), (None,))[0])
                 if index.disk_ranks[entry] >> plane.rank & 1:
                     generation = index.generations(plane.rank, np.array([entry], np.int32))[0]
                     segment, page = int(index.disk_segment[plane.rank, entry]), int(index.disk_page[plane.rank, entry])
@@ -329,7 +343,7 @@ class Bench:
         assert not state.storing
         assert not state.row_waiters
         assert not state.plans
-        assert not state.host._deferred
+        assert not any(book._deferred for book in self.books.values())
         assert not any(state.in_flight_bytes.values())
         assert all(ticket.finished and not ticket.held and not ticket.waits for ticket in self.tickets)
         assert all(ticket.source_free for ticket in self.tickets)
@@ -338,8 +352,9 @@ class Bench:
         """Where the index says that the copies of a block are, as (segment, page, generation)."""
         index, entry = self.index, self.entry(keys, block, group)
         places = {}
-        if index.host_ranks[entry] >> rank & 1:
-            places[Tier.HOST] = (-1, int(index.host_page[rank, entry]), 0)
+        for tier, book in self.books.items():
+            if book.copies.ranks[entry] >> rank & 1:
+                places[tier] = (-1, int(book.copies.page[rank, entry]), 0)
         if index.disk_ranks[entry] >> rank & 1:
             generation = index.generations(rank, np.array([entry], np.int32))[0]
             places[Tier.DISK] = (int(index.disk_segment[rank, entry]), int(index.disk_page[rank, entry]), generation)
@@ -372,7 +387,7 @@ def _reserved(hop: Any, rank: int) -> list[tuple[int, int]]:
         status = int(answers["status"][row])
         if page >= 0 and status in (SILENT, Status.QUARANTINED):
             held.append((page, int(targets.pages[row])))
-        elif page >= 0 and status == Status.OK and answers["tier"][row] == Tier.HOST and not hop.settled:
+        elif page >= 0 and status == Status.OK and answers["tier"][row] == hop.tier and not hop.settled:
             held.append((int(answers["page"][row]), int(answers["pages"][row])))
     return held
 

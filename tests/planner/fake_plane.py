@@ -1,6 +1,6 @@
 """A data plane without data: it keeps which key lies where, answers plans as it is told, and objects to what cannot be.
 
-It objects when two plans use one host extent at the same time and one of them writes, and it knows, for every load,
+It objects when two plans use one extent at the same time and one of them writes, and it knows, for every load,
 what really lay in the place that the plan named.
 """
 
@@ -37,7 +37,7 @@ from kvtier.models import KVLayout
 Outcome = Status | Reason
 """What becomes of a row: OK, QUARANTINED, or the reason of its failure."""
 
-SEGMENT_END = 10**6
+SEGMENT_END = ARENA_END = 10**6
 
 
 class Content(NamedTuple):
@@ -70,16 +70,18 @@ class Flight:
     def writes(self) -> Iterator[tuple[int, int]]:
         """Extents that it may still write."""
         for row in self.open | self.quarantined:
-            page, pages = int(self.plan.rows["target_page"][row]), int(self.plan.rows["target_pages"][row])
-            if page != NOWHERE:
-                yield page, page + pages
+            yield from self._extent(self.plan.target, "target", row)
 
     def reads(self) -> Iterator[tuple[int, int]]:
         """Extents that it may still read."""
         for row in self.open if self.plan.kind != PlanKind.STORE else ():
-            page, pages = int(self.plan.rows["host_page"][row]), int(self.plan.rows["host_pages"][row])
-            if page != NOWHERE:
-                yield page, page + pages
+            yield from self._extent(Tier.DEVICE, "device", row)
+            yield from self._extent(Tier.HOST, "host", row)
+
+    def _extent(self, tier: Tier, name: str, row: int) -> Iterator[tuple[int, int]]:
+        page, pages = int(self.plan.rows[f"{name}_page"][row]), int(self.plan.rows[f"{name}_pages"][row])
+        if page != NOWHERE:  # of no two tiers any pages are the same
+            yield tier * ARENA_END + page, tier * ARENA_END + page + pages
 
 
 @dataclass
@@ -100,6 +102,7 @@ class FakePlane:
         *,
         host_pages: int,
         layout: KVLayout,
+        device_pages: int = 0,
         segments: int = 0,
         segment_pages: int = 0,
         clean_target: int = 1,
@@ -107,7 +110,7 @@ class FakePlane:
     ) -> None:
         self.rank = rank
         self.incarnation = 1
-        self.host_pages = host_pages
+        self.arena_pages = {Tier.DEVICE: device_pages, Tier.HOST: host_pages}
         self.layout = layout
         self.segment_pages = segment_pages
         self.clean_target = clean_target
@@ -132,7 +135,7 @@ class FakePlane:
         self.off = set() if usable else set(self.directories)
 
     def _begin_life(self) -> None:
-        self.host: dict[int, tuple[Content, int]] = {}
+        self.memory: dict[Tier, dict[int, tuple[Content, int]]] = {Tier.DEVICE: {}, Tier.HOST: {}}
         self.flights: dict[int, Flight] = {}
         self.outbox: list[Message] = []
         self.cancelled: list[int] = []
@@ -146,8 +149,8 @@ class FakePlane:
         self.outbox.append(
             Hello(
                 self.rank, self.incarnation, self.layout.placement, self.layout.block_tokens, self.layout.record_pages,
-                self.host_pages, len(self.segments) * segment_bytes, segment_bytes,
-                tuple(f"/disk-{number}" for number in self.directories),
+                self.arena_pages[Tier.HOST], len(self.segments) * segment_bytes, segment_bytes,
+                tuple(f"/disk-{number}" for number in self.directories), self.arena_pages[Tier.DEVICE],
             )
         )  # fmt: skip
 
@@ -244,7 +247,7 @@ class FakePlane:
         answers = []
         for row in sorted(over):
             page, pages = int(flight.plan.rows["target_page"][row]), int(flight.plan.rows["target_pages"][row])
-            self._erase(page, page + pages)
+            self._erase(flight.plan.target, page, page + pages)
             answers.append((row, Status.RELEASED, Reason.ABANDONED, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0))
         flight.quarantined = flight.quarantined - over
         self._complete(flight, answers, source_free=True, final=not flight.open and not flight.quarantined)
@@ -298,41 +301,56 @@ class FakePlane:
 
     def _run_store(self, plan: Plan, row: int) -> tuple[int, ...]:
         one = plan.rows[row]
-        pages = max(1, int(one["target_pages"]) - (int(one["key"][0]) % 2 if self.compress else 0))
-        self._write_host(int(one["target_page"]), pages, _content(one))
-        return (row, Status.OK, 0, Tier.HOST, 0, NOWHERE, int(one["target_page"]), pages, 0, pages * PAGE_BYTES)
+        compress = self.compress and plan.target == Tier.HOST
+        pages = max(1, int(one["target_pages"]) - (int(one["key"][0]) % 2 if compress else 0))
+        return self._landed(plan, row, pages, _content(one))
+
+    def _run_land(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
+        one = plan.rows[row]
+        content, pages = self.memory[Tier.DEVICE].get(int(one["device_page"]), (None, 0))
+        if content is None or content.key != one["key"].tobytes():
+            self.misplaced += 1
+            return Reason.GONE
+        assert one["parent"].tobytes() in (content.parent, bytes(32)), "a record with another parent"
+        return self._landed(plan, row, pages, content)
+
+    def _landed(self, plan: Plan, row: int, pages: int, content: Content) -> tuple[int, ...]:
+        page = int(plan.rows["target_page"][row])
+        self._write(plan.target, page, pages, content)
+        return (row, Status.OK, 0, plan.target, 0, NOWHERE, page, pages, 0, pages * PAGE_BYTES)
 
     def _run_load(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
         one = plan.rows[row]
         wanted = (one["key"].tobytes(), int(one["group"]))
-        found = [self.host[page][0]] if (page := int(one["host_page"])) in self.host else []
-        place = Place(int(one["disk_segment"]), int(one["disk_generation"]), int(one["disk_page"]))
-        on_disk = place in self.disk and self._alive(place)
-        if page == NOWHERE and on_disk:
-            found.append(self.disk[place][0])
-        if page == NOWHERE and place.segment == NOWHERE:
+        tier, place, found = self._find(one)
+        if tier is None:
             return Reason.GONE
-        if not found or (found[0].key, found[0].group) != wanted:
+        if found is None or (found[0].key, found[0].group) != wanted:
             self.misplaced += 1
-            tier = Tier.DISK if page == NOWHERE else Tier.HOST
-            self.lose(
-                *wanted, tier, (place.segment, place.page, place.generation) if page == NOWHERE else (-1, page, 0)
-            )
+            self.lose(*wanted, tier, place)
             return Reason.DAMAGED
         if plan.pages is not None:
             self.loaded.append((plan.plan_id, int(one["block"]), found[0]))
-        target = int(one["target_page"])
-        if target == NOWHERE or page != NOWHERE:
+        if int(one["target_page"]) == NOWHERE or tier <= plan.target:
             return (row, Status.OK, 0, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, PAGE_BYTES)
-        pages = self.disk[place][1]
-        self._write_host(target, pages, found[0])
-        return (row, Status.OK, 0, Tier.HOST, 0, NOWHERE, target, pages, 0, pages * PAGE_BYTES)
+        return self._landed(plan, row, found[1], found[0])
+
+    def _find(self, one: np.void) -> tuple[Tier | None, tuple[int, int, int], tuple[Content, int] | None]:
+        """The fastest copy that a row names, its (segment, page, generation), and what really lies there."""
+        for tier, name in ((Tier.DEVICE, "device_page"), (Tier.HOST, "host_page")):
+            if (page := int(one[name])) != NOWHERE:
+                return tier, (-1, page, 0), self.memory[tier].get(page)
+        place = Place(int(one["disk_segment"]), int(one["disk_generation"]), int(one["disk_page"]))
+        if place.segment == NOWHERE:
+            return None, (-1, -1, 0), None
+        there = self.disk.get(place) if self._alive(place) else None
+        return Tier.DISK, (place.segment, place.page, place.generation), there[:2] if there else None
 
     _run_fetch = _run_load
 
     def _run_spill(self, plan: Plan, row: int) -> tuple[int, ...] | Reason:
         one = plan.rows[row]
-        content, pages = self.host.get(int(one["host_page"]), (None, 0))
+        content, pages = self.memory[Tier.HOST].get(int(one["host_page"]), (None, 0))
         if content is None or content.key != one["key"].tobytes():
             self.misplaced += 1
             return Reason.GONE
@@ -370,16 +388,16 @@ class FakePlane:
     def _alive(self, place: Place) -> bool:
         return self.segments[place.segment].generation == place.generation
 
-    def _write_host(self, page: int, pages: int, content: Content) -> None:
+    def _write(self, tier: Tier, page: int, pages: int, content: Content) -> None:
         assert page >= 0
-        assert page + pages <= self.host_pages
-        self._erase(page, page + pages)
-        self.host[page] = content, pages
+        assert page + pages <= self.arena_pages[tier]
+        self._erase(tier, page, page + pages)
+        self.memory[tier][page] = content, pages
 
-    def _erase(self, first: int, stop: int) -> None:
-        for page, (_, pages) in list(self.host.items()):
+    def _erase(self, tier: Tier, first: int, stop: int) -> None:
+        for page, (_, pages) in list(self.memory[tier].items()):
             if _overlap((first, stop), (page, page + pages)):
-                del self.host[page]
+                del self.memory[tier][page]
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -68,7 +68,7 @@ class Forest:
         for rank in range(self.ranks):
             if block.pages[rank]:
                 page = state.host.spaces[rank].take(block.pages[rank])
-                index.add_host(rank, one, [page], np.array([block.pages[rank]]))
+                index.host.add(rank, one, [page], np.array([block.pages[rank]]))
             if block.on_disk:
                 index.add_disk(rank, one, np.array([1]), one, one, np.array([1]))
         if block.write == "waiting":
@@ -113,7 +113,7 @@ def forests(draw: st.DrawFn) -> Forest:
 
 
 def make_room_one_by_one(state: ControlState, pages: int, most: int, patience: int) -> int:
-    """What ``HostBook.make_room`` has to do, in single steps."""
+    """What ``MemoryBook.make_room`` has to do, in single steps."""
     gone = 0
     for looked_at, entry in enumerate(leaves_one_by_one(state)):
         if gone == most or looked_at >= patience + 4 * gone or state.host.free_pages >= pages:

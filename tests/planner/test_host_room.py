@@ -30,7 +30,7 @@ def test_over_the_watermark_blocks_are_spilled_and_freed_the_oldest_first() -> N
 
 def test_all_that_is_pinned_is_passed_over_in_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full host nothing may happen that would bring another look."""
-    monkeypatch.setattr("kvtier.planner.upkeep._ENTRIES_LOOKED_AT", 4)
+    monkeypatch.setattr("kvtier.planner.draining._ENTRIES_LOOKED_AT", 4)
     bench = Bench(segments=9, host_blocks=60, host={"high_watermark": 0.8, "low_watermark": 0.5}, **BACK)
     bench.stored(bench.keys(44, 0))
     lease = bench.lookup(bench.keys(44, 0))
@@ -43,7 +43,7 @@ def test_all_that_is_pinned_is_passed_over_in_one_look(monkeypatch: pytest.Monke
 
 
 def test_pinned_blocks_keep_none_behind_them_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtier.planner.upkeep._ENTRIES_LOOKED_AT", 4)
+    monkeypatch.setattr("kvtier.planner.draining._ENTRIES_LOOKED_AT", 4)
     bench = Bench(segments=4, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.5}, **BACK)
     pinned, free = bench.keys(6, 0), bench.keys(8, 1)
     bench.stored(pinned)
@@ -313,7 +313,7 @@ def test_whoever_waits_for_a_block_that_was_lost_before_it_was_written_hears_of_
 
 def test_room_is_made_ahead_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever stores never waits until a tenth of a large tier is freed; the rest goes with what is heard next."""
-    monkeypatch.setattr("kvtier.planner.upkeep._EVICTED_A_TURN", 2)
+    monkeypatch.setattr("kvtier.planner.draining._EVICTED_A_TURN", 2)
     bench = Bench(segments=0, host_blocks=20, host={"high_watermark": 0.8, "low_watermark": 0.3})
     bench.stored(bench.keys(18))
     gone = [bench.planner.stats()["evicted_entries"]]

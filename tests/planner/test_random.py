@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvtier.core.keys import Keys, Root
@@ -91,7 +92,7 @@ class Storm:
 
     def _readable(self, entry: int, *, exact: bool) -> bool:
         index = self.bench.index
-        ranks = int(index.host_ranks[entry]) | int(index.disk_ranks[entry])
+        ranks = int(index.having(np.array([entry]))[0])
         return ranks == int(index.all_ranks) and not (exact and index.lineage[entry] != Lineage.EXACT)
 
     def release(self) -> None:
@@ -186,10 +187,12 @@ class Storm:
         if not copies:
             return
         entry, plane = self.random.choice(copies), self.random.choice(bench.planes)
-        tier = self.random.choice([Tier.HOST, Tier.DISK])
-        ranks = index.host_ranks if tier == Tier.HOST else index.disk_ranks
-        place = (-1, int(index.host_page[plane.rank, entry]), 0)
-        if tier == Tier.DISK:
+        tier = self.random.choice([*bench.books, Tier.DISK])
+        if tier in bench.books:
+            copies = bench.books[tier].copies
+            ranks, place = copies.ranks, (-1, int(copies.page[plane.rank, entry]), 0)
+        else:
+            ranks = index.disk_ranks
             segment = int(index.disk_segment[plane.rank, entry])
             generation = index.segment_generation[plane.rank].get(segment, 0)
             place = (segment, int(index.disk_page[plane.rank, entry]), generation)
@@ -244,7 +247,8 @@ class Storm:
             (self.followed.add if event.change == "stored" else self.followed.discard)((event.key, event.tier))
         if len(self.bench.layout.groups) == 1:
             complete = set()
-            for tier, ranks in (("host", index.host_ranks), ("disk", index.disk_ranks)):
+            tiers = [(tier.label, book.copies.ranks) for tier, book in self.bench.books.items()]
+            for tier, ranks in (*tiers, ("disk", index.disk_ranks)):
                 for entry in self.bench.live():
                     if index.linked[entry] and ranks[entry] == index.all_ranks:
                         complete.add((index.table.keys[entry].tobytes(), tier))
@@ -300,6 +304,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "two ranks, two groups": {"ranks": 2, "groups": 2, "segments": 6, "host_blocks": 12},
     "windows and states": {"layout": windowed_layout(replay_tokens=3 * BLOCK), "segments": 6, "host_blocks": 12},
     "windows and states in memory": {"layout": windowed_layout(), "host_blocks": 10},
+    "a device": {"device_blocks": 8},
+    "a device and a disk": {"device_blocks": 6, "host_blocks": 10, "segments": 6},
+    "a device larger than host memory": {"device_blocks": 20, "host_blocks": 6, "segments": 6},
+    "two ranks, two groups with devices": {
+        "ranks": 2,
+        "groups": 2,
+        "segments": 6,
+        "host_blocks": 12,
+        "device_blocks": 6,
+        "host": {"high_watermark": 0.8, "low_watermark": 0.5},
+    },
     "watermarks": {"segments": 6, "host": {"high_watermark": 0.7, "low_watermark": 0.4}},
 }
 

@@ -13,7 +13,7 @@ from kvtier.core.plan import NOWHERE, Completion, Lineage, PlanKind, Priority, R
 from kvtier.core.wire import decode, encode
 from kvtier.errors import ConfigError
 from kvtier.planner import Durability, Outcome
-from kvtier.planner.host import HostBook
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.wishes import StoreWish
 from tests.interrupts import strike
 from tests.planner.bench import BLOCK, PAGES, ROOT, Bench
@@ -146,7 +146,7 @@ def test_an_interrupt_while_room_is_made_leaves_nothing_pinned(start: int) -> No
     while struck:
         bench = Bench(host_blocks=4)
         bench.stored(bench.keys(4, shared=4))
-        struck = strike(partial(bench.store, bench.keys(6, shared=4), start=start * BLOCK), HostBook._reserve, number)
+        struck = strike(partial(bench.store, bench.keys(6, shared=4), start=start * BLOCK), MemoryBook._reserve, number)
         assert bench.planner.stats()["pinned_entries"] == 0, f"struck after call {number}"
         number += 1
     assert number >= 3

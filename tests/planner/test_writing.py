@@ -10,7 +10,7 @@ import pytest
 from kvtier.core.plan import PAGE_BYTES, DiskState, Lineage, Plan, PlanKind, Priority, Reason, Status, Tier
 from kvtier.planner import Durability, Outcome, Ticket
 from kvtier.planner.disk import DiskBook
-from kvtier.planner.host import HostBook
+from kvtier.planner.memory import MemoryBook
 from kvtier.planner.planner import Planner
 from kvtier.planner.upkeep import Upkeep
 from tests.interrupts import once, strike
@@ -392,8 +392,8 @@ def test_a_host_tier_that_cannot_be_drained_is_not_looked_through_again_before_s
     bench.planes[0].finish(bench.in_flight(PlanKind.STORE))
     bench.hear()
     looked = []
-    make_room = HostBook.make_room
-    monkeypatch.setattr(HostBook, "make_room", lambda self, *how: looked.append(how) or make_room(self, *how))
+    make_room = MemoryBook.make_room
+    monkeypatch.setattr(MemoryBook, "make_room", lambda self, *how: looked.append(how) or make_room(self, *how))
     for _ in range(5):
         bench.prefetch(bench.keys(1, 9))
     assert len(looked) <= 1

@@ -53,7 +53,7 @@ def rows(count: int) -> np.ndarray:
     """Blocks of one sequence, with nothing that could be read or written."""
     table = np.zeros(count, ROW)
     table["block"], table["tokens"] = np.arange(count), LAYOUT.block_tokens
-    for column in ("host_page", "disk_segment", "target_page"):
+    for column in ("device_page", "host_page", "disk_segment", "target_page"):
         table[column] = NOWHERE
     return table
 

@@ -1,4 +1,4 @@
-"""The host tier as control sees it: room per rank, the order in which blocks go, and what may go at all."""
+"""A memory tier as control sees it: room per rank, the order in which blocks go, and what may go at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from kvtier.core.columns import column
 from kvtier.core.plan import NOWHERE
 from kvtier.index.cells import Cells, wide
+from kvtier.index.copies import Copies
 from kvtier.index.entries import EntryRows
 from kvtier.index.space import Space
 from kvtier.planner.checkpoints import Checkpoints
@@ -19,18 +20,20 @@ from kvtier.planner.hops import NO_ENTRIES, Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
 
 
-class HostBook:
-    """Extents of all ranks and the eviction order."""
+class MemoryBook:
+    """Extents of all ranks and the eviction order of one memory tier."""
 
     def __init__(
         self,
         index: Cells,
+        copies: Copies,
         policy: EvictionPolicy,
         record_pages: Sequence[int],
         keeper: Keeper,
         checkpoints: Checkpoints | None = None,
     ) -> None:
-        """``record_pages`` is the worst-case length of a record per group; ``keeper`` hears what was evicted.
+        """``copies`` are the tier's columns of ``index``; ``record_pages`` is the worst-case length of a record per
+        group; ``keeper`` hears what was evicted.
 
         ``checkpoints`` are there where a layout has windows or states.
         """
@@ -40,6 +43,7 @@ class HostBook:
         """When somebody last asked for something."""
         self.spaces: dict[int, Space] = {}
         self.evicted = 0
+        self.copies = copies
         self._index = index
         self._policy = policy
         self._record_pages = tuple(record_pages)
@@ -50,11 +54,11 @@ class HostBook:
         """By entry: the use with which it and all that it extends were the newest, or a later one."""
         self._moved_at = self._moved.data
 
-    def attach(self, rank: int, host_pages: int) -> None:
-        """Rank ``rank`` brings an empty arena of ``host_pages``; what was to be freed in an earlier one is void."""
+    def attach(self, rank: int, arena_pages: int) -> None:
+        """Rank ``rank`` brings an empty arena of ``arena_pages``; what was to be freed in an earlier one is void."""
         for entry, extents in self._deferred.items():
             self._deferred[entry] = [extent for extent in extents if extent[0] != rank]
-        self.spaces[rank] = Space(host_pages)
+        self.spaces[rank] = Space(arena_pages)
 
     def is_above(self, watermark: float) -> bool:
         """Whether more than that share of the fullest arena is taken."""
@@ -85,7 +89,7 @@ class HostBook:
     def reserve_spare(self, group: int, count: int) -> tuple[int, dict[int, list[int]]]:
         """As ``reserve``, but only what goes first anyway goes for it."""
         spare = self._policy if self.checkpoints is None else self.checkpoints.spare
-        return self._reserve(group, count, Leaves(self._index, spare, self._keeper))
+        return self._reserve(group, count, Leaves(self._index, self.copies, spare, self._keeper))
 
     def _reserve(self, group: int, count: int, leaves: Leaves) -> tuple[int, dict[int, list[int]]]:
         pages = self._record_pages[group]
@@ -103,6 +107,16 @@ class HostBook:
         self._keeper.made_room()
         return fit, taken
 
+    def cancel(self, group: int, starts: dict[int, list[int]]) -> None:
+        """Nothing will come into what ``reserve`` returned for records of ``group``."""
+        pages = self._record_pages[group]
+        self.free((rank, start, pages) for rank, own in starts.items() for start in own)
+
+    def could_hold(self, group: int, count: int) -> bool:
+        """Whether ``count`` records of ``group`` fit into every arena that is empty."""
+        pages = min([space.capacity_pages for space in self.spaces.values()], default=0)
+        return count * self._record_pages[group] <= pages
+
     def make_room(self, pages: int, most: int = sys.maxsize) -> int:
         """Evict the least worth keeping until every rank has ``pages`` free, or ``most`` went; returns how many did."""
         gone = self._evict_until(pages, most, self.leaves())
@@ -111,31 +125,31 @@ class HostBook:
 
     def leaves(self) -> Leaves:
         """What may go, the least worth keeping first."""
-        return Leaves(self._index, self._policy, self._keeper)
+        return Leaves(self._index, self.copies, self._policy, self._keeper)
 
     def candidates(self) -> Iterable[int]:
-        """Entries in host memory from the least to the most worth keeping."""
+        """Entries of the tier from the least to the most worth keeping."""
         return self._policy.candidates()
 
     def evict(self, entries: EntryRows) -> None:
-        """Free the host copies of ``entries``, which nobody holds."""
+        """Free the copies of ``entries``, which nobody holds."""
         self.evicted += len(entries)
         if len(entries) == 1:
             self.drop(entries.item())
         else:
             self._policy.remove_many(entries)
             self._left(entries)
-            for rank, extents in enumerate(self._index.leave_host(entries)):
+            for rank, extents in enumerate(self.copies.leave(entries)):
                 self.spaces[rank].give_back_many(*extents)
         self._keeper.evicted(entries)
 
     def drop(self, entry: int) -> None:
-        """Forget the host copies of ``entry``; their room is free once nobody holds the entry."""
-        if self._index.host_ranks_at[entry] == self._index.every_rank:
+        """Forget the copies of ``entry``; their room is free once nobody holds the entry."""
+        if self.copies.ranks_at[entry] == self.copies.every_rank:
             self._policy.remove(entry)
             if self.checkpoints is not None:
                 self._left(wide(np.array((entry,), np.int32)))
-        extents = self._index.drop_host(entry)
+        extents = self.copies.drop(entry)
         if self._index.pins_at[entry]:
             self._deferred.setdefault(entry, []).extend(extents)
         else:
@@ -148,18 +162,18 @@ class HostBook:
                 self.free(self._deferred.pop(entry, ()))
 
     def publish(self, hop: Hop, rank: int, rows: Ints) -> EntryRows:
-        """Rows of ``hop`` landed on ``rank``; returns the entries that are complete in host memory by that."""
+        """Rows of ``hop`` landed on ``rank``; returns the entries that are complete there by that."""
         answers = hop.answers[rank][rows]
-        return self._index.add_host(rank, hop.entries[rows], answers["page"], answers["pages"])
+        return self.copies.add(rank, hop.entries[rows], answers["page"], answers["pages"])
 
     def publish_whole(self, hop: Hop) -> EntryRows:
         """Every row of ``hop`` landed on every rank; returns its entries."""
         for rank, answers in hop.answers.items():
-            self._index.add_host(rank, hop.entries, answers["page"], answers["pages"])
+            self.copies.add(rank, hop.entries, answers["page"], answers["pages"])
         return hop.entries
 
     def admit(self, entries: EntryRows, between: EntryRows = NO_ENTRIES) -> None:
-        """Entries that are now complete in host memory, in prefix order. Used with them is what they extend.
+        """Entries that are now complete in the tier, in prefix order. Used with them is what they extend.
 
         ``between`` are those of windows and states that no hit is likely to end with.
         """
@@ -173,17 +187,21 @@ class HostBook:
     def touch(self, entries: EntryRows) -> None:
         """Entries that were used together, in prefix order, and with them what they extend.
 
-        Those not in host memory are passed over.
+        Those not in the tier are passed over.
         """
-        if not self._index.all_on_host(entries):
-            entries = entries[self._index.on_host(entries)]
+        if not self.copies.has_all(entries):
+            entries = entries[self.copies.are_complete(entries)]
         self._policy.touch(entries)
         self._used(entries)
 
     def keep(self, entries: EntryRows) -> None:
-        """A hit ended with ``entries``, or is likely to: of those in host memory that are windows or states."""
+        """A hit ended with ``entries``, or is likely to: of those in the tier that are windows or states."""
         if self.checkpoints is not None and len(entries):
-            self.checkpoints.kept(entries[self._index.on_host(entries)], self.now_s)
+            self.checkpoints.kept(entries[self.copies.are_complete(entries)], self.now_s)
+
+    def between(self, entries: EntryRows) -> EntryRows:
+        """Those of ``entries``, of windows and states, that no hit is likely to end with."""
+        return NO_ENTRIES if self.checkpoints is None else self.checkpoints.between(entries)
 
     def expire(self) -> None:
         """What was worth keeping for a time only goes first once that is over."""
@@ -196,7 +214,7 @@ class HostBook:
             self.spaces[rank].give_back(page, pages)
 
     def __len__(self) -> int:
-        """Entries in host memory."""
+        """Entries of the tier."""
         return len(self._policy)
 
     def _left(self, entries: EntryRows) -> None:
@@ -225,15 +243,16 @@ class HostBook:
     def _moved_with(self, entry: int) -> int:
         """The use with which ``entry`` and all that it extends were moved to the newest; this one, if it is time again.
 
-        That takes a step for each. It is time when a sixteenth of what is in host memory has been used since: however
+        That takes a step for each. It is time when a sixteenth of what is in the tier has been used since: however
         many sequences grow block by block, and however long they are, that makes about 16 steps a block.
         """
-        index, moved_at, due = self._index, self._moved_at, self._uses - (len(self._policy) >> 4)
+        moved_at, due = self._moved_at, self._uses - (len(self._policy) >> 4)
+        ranks_at, every_rank, parent_at = self.copies.ranks_at, self.copies.every_rank, self._index.parent_at
         extended: list[int] = []
-        while entry >= 0 and index.host_ranks_at[entry] == index.every_rank and moved_at[entry] < due:
+        while entry >= 0 and ranks_at[entry] == every_rank and moved_at[entry] < due:
             extended.append(entry)
-            entry = index.parent_at[entry]
-        is_fresh = entry >= 0 and index.host_ranks_at[entry] == index.every_rank
+            entry = parent_at[entry]
+        is_fresh = entry >= 0 and ranks_at[entry] == every_rank
         moved = moved_at[entry] if is_fresh else self._uses
         if extended:
             order = wide(np.array(extended, np.int32))
