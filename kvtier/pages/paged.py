@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -18,7 +17,7 @@ from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
 from kvtier.pages.apart import check_apart
 from kvtier.pages.spans import BlockPages, Edge, cut
-from kvtier.pages.tables import PagedMemory, in_order_of_parts, same_count
+from kvtier.pages.tables import PagedMemory, cells_of, in_order_of_parts, same_count
 from kvtier.pages.tensors import Moored, Tensor, bytes_of, dtype_of
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -182,24 +181,13 @@ class _PartPages:
             raise ConfigError(f"{what}: strides {data.strides} of bytes, want a contiguous tensor")
         pages = data.reshape(len(data), part.page_bytes)
         entries = 1 if part.is_state else page_tokens // part.tokens_per_entry
-        return cls(what, tensor, pages, _cells(part, pages, entries), part, entries)
+        return cls(what, tensor, pages, cells_of(part, pages, entries), part, entries)
 
     def write_entries(self, page_id: int, source: Bytes1D, edge: Edge) -> None:
         """Write what is finished by the tokens of ``edge``, from ``source``, a whole page."""
         span = np.s_[:, edge.start // self.part.tokens_per_entry : edge.stop // self.part.tokens_per_entry]
-        for mine, theirs in zip(self.cells, _cells(self.part, source[None], self.entries), strict=True):
+        for mine, theirs in zip(self.cells, cells_of(self.part, source[None], self.entries), strict=True):
             mine[page_id][span] = theirs[0][span]
-
-
-def _cells(part: Part, pages: npt.NDArray[np.uint8], entries: int) -> tuple[Cells, ...]:
-    """Views of ``pages``, one for each plane, or one for all."""
-    count = len(pages)
-    if not part.planes:
-        outer = 1 if part.is_state else prod(part.shape[: part.token_axis])
-        return (pages.reshape(count, outer, entries, -1),)
-    begins = accumulate((entries * width for width in part.planes), initial=0)
-    planes = (pages[:, begin : begin + entries * width] for begin, width in zip(begins, part.planes, strict=False))
-    return tuple(plane.reshape(count, 1, entries, -1) for plane in planes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

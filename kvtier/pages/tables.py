@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import prod
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -203,3 +205,17 @@ def same_count(group: KVGroup, counts: Sequence[tuple[Part, int]]) -> int:
                 " same number in all"
             )
     return count
+
+
+def cells_of(part: Part, pages: Any, entries: int) -> tuple[Any, ...]:
+    """Views of ``pages``, an array or a tensor of bytes ``[pages, page_bytes]``, cut into ``entries`` a page.
+
+    One for each plane of ``part``, or one for all: ``[pages, outer, entries, inner bytes]``.
+    """
+    count = len(pages)
+    if not part.planes:
+        outer = 1 if part.is_state else prod(part.shape[: part.token_axis])
+        return (pages.reshape(count, outer, entries, -1),)
+    begins = accumulate((entries * width for width in part.planes), initial=0)
+    planes = (pages[:, begin : begin + entries * width] for begin, width in zip(begins, part.planes, strict=False))
+    return tuple(plane.reshape(count, 1, entries, -1) for plane in planes)

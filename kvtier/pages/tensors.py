@@ -124,7 +124,18 @@ def _addresses(tensors: list[torch.Tensor]) -> list[int]:
 
 def _check_plain(tensor: torch.Tensor, what: str) -> None:
     if tensor.device.type != "cpu":
-        raise ConfigError(f"{what}: is on {tensor.device}, want a tensor in CPU memory")
+        raise ConfigError(
+            f"{what}: is on {tensor.device}, want a tensor in CPU memory; on a GPU it is for kvtier.pages.DeviceTensors"
+        )
+    check_dense(tensor, what)
+
+
+def check_dense(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a tensor whose bytes are not its values, or do not lie in one place.
+
+    Raises:
+        ConfigError: naming ``what``.
+    """
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise ConfigError(f"{what}: is a tensor of layout {kind}, want a dense one, such as to_dense() returns")

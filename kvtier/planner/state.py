@@ -346,9 +346,14 @@ class ControlState:
         return wide(np.concatenate([self._drop(self.index.table.find(keys, other)) for other in others]))
 
     def _drop_orphans(self, entries: EntryRows) -> EntryRows:
-        """Drop those of ``entries``, windows and states, whose blocks another group has not any more; returns which."""
+        """Drop those of ``entries``, windows and states, whose blocks another group has not any more; returns which.
+
+        With a device tier those of all groups: they may have been held by their way to host memory alone.
+        """
         index = self.index
-        own = entries[np.isin(index.table.groups[entries], self.windows.partial) & index.linked[entries]]
+        own = entries[index.linked[entries]]
+        if self.device is None:
+            own = own[np.isin(index.table.groups[own], self.windows.partial)]
         keys, alive = np.ascontiguousarray(index.table.keys[own]), np.ones(len(own), np.bool_)
         for group in self.windows.whole if len(own) else ():
             found = wide(index.table.find(keys, group))
@@ -360,8 +365,6 @@ class ControlState:
         index = self.index
         entries = wide(entries[entries >= 0])
         held = (index.pins[entries] > 0) | self.disk.which_await_write(entries)
-        if self.device is not None:
-            held |= self.landing.which_await_write(entries)
         entries = entries[~held & (index.having(entries) != 0)]
         if not len(entries):
             return entries

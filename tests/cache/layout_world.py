@@ -109,7 +109,10 @@ class PlainModel:
 class LayoutWorld:
     """Random requests of one cache, whose sequences share beginnings."""
 
-    def __init__(self, seed: int, *, host: str = "4MiB", windows: str | None = None, disk: bool = True) -> None:
+    def __init__(
+        self, seed: int, *, host: str = "4MiB", windows: str | None = None, disk: bool = True, device_blocks: int = 0
+    ) -> None:
+        """``device_blocks`` blocks of all groups fit the device tier."""
         self.rng = rng = random.Random(seed)
         self.layout = draw_layout(rng)
         self.simulation = Simulation(seed)
@@ -117,7 +120,9 @@ class LayoutWorld:
             "windows": windows or rng.choice(["full", "checkpoint", "zero", "replay"]),
             "checkpoint_tokens": rng.choice([0, rng.randint(1, 4 * self.layout.block_tokens)]),
         }
+        device_bytes = device_blocks * sum(self.layout.record_pages) * 4096
         self.config = {
+            "device": {"capacity": device_bytes, "device": "cpu", "verify": True},
             "host": {"capacity": host, "staging": "1MiB"},
             "disk": {"directories": ["/kv"] if disk else [], "capacity": "64MiB", "segment": "1MiB"},
             "policy": self.policy,
@@ -207,14 +212,16 @@ class LayoutWorld:
         self.cache.wait_attached(600)
 
     def dead_share(self) -> float:
-        """Of the bytes in host memory, those of blocks that no hit can have any more."""
+        """Of the bytes in memory, those of blocks that no hit can have any more."""
         state = self.cache._planner._state
         index, windows = state.index, state.windows
-        host = np.flatnonzero(index.host_ranks[: index.table.touched])
-        dead = 0
-        for entry in host.tolist():
-            key = index.table.keys[entry].tobytes()
-            found = [index.table.find_one(key, group) for group in windows.whole]
-            if not all(e >= 0 and index.readable(np.array([e]))[0] for e in found):
-                dead += int(index.host_pages[0, entry])
-        return dead / max(1, int(index.host_pages[0, host].sum()))
+        dead = total = 0
+        for book in state.books.values():
+            pages, here = book.copies.pages[0], np.flatnonzero(book.copies.ranks[: index.table.touched])
+            total += int(pages[here].sum())
+            for entry in here.tolist():
+                key = index.table.keys[entry].tobytes()
+                found = [index.table.find_one(key, group) for group in windows.whole]
+                if not all(e >= 0 and index.readable(np.array([e]))[0] for e in found):
+                    dead += int(pages[entry])
+        return dead / max(1, total)

@@ -21,9 +21,9 @@ SEEDS = range(40)
 CROWDED = range(100, 112)
 
 
-def roomy(seed: int, steps: int = 40) -> None:
+def roomy(seed: int, steps: int = 40, device_blocks: int = 0) -> None:
     """Stores, loads and a restart of a cache that never runs out of room: the model knows every hit."""
-    world = LayoutWorld(seed)
+    world = LayoutWorld(seed, device_blocks=device_blocks)
     for _ in range(steps):
         world.rng.choice([world.store, world.store, world.load, world.load, world.load])()
     world.restart()
@@ -32,11 +32,13 @@ def roomy(seed: int, steps: int = 40) -> None:
     assert world.cache.close(600)
 
 
-def crowded(seed: int, steps: int = 150) -> None:
+def crowded(seed: int, steps: int = 150, device_blocks: int = 0) -> None:
     """Too much for host memory, and no disk: what is found is right, and nothing that is kept is of no use."""
-    world = LayoutWorld(seed, host="192KiB", disk=False)
+    world = LayoutWorld(seed, host="192KiB", disk=False, device_blocks=device_blocks)
     for _ in range(steps):
         world.rng.choice([world.store, world.load])(complete=False)
+        if device_blocks:  # what is on its way from there to host memory stays until it is there
+            world.simulation.run_idle()
         assert world.dead_share() < 0.02
     assert world.cache.samples()
     assert world.cache.close(600)
@@ -50,6 +52,16 @@ def test_hits_are_what_every_group_can_serve_and_every_byte_is_right(seed: int) 
 @pytest.mark.parametrize("seed", CROWDED)
 def test_what_has_to_go_takes_with_it_what_is_of_no_use_without_it(seed: int) -> None:
     crowded(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:20])
+def test_with_a_device_tier_of_any_size_no_hit_differs(seed: int) -> None:
+    roomy(seed, device_blocks=1 + 7 * (seed % 5))
+
+
+@pytest.mark.parametrize("seed", CROWDED)
+def test_with_a_device_tier_nothing_that_is_kept_is_of_no_use(seed: int) -> None:
+    crowded(seed, device_blocks=1 + seed % 7)
 
 
 # --- bugs that were planted ----------------------------------------------------------------------------------------

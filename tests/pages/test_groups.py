@@ -5,15 +5,17 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.core.memory import NO_PAGE, GroupPages, PageTable, WindowedMemory
 from kvtier.errors import ConfigError
 from kvtier.models import KVGroup, KVLayout, Part, Reuse
-from kvtier.pages import DenseKV, PagedTensors
+from kvtier.pages import DenseKV, DeviceTensors, PagedTensors
 
 PAGES = 40
+KINDS = pytest.mark.parametrize("kind", [PagedTensors, DeviceTensors])
 ORDERS = [("token", "head", "dim"), ("head", "token", "dim"), ("head", "dim", "token"), ("token", "dim")]
 
 
@@ -64,9 +66,9 @@ class Case:
     table: PageTable
     blocks: int
 
-    @property
-    def memory(self):
-        return PagedTensors(self.layout, [tensor for group in self.tensors for tensor in group])
+    def memory(self, kind):
+        tensors = [tensor for group in self.tensors for tensor in group]
+        return kind(self.layout, tensors if kind is PagedTensors else [torch.from_numpy(tensor) for tensor in tensors])
 
     def pages_of(self, group, block):
         """(id, the token behind it) of each page that a record of ``block`` holds."""
@@ -122,17 +124,19 @@ def is_held(case, group, block):
     return all(page != NO_PAGE for page, _ in case.pages_of(group, block))
 
 
-@given(cases())
-def test_blocks_are_held_whose_record_has_all_its_pages(case):
+@KINDS
+@given(case=cases())
+def test_blocks_are_held_whose_record_has_all_its_pages(kind, case):
     blocks = np.arange(case.blocks + 1)
     for group in range(len(case.layout.groups)):
-        held = case.memory.held(case.table, group, blocks)
+        held = case.memory(kind).held(case.table, group, blocks)
         assert held.tolist() == [is_held(case, group, block) for block in blocks]
 
 
-@given(cases(), st.data())
-def test_a_record_is_the_kept_pages_of_each_part_in_token_order(case, data):
-    memory = case.memory
+@KINDS
+@given(case=cases(), data=st.data())
+def test_a_record_is_the_kept_pages_of_each_part_in_token_order(kind, case, data):
+    memory = case.memory(kind)
     for group, described in enumerate(case.layout.groups):
         held = [block for block in range(case.blocks) if is_held(case, group, block)]
         parts = draw_parts(data, described)
@@ -172,11 +176,12 @@ def copy_entries(part, page_tokens, into, source, end, start, stop):
             into[at] = source[at]
 
 
+@KINDS
 @settings(max_examples=300)
-@given(cases(), st.data())
-def test_scatter_writes_what_is_finished_in_range_where_there_are_pages_and_nothing_else(case, data):
+@given(case=cases(), data=st.data())
+def test_scatter_writes_what_is_finished_in_range_where_there_are_pages_and_nothing_else(kind, case, data):
     layout = case.layout
-    memory = case.memory
+    memory = case.memory(kind)
     total = case.blocks * layout.block_tokens
     whole = zip(layout.groups, case.table.groups, strict=True)
     least = max((own.first_token for group, own in whole if group.reuse.rule == "all"), default=0)

@@ -126,6 +126,15 @@ class FakePlane:
         self._begin_life()
 
     @property
+    def host_pages(self) -> int:
+        """Of its host arena."""
+        return self.arena_pages[Tier.HOST]
+
+    @host_pages.setter
+    def host_pages(self, pages: int) -> None:
+        self.arena_pages[Tier.HOST] = pages
+
+    @property
     def usable(self) -> bool:
         """Whether there is a directory that takes records."""
         return bool(self.segments) and len(self.off) < len(self.directories)
