@@ -10,7 +10,8 @@ from kvtier.core.plan import PAGE_BYTES
 from kvtier.errors import ConfigError
 from kvtier.tiers.device import Residents, Slab, device_of
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
 
 
 def slab_of(pages: int, device: str = "cpu") -> Slab:
