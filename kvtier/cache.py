@@ -325,18 +325,18 @@ class TieredCache:
         deadline_s: float | None = None,
         client: Client | None = None,
     ) -> Job[PrefetchResult]:
-        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
+        """Bring the stored prefix of ``tokens`` up to ``to``, ``host`` or ``device``, ahead of its use.
 
         It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
         left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
         loads them takes those that have come from host memory, and reads the others itself.
 
         Raises:
-            ConfigError: ``to`` is not ``host``, ``deadline_s`` no time above 0, or tokens or keys as ``lookup``.
+            ConfigError: ``to`` is no memory tier of this cache, ``deadline_s`` no time above 0, or tokens or keys as
+                ``lookup``.
             ClosedError: the cache is closed, or of another process.
         """
-        if not isinstance(to, str) or to != "host":
-            raise ConfigError(f"prefetch(to={to!r}): this version prefetches to 'host' only")
+        self._check_tier(to)
         keys = self._keys(tokens, tenant, adapter)
         waits = deadline_s is not None or self.config.prefetch.policy != "best_effort"
         patience_s = self._prefetch_patience_s(keys) if deadline_s is None else checked_deadline_s(deadline_s, 0.0)
@@ -344,7 +344,9 @@ class TieredCache:
         if client is not None:
             _check_client(client)
         self._check_open()
-        return self._dispatch.submit(PrefetchWish.of(keys, deadline, waits=waits), _NO_SPAN, None, client)
+        return self._dispatch.submit(
+            PrefetchWish.of(keys, deadline, waits=waits, to_device=to == "device"), _NO_SPAN, None, client
+        )
 
     def submit_flush(self, durability: str = "process", *, client: Client | None = None) -> Job[FlushResult]:
         """Everything stored so far reaches ``durability``, as in ``submit_store``.
@@ -603,6 +605,12 @@ class TieredCache:
                     f" [{missing * size}, {missing * size + size})), want pages for blocks {blocks.start} to"
                     f" {blocks.stop - 1}: the end of a hit needs them"
                 )
+
+    def _check_tier(self, to: str) -> None:
+        wanted = ("host", "device") if self.config.device.capacity else ("host",)
+        if not isinstance(to, str) or to not in wanted:
+            remedy = "" if len(wanted) > 1 else "; device.capacity = 0: there is no device tier"
+            raise ConfigError(f"prefetch(to={to!r}): want {' or '.join(map(repr, wanted))}{remedy}")
 
     def _prefetch_patience_s(self, keys: Keys) -> float | None:
         prefetch = self.config.prefetch

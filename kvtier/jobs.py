@@ -62,7 +62,7 @@ class StoreResult:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchResult:
-    """``fetched`` tokens came to host memory, ``existing`` were there, the others failed by reason.
+    """``fetched`` tokens came to the tier that was asked for, ``existing`` were there, the others failed by reason.
 
     ``pending`` tokens are still on their way: with ``prefetch.policy = "best_effort"`` nobody waits for them.
     """

@@ -294,7 +294,7 @@ class CacheManager:
         adapter: str = "",
         deadline_s: float | None = None,
     ) -> AsyncJob[PrefetchResult]:
-        """Bring the stored prefix of ``tokens`` up to ``to`` (only ``host`` in this version) ahead of its use.
+        """Bring the stored prefix of ``tokens`` up to ``to``, ``host`` or ``device``, ahead of its use.
 
         It may take ``deadline_s`` seconds, without that as long as ``[prefetch]`` says; what is not there by then is
         left on disk. With ``policy = "best_effort"`` the job ends at once, and the blocks come behind it: whoever
@@ -302,7 +302,8 @@ class CacheManager:
 
         Raises:
             RuntimeError: no event loop runs; nothing was submitted.
-            ConfigError: ``to`` is not ``host``, ``deadline_s`` no time above 0, or tokens or keys as ``lookup``.
+            ConfigError: ``to`` is no memory tier of this cache, ``deadline_s`` no time above 0, or tokens or keys as
+                ``lookup``.
             ClosedError: the cache is closed, or not open yet.
         """
         loop = _loop_for("prefetch")

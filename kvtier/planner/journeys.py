@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvtier.core.plan import PlanKind, Priority, Reason, Tier
+from kvtier.index.cells import wide
 from kvtier.index.entries import EntryRows, Mask
-from kvtier.planner.hops import Hop, Join
+from kvtier.planner.hops import Hop, Ints, Join
 from kvtier.planner.leases import Lease
 from kvtier.planner.memory import targets_of
 from kvtier.planner.stages import Stages
@@ -24,6 +25,7 @@ class Journeys:
         """Everything is kept in ``state``; tickets go on through ``stages``."""
         self._state = state
         self._stages = stages
+        stages.climb = self._climb
 
     # --- load -------------------------------------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ class Journeys:
         self._stages.advance(ticket)
 
     def prefetch(self, wish: PrefetchWish) -> None:
-        """Bring the blocks of the longest stored prefix that are only on disk into host memory."""
+        """Bring the blocks of the longest stored prefix that are only on disk into memory, or all to the device."""
         state, ticket, keys = self._state, wish.ticket, wish.keys
         stale = keys.root.weights_version != state.version
         prefix = state.finder.find(keys, range(0 if stale else wish.stop), exact=False)
@@ -73,7 +75,35 @@ class Journeys:
             ticket.fail(block, Reason.REFUSED)
         if placed.any():
             state.send(self._only(missing, placed), priority=Priority.PREFETCH, deadline_s=wish.deadline_s)
+        ticket.deadline_s = wish.deadline_s
+        if wish.to_device and state.device is not None and wish.waits:
+            state.index.pin(found.entries)
+            ticket.held.append((found.entries, found.blocks))
+            ticket.climbs = True
+        elif wish.to_device and state.device is not None:  # what comes from disk now does not go on by itself
+            self._climb_those(ticket, found.entries, found.blocks, Outcome.PENDING)
         self._stages.advance(ticket)
+
+    def _climb(self, ticket: Ticket) -> None:
+        """Bring what ``ticket`` holds from host memory to the device."""
+        self._climb_those(ticket, *ticket.held[0], Outcome.WAITING)
+
+    def _climb_those(self, ticket: Ticket, entries: EntryRows, blocks: Ints, outcome: Outcome) -> None:
+        """Those of ``entries`` that host memory has and the device not; what finds no room there is refused."""
+        state = self._state
+        kept = np.frombuffer(ticket.outcome, np.uint8)[blocks - ticket.first_block] != int(Outcome.FAILED)
+        rows = kept & self._raw_on_host(entries) & ~state.index.on_device(entries)
+        hop = Hop(
+            state.next_number(), PlanKind.FETCH, wide(entries[rows]), blocks[rows], state.index.every_rank,
+            state.version, ticket if outcome == Outcome.WAITING else None, tier=Tier.DEVICE,
+        )  # fmt: skip
+        placed = self._target(hop, np.ones(len(hop.entries), np.bool_))
+        for block, is_placed in zip(hop.blocks.tolist(), placed.tolist(), strict=True):
+            ticket.outcome[block - ticket.first_block] = outcome
+            if not is_placed:
+                ticket.fail(block, Reason.REFUSED)
+        if placed.any():
+            state.send(self._only(hop, placed), priority=Priority.PREFETCH, deadline_s=ticket.deadline_s)
 
     # --- flush ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +190,9 @@ class Journeys:
         return placed
 
     def _only(self, hop: Hop, rows: Mask) -> Hop:
-        less = Hop(hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket)
+        less = Hop(
+            hop.plan_id, hop.kind, hop.entries[rows], hop.blocks[rows], hop.ranks, hop.version, hop.ticket,
+            tier=hop.tier,
+        )  # fmt: skip
         less.targets = {rank: target.of_rows(rows) for rank, target in hop.targets.items()}
         return less

@@ -243,10 +243,10 @@ class Planner:
             )
         )
 
-    def prefetch(self, keys: Keys, *, deadline_s: float | None = None) -> Ticket:
-        """Plan to bring what is only on disk into host memory; raises as ``store``."""
+    def prefetch(self, keys: Keys, *, deadline_s: float | None = None, to_device: bool = False) -> Ticket:
+        """Plan to bring what is only on disk into host memory, or all to the device; raises as ``store``."""
         self.check_keys(keys)
-        return self._planned(PrefetchWish.of(keys, deadline_s))
+        return self._planned(PrefetchWish.of(keys, deadline_s, to_device=to_device))
 
     def flush(self, durability: Durability) -> Ticket:
         """Everything stored so far reaches ``durability``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,8 @@ class Stages:
     def __init__(self, state: ControlState) -> None:
         """Everything is kept in ``state``."""
         self._state = state
+        self.climb: Callable[[Ticket], None] = _cannot_climb
+        """Plans what brings the blocks of a prefetch from host memory to the device."""
 
     def advance(self, ticket: Ticket) -> None:
         """Take ``ticket`` to its next stage while it waits for nothing; the last stage finishes it.
@@ -36,7 +39,10 @@ class Stages:
 
     def _go_on(self, ticket: Ticket) -> None:
         while not ticket.waits and not ticket.finished:
-            if ticket.stage == ticket.durability:
+            if ticket.climbs:
+                ticket.climbs = False
+                self.climb(ticket)
+            elif ticket.stage == ticket.durability:
                 self._finish(ticket)
             elif ticket.stage == Durability.MEMORY:
                 ticket.stage = Durability.PROCESS
@@ -51,7 +57,7 @@ class Stages:
             return
         ticket.fail_from(ticket.first_block, reason)
         ticket.waits = waits
-        ticket.stage = ticket.durability
+        ticket.stage, ticket.climbs = ticket.durability, False
         self.advance(ticket)
 
     def _await_writes(self, ticket: Ticket) -> None:
@@ -104,3 +110,7 @@ class Stages:
             self._state.unpinned(self._state.index.unpin(entries))
         ticket.finished = ticket.source_free = True
         self._state.news.append(ticket)
+
+
+def _cannot_climb(ticket: Ticket) -> None:
+    raise RuntimeError(f"nobody plans how a {ticket.kind.name} climbs")

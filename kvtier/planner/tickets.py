@@ -62,6 +62,10 @@ class Ticket:
     """Hops that still read the engine's pages."""
     all_or_nothing: bool = False
     """Whether nothing of it is of use unless all of it is: what a hit's end needs was asked for that end alone."""
+    climbs: bool = False
+    """Whether what is in host memory is to be brought to the device before it ends; a prefetch only."""
+    deadline_s: float | None = None
+    """Of that."""
     source_free: bool = False
     finished: bool = False
     moved_bytes: int = 0

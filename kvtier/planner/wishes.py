@@ -117,6 +117,7 @@ class LoadWish:
 class PrefetchWish:
     """Bring those of the first ``stop`` blocks of ``keys`` that are only on disk into host memory.
 
+    ``to_device``: all of them to the device then.
     ``waits``: the ticket ends when they are there, or when ``deadline_s`` is over; else as soon as they are under way.
     """
 
@@ -125,11 +126,12 @@ class PrefetchWish:
     stop: int
     deadline_s: float | None
     waits: bool
+    to_device: bool = False
 
     @classmethod
-    def of(cls, keys: Keys, deadline_s: float | None, *, waits: bool = True) -> PrefetchWish:
+    def of(cls, keys: Keys, deadline_s: float | None, *, waits: bool = True, to_device: bool = False) -> PrefetchWish:
         """All blocks that are full now; how many of them are stored is found out when it is planned."""
-        return cls(Ticket.of(TicketKind.PREFETCH, 0, 0), keys, len(keys), deadline_s, waits)
+        return cls(Ticket.of(TicketKind.PREFETCH, 0, 0), keys, len(keys), deadline_s, waits, to_device)
 
 
 @dataclass(slots=True, eq=False)

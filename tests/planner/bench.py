@@ -146,8 +146,8 @@ class Bench:
         self.run()
         return ticket
 
-    def prefetch(self, keys: Keys) -> Ticket:
-        return self._note(self.planner.prefetch(keys))
+    def prefetch(self, keys: Keys, **how: Any) -> Ticket:
+        return self._note(self.planner.prefetch(keys, **how))
 
     def flush(self, durability: Durability = Durability.PROCESS) -> Ticket:
         return self._note(self.planner.flush(durability))
@@ -202,6 +202,7 @@ class Bench:
 
     def run(self, outcome: Callable[[Plan, int], Any] | None = None) -> None:
         """Everything that is under way ends, in order; ``outcome`` says how a row of a plan does."""
+        self.send()  # what a release let go on
         for _ in range(10_000):
             self.hear()
             plane = next((plane for plane in self.planes if plane.flights), None)

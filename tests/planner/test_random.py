@@ -141,7 +141,7 @@ class Storm:
         )
 
     def prefetch(self) -> None:
-        self.bench.prefetch(self.some_keys())
+        self.bench.prefetch(self.some_keys(), to_device=self.random.random() < 0.5)
 
     def flush(self) -> None:
         self.bench.flush(self.random.choice(list(Durability)))
