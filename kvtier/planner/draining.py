@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -23,8 +23,19 @@ _EVICTED_A_TURN: Final = 256
 class Drain:
     """Keeps one memory tier between its watermarks."""
 
-    def __init__(self, state: ControlState, book: MemoryBook, queue: WriteQueue, keeper: Keeper) -> None:
-        """What ``keeper`` does not let go before the tier below has it is put into ``queue``."""
+    def __init__(
+        self,
+        state: ControlState,
+        book: MemoryBook,
+        queue: WriteQueue,
+        keeper: Keeper,
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """What ``keeper`` does not let go before the tier below has it is put into ``queue``.
+
+        ``may_write``: whether that tier takes anything.
+        """
+        self._may_write = may_write
         self._state = state
         self._book = book
         self._queue = queue
@@ -32,17 +43,17 @@ class Drain:
         self._draining = False
         self._seen = _NOTHING_SEEN
 
-    def plan(self, *, may_write: bool) -> None:
-        """Free and queue what there is too much of; ``may_write``: the tier below takes something."""
+    def plan(self) -> None:
+        """Free and queue what there is too much of."""
         limits = self._state.config.host
         self._book.expire()
         self._draining = self._book.is_above(limits.low_watermark if self._draining else limits.high_watermark)
         if self._draining:
-            self._drain(may_write=may_write)
+            self._drain()
         else:
             self._seen = _NOTHING_SEEN
 
-    def _drain(self, *, may_write: bool) -> None:
+    def _drain(self) -> None:
         """Look at what may go, unless nothing went the last time and nothing has changed since.
 
         A change is a write that ended, or so many blocks more, less or unpinned that others may be queued or freed.
@@ -50,9 +61,9 @@ class Drain:
         step = self._book.step_blocks
         seen = (self._queue.ended, len(self._book) // step, self._state.unpinned_entries // step)
         if seen != self._seen:
-            self._seen = _NOTHING_SEEN if self._spill_to_low_watermark(may_write=may_write) else seen
+            self._seen = _NOTHING_SEEN if self._spill_to_low_watermark() else seen
 
-    def _spill_to_low_watermark(self, *, may_write: bool) -> bool:
+    def _spill_to_low_watermark(self) -> bool:
         """Free some of what is further down already, the least worth keeping first; too little: queue the rest for it.
 
         Returns whether something went.
@@ -60,7 +71,7 @@ class Drain:
         book, low = self._book, self._state.config.host.low_watermark
         free_pages = min(int((1 - low) * space.capacity_pages) for space in book.spaces.values())
         gone = book.make_room(free_pages, _EVICTED_A_TURN)
-        if gone == _EVICTED_A_TURN or not may_write:
+        if gone == _EVICTED_A_TURN or not self._may_write():
             return bool(gone)
         surplus = free_pages - book.free_pages
         for entry in islice(self._movable(), _ENTRIES_LOOKED_AT):

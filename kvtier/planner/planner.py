@@ -28,6 +28,7 @@ from kvtier.core.plan import (
     Priority,
     Reason,
     Recovered,
+    Tier,
 )
 from kvtier.errors import ConfigError
 from kvtier.index.cells import Cells
@@ -424,10 +425,14 @@ class Planner:
         self.follow_up()
 
     def _tiers(self, found: Found) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        tiers = np.full(found.blocks, self._state.top_tier, np.uint8)
+        state = self._state
+        tiers = np.full(found.blocks, state.top_tier, np.uint8)
         for begin, entries in zip(found.begins, found.groups, strict=True):
             own = tiers[begin - found.first :]
-            np.maximum(own, self._state.tiers_of(entries), out=own)
+            if state.device is not None:
+                np.maximum(own, state.tiers_of(entries), out=own)
+            elif not state.index.all_on_host(entries):
+                own[~state.index.on_host(entries)] = Tier.DISK
         return tiers
 
     def _lineage(self, found: Found) -> int:

@@ -27,7 +27,7 @@ class Upkeep:
         """Tickets that wait for a write go on through ``stages``."""
         self._state = state
         self._stages = stages
-        self._host = Drain(state, state.host, state.disk, state)
+        self._host = Drain(state, state.host, state.disk, state, lambda: state.disk.usable)
         self._device = None
         if state.device is not None:
             self._device = Drain(state, state.device, state.landing, state.device_keeper)
@@ -36,11 +36,11 @@ class Upkeep:
     def plan(self) -> None:
         """Plan what follows from how full the tiers are."""
         if self._device is not None:
-            self._device.plan(may_write=True)
-        self._host.plan(may_write=self._state.disk.usable)
+            self._device.plan()
+        self._host.plan()
         if self._state.disk.backlog:
             self._write()
-        if self._state.landing.backlog:
+        if self._device is not None and self._state.landing.backlog:
             self._landings.plan()
         for rank, disk in self._state.disk.ranks.items():
             for directory in disk.directories.values():
