@@ -2,5 +2,6 @@
 
 from kvtier.pages.dense import DenseKV
 from kvtier.pages.paged import PagedTensors
+from kvtier.pages.sequences import SequenceTensors
 
-__all__ = ["DenseKV", "PagedTensors"]
+__all__ = ["DenseKV", "PagedTensors", "SequenceTensors"]
