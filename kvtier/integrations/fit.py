@@ -2,41 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
+from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxPreTrainedModel
 
 from kvtier.errors import ConfigError
-from kvtier.models import KVLayout, Part
+from kvtier.integrations.layers import (
+    CompressedEntries,
+    IndexKeys,
+    KeysValues,
+    Kind,
+    Lightning,
+    LinearAttention,
+    Overlap,
+    Past,
+    Recurrent,
+    SlidingWindow,
+    recording,
+    whole_window,
+)
+from kvtier.integrations.recording import Ends
+from kvtier.models import KVGroup, KVLayout, Part
 
 LENGTH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies change with the length of the whole sequence, and so all KV before its end."""
 
 
-def layers_of(layout: KVLayout, model: Any) -> list[tuple[Part, Part]]:
-    """The parts (keys, values) of every layer, as ``model`` computes them.
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How the parts of a layout are found in the cache of a model: by group, each part with what reads and fills it."""
+
+    layout: KVLayout
+    config: Any
+    groups: tuple[tuple[tuple[Part, Kind], ...], ...]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Each once, in the order in which they fill a cache."""
+        return list({kind: None for parts in self.groups for _, kind in parts})
+
+    @property
+    def needs_splits(self) -> bool:
+        """Whether a state is there at the end of a forward only, so that prompts are computed up to checkpoints."""
+        return any(isinstance(kind, Recurrent) for kind in self.kinds)
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a hit is of use only as a whole, with the windows and states at its end."""
+        return any(group.reuse.rule != "all" for group in self.layout.groups)
+
+    def new_cache(self, ends: Ends) -> Past:
+        """An empty one of the model's own layers; windows record what checkpoints need."""
+        if any(isinstance(kind, Lightning) for kind in self.kinds):
+            return MiniMaxCache()  # type: ignore[no-untyped-call]  # which makes its layers itself
+        past: Any = DynamicCache(config=self.config)
+        blocks = max(self.layout.window_blocks)
+        for kind in self.kinds:
+            own = past.layers[kind.layer]
+            if isinstance(kind, SlidingWindow):
+                past.layers[kind.layer] = recording(own, self.config, ends, blocks)
+            elif isinstance(kind, KeysValues) and own.is_sliding:
+                past.layers[kind.layer] = whole_window()
+        return past
+
+
+def fit_of(layout: KVLayout, model: Any) -> Fit:
+    """How ``layout`` is found in what ``model`` caches.
 
     Raises:
         ConfigError: the layout has another number of layers, heads or dimensions than the model, another dtype, or
-            other kinds of parts; or the KV of a prefix depends on what follows.
+            other parts; or the KV of a prefix depends on what follows.
     """
     config = model.config.get_text_config(decoder=True)
     _check_rope(config)
-    by_layer: dict[int, dict[str, Part]] = {}
+    _check_geometry(layout, model, config)
+    kinds = {name: kind for kind in _kinds_of(layout, model, config) for name in kind_names(kind)}
+    return Fit(
+        layout,
+        config,
+        tuple(
+            tuple((part, kinds[part.layer, part.name or part.kind]) for part in group.parts) for group in layout.groups
+        ),
+    )
+
+
+def kind_names(kind: Kind) -> list[tuple[int, str]]:
+    """What the parts of ``kind`` are called: by layer and name."""
+    return [(kind.layer, name) for name in kind.names]
+
+
+def _kinds_of(layout: KVLayout, model: Any, config: Any) -> list[Kind]:
+    layers: dict[int, dict[str, tuple[KVGroup, Part]]] = {}
     for group in layout.groups:
         for part in group.parts:
-            by_layer.setdefault(part.layer, {})[part.kind] = part
+            layers.setdefault(part.layer, {})[part.name or part.kind] = (group, part)
+    is_minimax = isinstance(model, MiniMaxPreTrainedModel)
+    own = [] if is_minimax else DynamicCache(config=config).layers
+    found: list[Kind] = []
+    for layer, parts in layers.items():
+        kinds = _of_layer(layer, parts, is_minimax=is_minimax)
+        left = set(parts) - {name for kind in kinds for name in kind.names}
+        if left or not (is_minimax or layer < len(own)):
+            label = parts[min(left or parts)][1].label
+            raise ConfigError(
+                f"layout: {label}: transformers keeps nothing of this kind in a cache that can be filled again;"
+                " call model.generate"
+            )
+        for kind in () if is_minimax else kinds:
+            _check_layer(kind, own[layer], parts[kind.names[0]][0])
+        found.extend(kinds)
+    return found
+
+
+def _of_layer(layer: int, parts: Mapping[str, tuple[KVGroup, Part]], *, is_minimax: bool) -> list[Kind]:
+    names = set(parts)
+    kinds: list[Kind] = []
+    for pair in (("k", "v"), ("latent", "rope")):
+        if names >= set(pair):
+            is_window = parts[pair[0]][0].reuse.rule == "trailing"
+            kinds.append(SlidingWindow(layer, pair) if is_window else KeysValues(layer, pair))
+    ratio = parts["kv"][1].tokens_per_entry if "kv" in names else 1
+    if "window" in names:
+        kinds.append(SlidingWindow(layer, ("window",)))
+    if ratio > 1:
+        kinds.append(CompressedEntries(layer, tuple(name for name in ("kv", "index") if name in names), ratio))
+    elif "index" in names:
+        kinds.append(IndexKeys(layer, ("index",)))
+    if "overlap_kv" in names:
+        kinds.append(Overlap(layer, ("overlap_kv", "overlap_gate", "index_overlap_kv", "index_overlap_gate")))
+    if "recurrent" in names:
+        kinds.append(Lightning(layer, ("recurrent",)) if is_minimax else LinearAttention(layer, ("conv", "recurrent")))
+    return kinds
+
+
+_WANTED: Final[Mapping[type[Kind], Any]] = {
+    KeysValues: DynamicLayer,
+    SlidingWindow: DynamicSlidingWindowLayer,
+    IndexKeys: DynamicIndexedLayer,
+    CompressedEntries: DeepseekV4HCACache,
+    Overlap: DeepseekV4CSACache,
+    LinearAttention: LinearAttentionLayer,
+}
+
+
+def _check_layer(kind: Kind, own: Any, group: KVGroup) -> None:
+    fits = isinstance(own, _WANTED[type(kind)])
+    if not fits:
+        raise ConfigError(
+            f"layout: group {group.name!r} has {', '.join(kind.names)} of layer {kind.layer}, which transformers keeps"
+            f" in a {type(own).__name__}, want a {_WANTED[type(kind)].__name__}:"
+            " KVLayout.from_hf_config(model.config) fits"
+        )
+    if isinstance(kind, SlidingWindow) and group.reuse.window_tokens < own.sliding_window:
+        raise ConfigError(
+            f"layout: group {group.name!r} has a window of {group.reuse.window_tokens} tokens, want that of layer"
+            f" {kind.layer} of the model, {own.sliding_window}"
+        )
+
+
+def _check_geometry(layout: KVLayout, model: Any, config: Any) -> None:
+    parts = [part for group in layout.groups for part in group.parts]
+    layers = {part.layer for part in parts}
     want = int(config.num_hidden_layers)
-    if sorted(by_layer) != list(range(want)) or any(set(kinds) != {"k", "v"} for kinds in by_layer.values()):
-        raise ConfigError(f"layout: has {len(by_layer)} layers, want keys and values of the {want} layers of the model")
-    parts = [part for kinds in by_layer.values() for part in kinds.values()]
+    if layers != set(range(want)):
+        raise ConfigError(f"layout: has {len(layers)} layers, want keys and values of the {want} layers of the model")
     wanted = str(model.dtype).removeprefix("torch.")
-    if dtypes := {part.dtype for part in parts} - {wanted}:
+    if dtypes := {part.dtype for part in parts if not part.is_state} - {wanted}:
         raise ConfigError(f"layout: dtype {', '.join(sorted(dtypes))}, want that of the model, {wanted}")
-    _check_sizes(parts, config)
-    return [(by_layer[layer]["k"], by_layer[layer]["v"]) for layer in range(want)]
+    if all(part.kind in ("k", "v") for part in parts):
+        _check_sizes(parts, config)
+    else:
+        _check_like(layout, KVLayout.from_hf_config(model.config, layout.block_tokens, wanted))
+
+
+def _check_like(layout: KVLayout, wanted: KVLayout) -> None:
+    """Refuse parts other than those of ``wanted``, whatever their pages and the order of their axes."""
+    have, want = _by_name(layout), _by_name(wanted)
+    for name in sorted(set(have) | set(want)):
+        if have.get(name) != want.get(name):
+            layer, what = name
+            raise ConfigError(
+                f"layout: layer {layer} {what} is {have.get(name)}, want that of the model, {want.get(name)}:"
+                " KVLayout.from_hf_config(model.config) has it"
+            )
+
+
+def _by_name(layout: KVLayout) -> dict[tuple[int, str], tuple[str, int, tuple[tuple[str, int], ...]]]:
+    return {
+        (part.layer, part.name or part.kind): (
+            part.dtype,
+            part.tokens_per_entry,
+            tuple(sorted((axis, size) for axis, size in sizes_of(part).items() if axis != "token")),
+        )
+        for group in layout.groups
+        for part in group.parts
+    }
 
 
 _OF_HEADS: Final = ("classifier_", "summary_")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isnan, nan
@@ -12,25 +10,20 @@ from typing import Any, Final
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvtier.cache import TieredCache
 from kvtier.config import MOST_SECONDS
 from kvtier.core.checks import timeout
-from kvtier.core.keys import Keys
-from kvtier.errors import ClosedError, ConfigError, KVTierError
+from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
-from kvtier.integrations.fit import check_autocast, check_dropout, check_keeps_kv, layers_of, sizes_of
+from kvtier.integrations.fit import check_autocast, check_dropout, check_keeps_kv, fit_of
 from kvtier.integrations.prompts import joined, without_padding
-from kvtier.jobs import TIER_NAMES, Job, LoadResult, R, StoreResult
+from kvtier.integrations.sequences import CachedSequence
+from kvtier.jobs import TIER_NAMES, LoadResult, StoreResult
 from kvtier.manager import CacheManager
-from kvtier.models import Part
-from kvtier.pages import DenseKV
 from kvtier.runtime import SystemClock
 from kvtier.runtime.seam import Clock
-
-log = logging.getLogger(__name__)
 
 REFUSED_ARGUMENTS: Final = frozenset({"past_key_values", "inputs_embeds", "cache_implementation", "custom_generate"})
 HARMLESS_TENSORS: Final = frozenset({"negative_prompt_ids", "negative_prompt_attention_mask"})
@@ -119,7 +112,7 @@ class CachedGenerator:
         self._opened = cache
         self.timeout_s = timeout(timeout_s, MOST_SECONDS)
         self._clock = SystemClock()
-        self._layers = layers_of(self.cache.layout, model)
+        self._fit = fit_of(self.cache.layout, model)
 
     @property
     def cache(self) -> TieredCache:
@@ -149,7 +142,7 @@ class CachedGenerator:
                 training mode with dropout or gradient checkpointing, or ``torch.autocast``.
         """
         cache = self.cache  # for all of this call
-        self._layers = layers_of(cache.layout, self.model)  # by now it may be of another dtype
+        self._fit = fit_of(cache.layout, self.model)  # by now it may be of another dtype
         check_dropout(self.model)
         check_keeps_kv(self.model)
         check_autocast(self.model)
@@ -158,7 +151,8 @@ class CachedGenerator:
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         prompts = without_padding(input_ids, attention_mask)
         cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
-        done = [self._generate_row(cache, prompt, tenant, adapter, session, copies, kwargs) for prompt in prompts]
+        names = {"tenant": tenant, "adapter": adapter, "session": session}
+        done = [self._generate_row(cache, prompt, names, copies, kwargs) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
             sequences=joined(input_ids, new, _pad_token(settings)),
@@ -171,85 +165,39 @@ class CachedGenerator:
 
         ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded.
         """
-        return self._restore(self.cache, hit)
+        sequence = self._sequence(self.cache, torch.empty(0, dtype=torch.long, device="cpu"))
+        sequence.restore_from(hit)
+        return sequence.past, sequence.loaded
 
-    def _restore(self, cache: TieredCache, hit: Hit) -> tuple[DynamicCache, LoadResult | None]:
-        past = DynamicCache()
-        if not hit.num_tokens:
-            return past, None
-        layers = [(_room(k, hit.num_tokens), _room(v, hit.num_tokens)) for k, v in self._layers]
-        memory = DenseKV(cache.layout, [keys for keys, _ in layers], [values for _, values in layers])
-        loaded = self._result(cache.submit_load(hit, memory.row()))
-        if loaded and loaded.ok_tokens:
-            past.layers = [_filled(keys, values, loaded.ok_tokens, self.model.device) for keys, values in layers]
-        return past, loaded
+    def _sequence(self, cache: TieredCache, prompt: torch.Tensor, **names: Any) -> CachedSequence:
+        return CachedSequence(self.model, self._fit, cache, prompt, timeout_s=self.timeout_s, **names)
 
     def _generate_row(
-        self,
-        cache: TieredCache,
-        prompt: torch.Tensor,
-        tenant: str,
-        adapter: str,
-        session: str | None,
-        copies: int,
-        kwargs: dict[str, Any],
+        self, cache: TieredCache, prompt: torch.Tensor, names: Mapping[str, Any], copies: int, kwargs: dict[str, Any]
     ) -> tuple[Any, GenerationReport]:
         started_s = self._clock.monotonic()
         first_token = FirstTokenClock(self._clock)
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), first_token])
-        keys = cache.keys(prompt, tenant=tenant, adapter=adapter)
-        with _lookup(cache, keys, session) as hit:
-            past, loaded = self._begin(cache, hit)
-            start = loaded.ok_tokens if loaded else 0
-            if copies > 1:
-                past.batch_repeat_interleave(copies)
-            output = self.model.generate(
-                prompt[None],
-                attention_mask=torch.ones_like(prompt)[None],
-                **{**kwargs, "past_key_values": past, "stopping_criteria": criteria},
-            )
+        sequence = self._sequence(cache, prompt, **names)
+        try:
+            sequence.restore()
+            sequence.prefill()
+            sequence.expand(copies)
+            with sequence.watched(prompt_only=copies > 1):
+                output = self.model.generate(
+                    prompt[None],
+                    attention_mask=torch.ones_like(prompt)[None],
+                    **{**kwargs, "past_key_values": sequence.past, "stopping_criteria": criteria},
+                )
+        finally:
+            sequence.release()  # its blocks may make room
         sequences = _sequences(output)
         _check_prompt(prompt, sequences)
         if copies == 1:  # of several sequences only the prompt is known to be alike
-            keys.append(_computed(sequences[0], past)[len(prompt) :])
-        stored = self._store(cache, keys, past, start, hit, session)  # the hit is let go: its blocks may make room
+            sequence.keys.append(_computed(sequences[0], sequence.past)[len(prompt) :])
+        stored = sequence.store()
         ttft_s = first_token.first_token_s - started_s
-        return output, _report(len(prompt), ttft_s, loaded, stored)
-
-    def _begin(self, cache: TieredCache, hit: Hit | None) -> tuple[DynamicCache, LoadResult | None]:
-        """What a row begins with, as ``restore``; nothing where the cache was closed since the call began."""
-        if hit is not None:
-            with suppress(ClosedError):
-                return self._restore(cache, hit)
-        return DynamicCache(), None
-
-    def _store(
-        self, cache: TieredCache, keys: Keys, past: DynamicCache, start: int, hit: Hit | None, session: str | None
-    ) -> StoreResult | None:
-        """Offer the full blocks of ``keys`` from ``start`` on; the KV of every token of ``keys`` is in ``past``."""
-        stop = len(keys) * keys.block_tokens
-        if stop <= start:
-            return None
-        layers: list[Any] = past.layers
-        memory = DenseKV(
-            cache.layout,
-            [layer.keys[:1, :, start:stop].cpu() for layer in layers],
-            [layer.values[:1, :, start:stop].cpu() for layer in layers],
-        )
-        pages = memory.row(first_token=start)
-        try:
-            job = cache.submit_store(keys, pages, start=start, derived_from=hit, session=session)
-        except ClosedError:
-            log.warning("the cache was closed while the model generated: %d tokens are not stored", stop - start)
-            return None
-        return self._result(job)
-
-    def _result(self, job: Job[R]) -> R | None:
-        try:
-            return job.result(self.timeout_s)
-        except TimeoutError:
-            job.cancel()  # the memory stays alive as long as the job holds it; nobody reads it any more
-            return None
+        return output, _report(len(prompt), ttft_s, sequence.loaded, stored)
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
         """What ``model.generate`` will find: arguments, else the config that is passed, else that of the model."""
@@ -259,28 +207,6 @@ class CachedGenerator:
         settings.update(**kwargs)
         resolved: GenerationConfig = settings
         return resolved
-
-
-def _lookup(cache: TieredCache, keys: Keys, session: str | None) -> AbstractContextManager[Hit | None]:
-    """A hit; None where the cache was closed since the call began."""
-    try:
-        return cache.lookup(keys, session=session)
-    except ClosedError:
-        return nullcontext()
-
-
-def _room(part: Part, tokens: int) -> torch.Tensor:
-    sizes = sizes_of(part)
-    shape, dtype = (1, sizes["head"], tokens, sizes["dim"]), getattr(torch, part.dtype)
-    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
-
-
-def _filled(keys: torch.Tensor, values: torch.Tensor, tokens: int, device: torch.device) -> DynamicLayer:
-    layer: DynamicLayer = DynamicLayer()  # type: ignore[no-untyped-call]
-    keys, values = keys[:, :, :tokens].to(device), values[:, :, :tokens].to(device)
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
 
 
 def _check_prompt(prompt: torch.Tensor, sequences: torch.Tensor) -> None:

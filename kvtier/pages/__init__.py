@@ -3,5 +3,6 @@
 from kvtier.pages.dense import DenseKV
 from kvtier.pages.on_device import DeviceTensors
 from kvtier.pages.paged import PagedTensors
+from kvtier.pages.sequences import SequenceTensors
 
-__all__ = ["DenseKV", "DeviceTensors", "PagedTensors"]
+__all__ = ["DenseKV", "DeviceTensors", "PagedTensors", "SequenceTensors"]

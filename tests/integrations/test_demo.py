@@ -73,7 +73,7 @@ def test_one_wrong_bit_in_one_block_makes_a_turn_differ(talk, monkeypatch):
     def load_damaged(hit, pages):
         done = load(hit, pages).result(30)
         keys = pages.memory._groups[0][0].data
-        keys[0, 0, 0, 0] ^= 1
+        keys[0, 0, 0] ^= 1
         return _Done(done)
 
     monkeypatch.setattr(talk.cache, "submit_load", load_damaged)
