@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from kvtier.cache import TieredCache
+from kvtier.core.memory import KVPages
 from kvtier.errors import ClosedError
 from kvtier.hits import Hit
 from kvtier.integrations.fit import Fit
@@ -49,7 +51,8 @@ class CachedSequence:
         self.session = session
         self.exact = exact
         self.timeout_s = timeout_s
-        self.keys = cache.keys(prompt, tenant=tenant, adapter=adapter)
+        self._keys_of = partial(cache.keys, tenant=tenant, adapter=adapter)
+        self.keys = self._keys_of(prompt)
         self.ends = Ends(cache.layout.block_tokens, cache.config.policy, len(prompt))
         self.past: Past = fit.new_cache(self.ends)
         self.hit: Hit | None = None
@@ -114,15 +117,22 @@ class CachedSequence:
         finally:
             handle.remove()
 
-    def store(self) -> StoreResult | None:
-        """Offer the full blocks of ``keys`` behind what came from the cache; ``past`` holds all of them."""
-        stop = len(self.keys) * self.keys.block_tokens
-        if stop <= self.start:
-            return None
+    def departure(self, stop: int) -> KVPages:
+        """Memory of what was computed of the tokens before ``stop``, the end of a block."""
         states = {**self._states}
         for end, found in overlaps(self.fit, self.past).items():
             states[end] = {**states.get(end, {}), **found}
-        pages = departure(self.fit, self.past, states, self.start, stop)
+        return departure(self.fit, self.past, states, self.start, stop)
+
+    def store(self) -> StoreResult | None:
+        """Offer the full blocks of ``keys`` behind what came from the cache, as far as ``past`` holds them."""
+        computed = self.past.get_seq_length()
+        if computed < self.keys.num_tokens:
+            self.keys = self._keys_of(self.prompt[:computed])
+        stop = len(self.keys) * self.keys.block_tokens
+        if stop <= self.start:
+            return None
+        pages = self.departure(stop)
         try:
             job = self.cache.submit_store(
                 self.keys, pages, start=self.start, derived_from=self.hit if self.start else None,
