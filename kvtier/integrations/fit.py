@@ -59,6 +59,11 @@ class Fit:
         return any(isinstance(kind, Recurrent) for kind in self.kinds)
 
     @property
+    def reorders(self) -> bool:
+        """Whether ``reorder_cache`` reaches all states, as beams need it."""
+        return not any(isinstance(kind, Lightning) for kind in self.kinds)
+
+    @property
     def needs_all(self) -> bool:
         """Whether a hit is of use only as a whole, with the windows and states at its end."""
         return any(group.reuse.rule != "all" for group in self.layout.groups)

@@ -49,7 +49,7 @@ class CachedSequence:
         self.cache = cache
         self.prompt = prompt
         self.session = session
-        self.exact = exact
+        self.exact = exact or cache.config.policy.windows == "replay"  # what has its windows needs no replay
         self.timeout_s = timeout_s
         self._keys_of = partial(cache.keys, tenant=tenant, adapter=adapter)
         self.keys = self._keys_of(prompt)
@@ -78,6 +78,11 @@ class CachedSequence:
     def restore_from(self, hit: Hit) -> None:
         """Put the prefix of ``hit`` into ``past``, or as much of it as could be read."""
         self._restore_from(hit)
+
+    def begin_with(self, arrival: Arrival, tokens: int) -> None:
+        """Put the first ``tokens`` tokens of ``arrival`` into ``past``, which is empty."""
+        arrival.fill(self.past, tokens, self.model.device, range(len(self.fit.groups)))
+        self.start = tokens
 
     def release(self) -> None:
         """Let go of the hit: its blocks may make room."""
@@ -145,7 +150,7 @@ class CachedSequence:
 
     def _restore_from(self, hit: Hit) -> None:
         self.hit = hit
-        if not hit.num_tokens:
+        if not hit.num_tokens or hit.replay_tokens:  # its windows would have to be computed again: all is computed
             return
         arrival = Arrival.of(self.fit, hit.num_tokens)
         loaded = self._result(self.cache.submit_load(hit, arrival.pages))
@@ -153,8 +158,7 @@ class CachedSequence:
         if not tokens or (self.fit.needs_all and tokens < hit.num_tokens):
             return
         self.loaded = loaded
-        arrival.fill(self.past, tokens, self.model.device, range(len(self.fit.groups)))
-        self.start = tokens
+        self.begin_with(arrival, tokens)
 
     def _forward(self, stop: int) -> None:
         tokens = self.prompt[None, self.past.get_seq_length() : stop].to(self.model.device)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kvtier.cache import TieredCache
+from kvtier.errors import ConfigError
 from kvtier.integrations.transformers import CachedGenerator
+from kvtier.models import KVLayout
 from tests.integrations.families import BLOCK, FAMILIES, Reference, has_states, layout_of, model_of, prompt_of
 
 NEW = 4
@@ -94,7 +96,7 @@ def whole(model):
 @pytest.mark.parametrize("first", [31, 15, 48, 57])
 def test_a_conversation_is_bit_for_bit_the_one_from_memory(family, model, place, first):
     """Prompts that end before, on and after the ends of blocks, windows and entries, over three turns."""
-    if first != 31 and family not in ODD:
+    if first != 31 and (family not in ODD or (first != 48 and model.dtype == torch.bfloat16)):
         pytest.skip("one length is enough where the layers are those of another family")
     sequence, kept, known = prompt_of(first), Reference(model, whole=whole(model)), 0
     for turn, more in enumerate((0, 9, BLOCK)):
@@ -102,3 +104,69 @@ def test_a_conversation_is_bit_for_bit_the_one_from_memory(family, model, place,
         hit, sequence, kept = turn_of(model, place, kept, prompt)
         assert hit == known
         known = (sequence.shape[1] - 1) // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("windows", ["zero", "replay"])
+def test_a_prefix_whose_windows_are_not_there_is_computed(windows):
+    """Its keys and values alone would be another model's."""
+    model = model_of("gpt_oss")
+    config = {
+        "host": {"capacity": "8MiB", "staging": "1MiB"},
+        "policy": {"windows": windows, "checkpoint_tokens": 0},
+    }
+    with TieredCache(config, layout_of(model), "tiny") as cache:
+        generator = CachedGenerator(model, cache)
+        generator.generate(prompt_of(100), **LOGITS)
+        branch = torch.cat((prompt_of(100)[:, :85], prompt_of(20, seed=5)), 1)
+        assert cache.match(branch[0]) == 80
+        done = generator.generate(branch, **LOGITS)
+        assert sum(done.report.hit_tokens.values()) == 0
+        assert torch.equal(done.sequences, model.generate(branch, **LOGITS).sequences)
+
+
+def _host_only(model):
+    return TieredCache({"host": {"capacity": "8MiB", "staging": "1MiB"}}, layout_of(model), "tiny")
+
+
+def test_beams_are_refused_where_transformers_does_not_reorder_states():
+    model = model_of("minimax")
+    with _host_only(model) as cache, pytest.raises(ConfigError, match=r"num_beams = 3: .* linear states"):
+        CachedGenerator(model, cache).generate(prompt_of(20), num_beams=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "message"),
+    [
+        ("deepseek_v3", {"kv_lora_rank": 32}, "layer 0 latent is .*32.* want that of the model, .*16"),
+        ("deepseek_v4", {"index_head_dim": 16}, "layer 1 index"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 3}, "layer 0 conv"),
+        ("gpt_oss", {"sliding_window": 8}, "a window of 8 tokens, want that of layer 0 of the model, 24"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "of layer 1, which"),
+    ],
+)
+def test_a_layout_of_another_model_is_refused_by_name(family, other, message):
+    model = model_of(family)
+    layout = KVLayout.from_hf_config({**model.config.to_dict(), **other}, BLOCK, dtype="float32")
+    with (
+        TieredCache({"host": {"capacity": "8MiB", "staging": "1MiB"}}, layout, "tiny") as cache,
+        pytest.raises(ConfigError, match=message),
+    ):
+        CachedGenerator(model, cache)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
+def test_a_load_that_fails_is_tried_once_more_where_a_part_of_it_is_of_no_use(family, monkeypatch):
+    model = model_of(family)
+    with _host_only(model) as cache:
+        generator = CachedGenerator(model, cache)
+        wanted = generator.generate(prompt_of(60), **LOGITS)
+        load, loads = cache.submit_load, []
+
+        def fails_at_first(hit, pages):
+            loads.append(hit.num_tokens)
+            return load(hit, pages, stop=16) if len(loads) == 1 else load(hit, pages)
+
+        monkeypatch.setattr(cache, "submit_load", fails_at_first)
+        done = generator.generate(prompt_of(60), **LOGITS)
+        assert torch.equal(done.sequences, wanted.sequences)
+        assert (len(loads), done.report.hit_tokens["host"]) == ((2, 48) if family == "gpt_oss" else (1, 16))
