@@ -49,7 +49,7 @@ class CachedSequence:
         self.cache = cache
         self.prompt = prompt
         self.session = session
-        self.exact = exact or cache.config.policy.windows == "replay"  # what has its windows needs no replay
+        self.exact = exact or not fit.replays  # what has its windows needs no replay
         self.timeout_s = timeout_s
         self._keys_of = partial(cache.keys, tenant=tenant, adapter=adapter)
         self.keys = self._keys_of(prompt)
@@ -81,7 +81,7 @@ class CachedSequence:
 
     def begin_with(self, arrival: Arrival, tokens: int) -> None:
         """Put the first ``tokens`` tokens of ``arrival`` into ``past``, which is empty."""
-        arrival.fill(self.past, tokens, self.model.device, range(len(self.fit.groups)))
+        arrival.fill(self.past, tokens, self.model.device)
         self.start = tokens
 
     def release(self) -> None:
@@ -150,7 +150,7 @@ class CachedSequence:
 
     def _restore_from(self, hit: Hit) -> None:
         self.hit = hit
-        if not hit.num_tokens or hit.replay_tokens:  # its windows would have to be computed again: all is computed
+        if not hit.num_tokens or (hit.replay_tokens and not self.fit.replays):
             return
         arrival = Arrival.of(self.fit, hit.num_tokens)
         loaded = self._result(self.cache.submit_load(hit, arrival.pages))
@@ -158,7 +158,16 @@ class CachedSequence:
         if not tokens or (self.fit.needs_all and tokens < hit.num_tokens):
             return
         self.loaded = loaded
-        self.begin_with(arrival, tokens)
+        if hit.replay_tokens:
+            self._replay(arrival, hit.replay_tokens)
+        else:
+            self.begin_with(arrival, tokens)
+
+    def _replay(self, arrival: Arrival, tokens: int) -> None:
+        """Begin with ``arrival``, whose windows the last ``tokens``, or some more, are computed again for."""
+        start = max(0, arrival.tokens - tokens) // self.keys.block_tokens * self.keys.block_tokens
+        arrival.replay(self.past, start, self.model.device, lambda: self._forward(arrival.tokens))
+        self.start = arrival.tokens
 
     def _forward(self, stop: int) -> None:
         tokens = self.prompt[None, self.past.get_seq_length() : stop].to(self.model.device)

@@ -127,9 +127,12 @@ class CachedGenerator:
         tenant: str = "",
         adapter: str = "",
         session: str | None = None,
+        exact: bool = False,
         **kwargs: Any,
     ) -> GenerationWithReport:
         """Generate from ``input_ids`` ``[rows, tokens]``; ``kwargs`` are those of ``model.generate``.
+
+        ``exact``: only from KV that is what the model computes.
 
         Rows run one by one, each from a hit of its own. ``attention_mask`` marks the padding of rows, on either side;
         without one every token counts.
@@ -156,7 +159,7 @@ class CachedGenerator:
             )
         prompts = without_padding(input_ids, attention_mask)
         cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
-        names = {"tenant": tenant, "adapter": adapter, "session": session}
+        names = {"tenant": tenant, "adapter": adapter, "session": session, "exact": exact}
         done = [self._generate_row(cache, prompt, names, copies, kwargs) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
