@@ -1,6 +1,7 @@
 # kvtier: `make demo` and `make test` need Python 3.11 or newer and this file, nothing else; the rest goes into .venv.
 
 PYTHON ?= python3
+FAMILY ?= llama
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
@@ -20,8 +21,8 @@ help: ## list the targets
 
 venv: $(STAMP) ## make .venv with every pinned dependency
 
-demo: $(STAMP) ## a conversation with and without kvtier, then again in a second process
-	$(BIN)/python -m kvtier demo
+demo: $(STAMP) ## a conversation with and without kvtier, then again in a second process; FAMILY=deepseek_v4
+	$(BIN)/python -m kvtier demo --family $(FAMILY)
 
 test: $(STAMP) ## the tests that need neither a GPU nor the network
 	$(BIN)/python -m pytest -q -m "not gpu and not stress" --numprocesses auto --maxprocesses 4

@@ -17,22 +17,25 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Final
 
+import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
 import kvtier
 from kvtier.cache import TieredCache
+from kvtier.cli.families import FAMILIES, random_model
+from kvtier.integrations.sequences import CachedSequence
 from kvtier.integrations.transformers import CachedGenerator, FirstTokenClock
+from kvtier.integrations.transit import Arrival
 from kvtier.integrations.weights import model_id
 from kvtier.models import KVLayout
 from kvtier.runtime import SystemClock
 
-SEED: Final = 20260101
 PASSAGE_BYTES: Final = (1600, 850, 850, 850, 32, 32)
 """Of the document that each turn quotes; a byte is a token. The last is for the second process."""
 NEW_TOKENS: Final = 16
-HOST_CAPACITY: Final = "40MiB"
-"""A third of the conversation: most of it is read from disk."""
+_HOST_SHARE: Final = 0.4
+"""Of the conversation, in host memory: most of it is read from disk."""
 _SETTINGS: Final[dict[str, Any]] = {
     "max_new_tokens": NEW_TOKENS,
     "do_sample": False,
@@ -69,23 +72,24 @@ class Answer:
 class Talk:
     """One process's part of the conversation: a model, and a cache in ``directory``."""
 
-    def __init__(self, directory: str, tenant: str) -> None:
+    def __init__(self, directory: str, tenant: str, family: str = "llama") -> None:
         """``tenant`` keeps the blocks of this run apart from those of earlier ones."""
         self.tenant = tenant
-        self.model: Any = _random_model()
-        layout = KVLayout.from_hf_config(self.model.config, dtype=self.model.dtype)
+        self.model: Any = random_model(family)
+        self._share = FAMILIES[family].document_share
+        layout = KVLayout.from_hf_config(self.model.config, FAMILIES[family].block_tokens, dtype=self.model.dtype)
         config = {
-            "host": {"capacity": HOST_CAPACITY, "staging": "64MiB"},
+            "host": {"capacity": _host_bytes(layout, self._share), "staging": "64MiB"},
             "disk": {"directories": [directory], "capacity": "512MiB"},
         }
         self.cache = TieredCache(config, layout, model_id(self.model))
         self._generator = CachedGenerator(self.model, self.cache)
         self._clock = SystemClock()
-        self._remembered = DynamicCache()
+        self._remembered = Remembered(layout)
 
     def warm_up(self) -> None:
         """Run both ways twice on a text of their own, so that neither pays for what only a first run costs."""
-        text = torch.tensor([list(_text()[-512:])])
+        text = torch.tensor([list(_text()[-int(512 * self._share) :])])
         for prompt in (text, torch.cat((text, text), 1)):
             self.without_cache(prompt)
             self._generator.generate(prompt, tenant=f"{self.tenant} warm-up", **_SETTINGS)
@@ -117,20 +121,73 @@ class Talk:
 
     def from_memory(self, prompt: torch.Tensor, tokens: int) -> Answer:
         """What the model answers from the first ``tokens`` of what the last call of this left in memory."""
-        layers: list[Any] = self._remembered.layers
-        past = DynamicCache([(layer.keys[:, :, :tokens], layer.values[:, :, :tokens]) for layer in layers])
-        self._remembered = past
-        return self.without_cache(prompt, past)
+        sequence = CachedSequence(self.model, self._generator.fit, self.cache, prompt[0])
+        if tokens:
+            self._remembered.fill(sequence, tokens)
+        sequence.prefill()
+        with sequence.watched():
+            answer = self.without_cache(prompt, sequence.past)
+        self._remembered.note(sequence, sequence.past.get_seq_length() // self._remembered.block_tokens)
+        return answer
 
     def close(self) -> None:
         """Close the cache; what it holds stays in its directory."""
         self.cache.close()
 
 
-def messages() -> list[torch.Tensor]:
-    """What the user says turn by turn: ``[1, tokens]`` each, a piece of a document and a question about it."""
+class Remembered:
+    """Blocks of the conversation as plain bytes in memory, which no tier has touched."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        """Nothing yet."""
+        self.block_tokens = layout.block_tokens
+        self._layout = layout
+        self._blocks: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.uint8]]] = {}  # by group and number
+
+    def note(self, sequence: CachedSequence, blocks: int) -> None:
+        """Take what ``sequence`` computed of its first ``blocks`` blocks."""
+        first = sequence.start // self.block_tokens
+        pages = sequence.departure(blocks * self.block_tokens)
+        for group, parts in enumerate(self._layout.groups):
+            numbers = np.arange(first, blocks)
+            if parts.reuse.rule != "all":
+                numbers = numbers[pages.memory.held(pages.table, group, numbers)]  # type: ignore[attr-defined]
+            out = np.empty((len(numbers), self._layout.block_bytes[group]), np.uint8)
+            starts = numbers * self.block_tokens
+            pages.memory.gather(pages.table, group, starts, range(len(parts.parts)), out)
+            self._blocks.update({(group, int(number)): row for number, row in zip(numbers, out, strict=True)})
+
+    def fill(self, sequence: CachedSequence, tokens: int) -> None:
+        """Let ``sequence`` begin with the first ``tokens`` of the conversation."""
+        arrival = Arrival.of(sequence.fit, tokens)
+        memory, table = arrival.pages.memory, arrival.pages.table
+        for group, parts in enumerate(self._layout.groups):
+            reach = self._layout.window_blocks[group]
+            stop = tokens // self.block_tokens
+            for number in range(max(0, stop - reach) if reach else 0, stop):
+                row, begin = self._blocks[group, number][None], np.array([number * self.block_tokens])
+                memory.scatter(table, group, begin, range(len(parts.parts)), row, 0, tokens)
+        sequence.begin_with(arrival, tokens)
+
+
+def _host_bytes(layout: KVLayout, share: float) -> int:
+    """Room for a part of the conversation, and for the windows and states of a few turns."""
+    said = sum(PASSAGE_BYTES) + len(PASSAGE_BYTES) * NEW_TOKENS
+    whole = int(_HOST_SHARE * said * share * layout.bytes_per_token)
+    ends = sum(
+        pages * 4096 * (blocks or 2) * 2
+        for pages, blocks in zip(layout.record_pages, layout.window_blocks, strict=True)
+    )
+    return whole + ends
+
+
+def messages(share: float = 1.0) -> list[torch.Tensor]:
+    """What the user says turn by turn: ``[1, tokens]`` each, a piece of a document and a question about it.
+
+    ``share`` of the passages is quoted.
+    """
     text = _text()
-    cuts = pairwise(accumulate(PASSAGE_BYTES, initial=0))
+    cuts = pairwise(accumulate((int(size * share) for size in PASSAGE_BYTES), initial=0))
     said = (b"\nUser: %s\nWhat does this say?\nAssistant:" % text[start:stop] for start, stop in cuts)
     return [torch.tensor([list(message)]) for message in said]
 
@@ -140,24 +197,3 @@ def _text() -> bytes:
     repository = Path(kvtier.__file__).resolve().parent.parent
     ours = [path for path in (repository / "README.md", repository / "docs" / "architecture.md") if path.is_file()]
     return b"\n".join([path.read_bytes()[:1200] for path in ours] + [topics[name].encode() for name in sorted(topics)])
-
-
-def _random_model() -> Any:
-    """83 million parameters, 24 KiB of KV a token. Its weights are wide enough that each answer differs."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=8192,
-        initializer_range=0.06,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        model: Any = LlamaForCausalLM(config)
-    return model.eval()

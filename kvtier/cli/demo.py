@@ -34,6 +34,9 @@ def demo(
     directory: Annotated[
         Path | None, typer.Option(help="Where the blocks go; kept afterwards. By default a temporary directory.")
     ] = None,
+    family: Annotated[
+        str, typer.Option(help="The model's family, such as deepseek_v4; see docs/layouts.md.")
+    ] = "llama",
     second_process: Annotated[bool, typer.Option("--second-process", hidden=True)] = False,
 ) -> None:
     """Talk with a small model, with and without kvtier, then go on in a second process on the same directory.
@@ -42,13 +45,14 @@ def demo(
     nothing.
     """
     _check_installed()
+    family = _checked_family(family)
     if second_process:
         if directory is None:
             raise ConfigError("--second-process: also give --directory, the one that the first process wrote to")
-        typer.echo(json.dumps(_go_on(str(directory), _request(sys.stdin.read()))))
+        typer.echo(json.dumps(_go_on(str(directory), family, _request(sys.stdin.read()))))
         return
     with nullcontext(str(directory)) if directory else tempfile.TemporaryDirectory(prefix="kvtier-demo-") as where:
-        turns, restart = _run(where)
+        turns, restart = _run(where, family)
     ok = _succeeded(turns, restart)
     if as_json:
         typer.echo(json.dumps({"turns": [_plain(turn) for turn in turns], "restart": _plain(restart), "ok": ok}))
@@ -58,14 +62,15 @@ def demo(
         raise typer.Exit(1)
 
 
-def _run(directory: str) -> tuple[list[Turn], Turn]:
+def _run(directory: str, family: str) -> tuple[list[Turn], Turn]:
     from kvtier.cli.conversation import Talk, messages
+    from kvtier.cli.families import FAMILIES
 
-    *said, last = messages()
+    *said, last = messages(FAMILIES[family].document_share)
     turns = []
     with _progress() as progress:
         task = progress.add_task("building the model", total=len(said) + 2)
-        talk = Talk(directory, tenant=uuid.uuid4().hex)
+        talk = Talk(directory, tenant=uuid.uuid4().hex, family=family)
         talk.warm_up()
         sequence = said[0][:, :0]
         for number, message in enumerate(said, 1):
@@ -74,16 +79,16 @@ def _run(directory: str) -> tuple[list[Turn], Turn]:
             turns.append(turn)
         talk.close()
         progress.update(task, advance=1, description="second process")
-        restart = _restart(talk, directory, _after(sequence, last))
+        restart = _restart(talk, directory, family, _after(sequence, last))
         progress.update(task, advance=1)
     return turns, restart
 
 
-def _restart(talk: Talk, directory: str, prompt: Any) -> Turn:
+def _restart(talk: Talk, directory: str, family: str, prompt: Any) -> Turn:
     """One more turn in a process of its own, which knows nothing but the directory; compared with what we remember."""
     from kvtier.cli.conversation import Turn
 
-    command = [sys.executable, "-m", "kvtier", "demo", "--second-process", "--directory", directory]
+    command = [sys.executable, "-m", "kvtier", "demo", "--second-process", "--directory", directory, "--family", family]
     request = json.dumps({"tenant": talk.tenant, "prompt": prompt.tolist()})
     try:
         done = subprocess.run(
@@ -118,13 +123,13 @@ def _request(text: str) -> dict[str, Any]:
     return {"tenant": tenant, "prompt": [prompt]}
 
 
-def _go_on(directory: str, request: dict[str, Any]) -> dict[str, Any]:
+def _go_on(directory: str, family: str, request: dict[str, Any]) -> dict[str, Any]:
     """The second process: the same turn without and with the cache."""
     import torch
 
     from kvtier.cli.conversation import Talk
 
-    talk = Talk(directory, request["tenant"])
+    talk = Talk(directory, request["tenant"], family)
     talk.warm_up()
     prompt = torch.tensor(request["prompt"])
     plain = talk.without_cache(prompt)
@@ -192,6 +197,15 @@ def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
+
+
+def _checked_family(family: str) -> str:
+    from kvtier.cli.families import FAMILIES, OTHER_NAMES
+
+    name = OTHER_NAMES.get(family, family)
+    if name not in FAMILIES:
+        raise ConfigError(f"--family {family}: want one of {', '.join(sorted((*FAMILIES, *OTHER_NAMES)))}")
+    return name
 
 
 def _check_installed() -> None:

@@ -21,6 +21,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxPr
 from kvtier.errors import ConfigError
 from kvtier.integrations.layers import (
     CompressedEntries,
+    Entries,
     IndexKeys,
     KeysValues,
     Kind,
@@ -57,6 +58,16 @@ class Fit:
     def needs_splits(self) -> bool:
         """Whether a state is there at the end of a forward only, so that prompts are computed up to checkpoints."""
         return any(isinstance(kind, Recurrent) for kind in self.kinds)
+
+    @property
+    def replays(self) -> bool:
+        """Whether windows can be computed again from what the whole prefix has."""
+        return any(isinstance(kind, Entries) for kind in self.kinds) and all(kind.replays for kind in self.kinds)
+
+    @property
+    def reorders(self) -> bool:
+        """Whether ``reorder_cache`` reaches all states, as beams need it."""
+        return not any(isinstance(kind, Lightning) for kind in self.kinds)
 
     @property
     def needs_all(self) -> bool:

@@ -16,7 +16,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-from kvtier.integrations.recording import Ends, Marks, Recorded, RecordingCSA, RecordingHCA, RecordingWindow
+from kvtier.integrations.recording import (
+    Ends,
+    Marks,
+    Recorded,
+    RecordingCSA,
+    RecordingHCA,
+    RecordingWindow,
+    ReplayedLayer,
+)
 
 Pieces: TypeAlias = Mapping[str, torch.Tensor]
 """By the names of parts of one layer."""
@@ -39,6 +47,17 @@ class Kind(ABC):
     @abstractmethod
     def fill(self, past: Past, pieces: Pieces, tokens: int) -> None:
         """Put what a prefix of ``tokens`` tokens has into ``past``."""
+
+    replays = False
+    """Whether windows can be computed again beside it."""
+
+    def begin_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """Prepare ``past`` for computing again what comes behind ``tokens``; ``pieces`` as ``fill`` takes them."""
+        raise NotImplementedError(f"{type(self).__name__} does not replay")
+
+    def end_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """Make ``past``, with ``tokens`` computed again, what ``fill`` would have made it."""
+        raise NotImplementedError(f"{type(self).__name__} does not replay")
 
 
 class Entries(Kind):
@@ -75,6 +94,18 @@ class KeysValues(Entries):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
 
+    replays = True
+
+    def begin_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``."""
+        keys, values = (pieces[name] for name in self.names)
+        past.layers[self.layer] = ReplayedLayer(keys, values, tokens)
+
+    def end_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``."""
+        past.layers[self.layer] = whole_window()
+        self.fill(past, pieces, tokens)
+
     def taken(self, past: Past, name: str, start: int, stop: int) -> torch.Tensor:
         """See ``Entries``."""
         layer = past.layers[self.layer]
@@ -110,6 +141,22 @@ class CompressedEntries(Entries):
         for name in self.names:
             past.layers[self.layer].update_compressor_states(self._CALLED[name], pieces[name])
 
+    replays = True
+
+    def begin_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``: where a block ends no entry is unfinished, so that the count is all that is needed."""
+        layer = past.layers[self.layer]
+        for name in self.names:
+            layer.known[self._CALLED[name]] = pieces[name]
+            layer.entry_count[self._CALLED[name]] = tokens // self._ratio
+
+    def end_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``."""
+        layer = past.layers[self.layer]
+        layer.known.clear()
+        layer.entry_count = dict.fromkeys(layer.entry_count, 0)
+        self.fill(past, pieces, tokens)
+
     def taken(self, past: Past, name: str, start: int, stop: int) -> torch.Tensor:
         """See ``Entries``."""
         found: torch.Tensor = past.layers[self.layer].compressed_kv[self._CALLED[name]]
@@ -130,6 +177,15 @@ class SlidingWindow(Window):
         recorded.add(tokens - keys.shape[2], (keys, values)[: layer.sides])
         layer.recorded = recorded
 
+    replays = True
+
+    def begin_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``: nothing is held, whatever came before."""
+        past.layers[self.layer].cumulative_length = tokens
+
+    def end_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``: what was computed again is the window."""
+
     def recorded(self, past: Past) -> Recorded:
         """See ``Window``."""
         found: Recorded = past.layers[self.layer].recorded
@@ -148,6 +204,14 @@ class Overlap(States):
             values, gates = (pieces[name] for name in names)
             DeepseekV4CSACache.update_overlap_state(layer, called, values[:, None], gates[:, None], values.shape[-1])
             layer.overlaps[called].put(tokens, lambda values=values, gates=gates: (values, gates))
+
+    replays = True
+
+    def begin_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``: only entries are made of it, and those are known."""
+
+    def end_replay(self, past: Past, pieces: Pieces, tokens: int) -> None:
+        """See ``Kind``: that of the last entry was computed again."""
 
     def at(self, past: Past) -> dict[int, Pieces]:
         """By position, what was recorded there."""
@@ -204,9 +268,11 @@ def recording(own: Any, config: Any, ends: Ends, blocks: int) -> Any:
     layer: Any
     if isinstance(own, DeepseekV4CSACache):
         layer = RecordingCSA(config)
+        layer.known = {}
         layer.overlaps, layer.ends = {name: Marks(ends) for name in layer.overlap_kv}, ends
     elif isinstance(own, DeepseekV4HCACache):
         layer = RecordingHCA(config)
+        layer.known = {}
     elif isinstance(own, DynamicSlidingWindowLayer):
         layer = RecordingWindow(sliding_window=own.sliding_window)
     else:

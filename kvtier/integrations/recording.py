@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 
 from kvtier.config import PolicyConfig
@@ -132,6 +132,10 @@ class RecordingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-cal
         self.recorded.add(self.cumulative_length, (key_states[:1], value_states[:1]))
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the class above, which takes for granted that a window behind that many tokens is whole."""
+        return _mask_sizes(self, query_length)
+
 
 class _Compressed:
     """Of layers with compressed entries: keys are values, so one of them is recorded."""
@@ -141,11 +145,27 @@ class _Compressed:
     sides = 1
     recorded: Recorded
     cumulative_length: int
+    entry_count: dict[str, int]
+    known: dict[str, torch.Tensor]
+    """In a replay: all entries of the prefix."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the class above."""
         self.recorded.add(self.cumulative_length, (key_states[:1],))
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As ``RecordingWindow``."""
+        return _mask_sizes(self, query_length)
+
+    def update_compressor_states(self, name: str, compressed: torch.Tensor) -> torch.Tensor:
+        """As the class above; in a replay, entries that are known take the place of those that are computed again."""
+        known = self.known.get(name)
+        if known is None:
+            found: torch.Tensor = super().update_compressor_states(name, compressed)  # type: ignore[misc]
+            return found
+        self.entry_count[name] += compressed.shape[1]
+        return known[:, : self.entry_count[name]]
 
 
 class RecordingHCA(_Compressed, DeepseekV4HCACache):  # type: ignore[no-untyped-call]
@@ -182,3 +202,32 @@ class RecordingCSA(_Compressed, DeepseekV4CSACache):  # type: ignore[no-untyped-
             name, chunk_kv, chunk_gate, head_dim
         )
         return found
+
+
+class ReplayedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Full attention whose keys and values are known, while its tokens are computed again for windows elsewhere."""
+
+    _layer_type = None
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
+        """As if ``tokens`` of them had been computed."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._tokens = tokens
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What is known of the tokens so far; what was computed of the new ones is dropped."""
+        self._tokens += key_states.shape[-2]
+        keys: Any = self.keys
+        values: Any = self.values
+        return keys[:, :, : self._tokens], values[:, :, : self._tokens]
+
+    def get_seq_length(self) -> int:
+        """Tokens that were computed."""
+        return self._tokens
+
+
+def _mask_sizes(layer: Any, query_length: int) -> tuple[int, int]:
+    held = layer.keys.shape[-2] if layer.is_initialized else 0
+    return held + query_length, layer.cumulative_length - held

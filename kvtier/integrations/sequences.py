@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
 from kvtier.cache import TieredCache
+from kvtier.core.memory import KVPages
 from kvtier.errors import ClosedError
 from kvtier.hits import Hit
 from kvtier.integrations.fit import Fit
@@ -47,9 +49,10 @@ class CachedSequence:
         self.cache = cache
         self.prompt = prompt
         self.session = session
-        self.exact = exact
+        self.exact = exact or not fit.replays  # what has its windows needs no replay
         self.timeout_s = timeout_s
-        self.keys = cache.keys(prompt, tenant=tenant, adapter=adapter)
+        self._keys_of = partial(cache.keys, tenant=tenant, adapter=adapter)
+        self.keys = self._keys_of(prompt)
         self.ends = Ends(cache.layout.block_tokens, cache.config.policy, len(prompt))
         self.past: Past = fit.new_cache(self.ends)
         self.hit: Hit | None = None
@@ -75,6 +78,11 @@ class CachedSequence:
     def restore_from(self, hit: Hit) -> None:
         """Put the prefix of ``hit`` into ``past``, or as much of it as could be read."""
         self._restore_from(hit)
+
+    def begin_with(self, arrival: Arrival, tokens: int) -> None:
+        """Put the first ``tokens`` tokens of ``arrival`` into ``past``, which is empty."""
+        arrival.fill(self.past, tokens, self.model.device)
+        self.start = tokens
 
     def release(self) -> None:
         """Let go of the hit: its blocks may make room."""
@@ -114,15 +122,22 @@ class CachedSequence:
         finally:
             handle.remove()
 
-    def store(self) -> StoreResult | None:
-        """Offer the full blocks of ``keys`` behind what came from the cache; ``past`` holds all of them."""
-        stop = len(self.keys) * self.keys.block_tokens
-        if stop <= self.start:
-            return None
+    def departure(self, stop: int) -> KVPages:
+        """Memory of what was computed of the tokens before ``stop``, the end of a block."""
         states = {**self._states}
         for end, found in overlaps(self.fit, self.past).items():
             states[end] = {**states.get(end, {}), **found}
-        pages = departure(self.fit, self.past, states, self.start, stop)
+        return departure(self.fit, self.past, states, self.start, stop)
+
+    def store(self) -> StoreResult | None:
+        """Offer the full blocks of ``keys`` behind what came from the cache, as far as ``past`` holds them."""
+        computed = self.past.get_seq_length()
+        if computed < self.keys.num_tokens:
+            self.keys = self._keys_of(self.prompt[:computed])
+        stop = len(self.keys) * self.keys.block_tokens
+        if stop <= self.start:
+            return None
+        pages = self.departure(stop)
         try:
             job = self.cache.submit_store(
                 self.keys, pages, start=self.start, derived_from=self.hit if self.start else None,
@@ -135,7 +150,7 @@ class CachedSequence:
 
     def _restore_from(self, hit: Hit) -> None:
         self.hit = hit
-        if not hit.num_tokens:
+        if not hit.num_tokens or (hit.replay_tokens and not self.fit.replays):
             return
         arrival = Arrival.of(self.fit, hit.num_tokens)
         loaded = self._result(self.cache.submit_load(hit, arrival.pages))
@@ -143,8 +158,16 @@ class CachedSequence:
         if not tokens or (self.fit.needs_all and tokens < hit.num_tokens):
             return
         self.loaded = loaded
-        arrival.fill(self.past, tokens, self.model.device, range(len(self.fit.groups)))
-        self.start = tokens
+        if hit.replay_tokens:
+            self._replay(arrival, hit.replay_tokens)
+        else:
+            self.begin_with(arrival, tokens)
+
+    def _replay(self, arrival: Arrival, tokens: int) -> None:
+        """Begin with ``arrival``, whose windows the last ``tokens``, or some more, are computed again for."""
+        start = max(0, arrival.tokens - tokens) // self.keys.block_tokens * self.keys.block_tokens
+        arrival.replay(self.past, start, self.model.device, lambda: self._forward(arrival.tokens))
+        self.start = arrival.tokens
 
     def _forward(self, stop: int) -> None:
         tokens = self.prompt[None, self.past.get_seq_length() : stop].to(self.model.device)

@@ -91,8 +91,8 @@ class FirstTokenClock(StoppingCriteria):
 class CachedGenerator:
     """``model.generate`` with prefix reuse: across calls and across processes, from whichever tier holds the prefix.
 
-    KV that a call starts from is bit for bit what was stored. Every layer keeps its whole KV, also in models that
-    attend to a sliding window only, so that a prefix can be cut after every block. Their answers are those of
+    KV that a call starts from is bit for bit what was stored; docs/transformers.md says what follows from that for each
+    kind of layer. Where the layout keeps sliding windows whole, answers are those of
     ``model.generate(past_key_values=DynamicCache())``, which rounds differently from the cache that such a model makes
     for itself.
     """
@@ -112,7 +112,7 @@ class CachedGenerator:
         self._opened = cache
         self.timeout_s = timeout(timeout_s, MOST_SECONDS)
         self._clock = SystemClock()
-        self._fit = fit_of(self.cache.layout, model)
+        self.fit = fit_of(self.cache.layout, model)
 
     @property
     def cache(self) -> TieredCache:
@@ -127,9 +127,12 @@ class CachedGenerator:
         tenant: str = "",
         adapter: str = "",
         session: str | None = None,
+        exact: bool = False,
         **kwargs: Any,
     ) -> GenerationWithReport:
         """Generate from ``input_ids`` ``[rows, tokens]``; ``kwargs`` are those of ``model.generate``.
+
+        ``exact``: only from KV that is what the model computes.
 
         Rows run one by one, each from a hit of its own. ``attention_mask`` marks the padding of rows, on either side;
         without one every token counts.
@@ -142,16 +145,21 @@ class CachedGenerator:
                 training mode with dropout or gradient checkpointing, or ``torch.autocast``.
         """
         cache = self.cache  # for all of this call
-        self._fit = fit_of(cache.layout, self.model)  # by now it may be of another dtype
+        self.fit = fit_of(cache.layout, self.model)  # by now it may be of another dtype
         check_dropout(self.model)
         check_keeps_kv(self.model)
         check_autocast(self.model)
         settings = self._settings(kwargs)
         _check(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
+        if (settings.num_beams or 1) > 1 and not self.fit.reorders:
+            raise ConfigError(
+                f"num_beams = {settings.num_beams}: transformers does not reorder the linear states of this model, so"
+                " that beams would go on from each other's; use greedy search or sampling"
+            )
         prompts = without_padding(input_ids, attention_mask)
         cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
-        names = {"tenant": tenant, "adapter": adapter, "session": session}
+        names = {"tenant": tenant, "adapter": adapter, "session": session, "exact": exact}
         done = [self._generate_row(cache, prompt, names, copies, kwargs) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
@@ -170,7 +178,7 @@ class CachedGenerator:
         return sequence.past, sequence.loaded
 
     def _sequence(self, cache: TieredCache, prompt: torch.Tensor, **names: Any) -> CachedSequence:
-        return CachedSequence(self.model, self._fit, cache, prompt, timeout_s=self.timeout_s, **names)
+        return CachedSequence(self.model, self.fit, cache, prompt, timeout_s=self.timeout_s, **names)
 
     def _generate_row(
         self, cache: TieredCache, prompt: torch.Tensor, names: Mapping[str, Any], copies: int, kwargs: dict[str, Any]

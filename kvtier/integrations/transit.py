@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +42,29 @@ class Arrival:
         memory = SequenceTensors(layout, [tensor for own in tensors for tensor in own])
         return cls(fit, tokens, tensors, memory.pages(ids, [0] * len(ids)))
 
-    def fill(self, past: Past, tokens: int, device: torch.device, groups: range | tuple[int, ...]) -> None:
+    def fill(self, past: Past, tokens: int, device: torch.device) -> None:
         """Put the first ``tokens`` of what was loaded into ``past``; less than all only where no group is a window."""
+        for kind, found in self._pieces(tokens, device, range(len(self.tensors))).items():
+            kind.fill(past, found, tokens)
+
+    def replay(self, past: Past, start: int, device: torch.device, compute: Callable[[], None]) -> None:
+        """As ``fill``, where windows were not loaded: ``compute`` computes all tokens from ``start`` on once more."""
+        groups = [number for number, group in enumerate(self.fit.layout.groups) if group.reuse.rule == "all"]
+        pieces = self._pieces(self.tokens, device, groups)
+        for kind in self.fit.kinds:
+            kind.begin_replay(past, pieces.get(kind, {}), start)
+        compute()
+        for kind in self.fit.kinds:
+            kind.end_replay(past, pieces.get(kind, {}), self.tokens)
+
+    def _pieces(self, tokens: int, device: torch.device, groups: Iterable[int]) -> dict[Kind, dict[str, torch.Tensor]]:
         pieces: dict[Kind, dict[str, torch.Tensor]] = {}
         for group in groups:
             is_whole = self.fit.layout.groups[group].reuse.rule == "all"
             for (part, kind), tensor in zip(self.fit.groups[group], self.tensors[group], strict=True):
                 own = tensor.narrow(part.token_axis, 0, tokens // part.tokens_per_entry) if is_whole else tensor
                 pieces.setdefault(kind, {})[part.name or part.kind] = _as_piece(part, own).to(device)
-        for kind, found in pieces.items():
-            kind.fill(past, found, tokens)
+        return pieces
 
 
 def departure(fit: Fit, past: Past, states: StatesAt, start: int, stop: int) -> KVPages:

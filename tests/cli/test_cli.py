@@ -80,7 +80,7 @@ def test_every_command_loads_and_offers_json(name: str, capsys: pytest.CaptureFi
 class TestErrors:
     @pytest.fixture(autouse=True)
     def _no_demo(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        def fails(directory: str) -> NoReturn:
+        def fails(directory: str, family: str) -> NoReturn:
             raise KVTierError("the second process failed")
 
         monkeypatch.setattr("kvtier.cli.demo._run", fails)

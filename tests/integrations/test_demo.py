@@ -25,7 +25,7 @@ NOTHING = {"device": 0, "host": 0, "disk": 0}
 def small_model(monkeypatch):
     """A model that takes no time."""
 
-    def tiny_model():
+    def tiny_model(family):
         torch.manual_seed(0)
         config = LlamaConfig(
             hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=256,
@@ -33,7 +33,7 @@ def small_model(monkeypatch):
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
 
-    monkeypatch.setattr(conversation, "_random_model", tiny_model)
+    monkeypatch.setattr(conversation, "random_model", tiny_model)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ class _Done:
 )
 @pytest.mark.parametrize("as_json", [True, False])
 def test_the_exit_status_says_whether_all_is_well(monkeypatch, turns, restart, ok, as_json):
-    monkeypatch.setattr(demo, "_run", lambda directory: (turns, restart))
+    monkeypatch.setattr(demo, "_run", lambda directory, family: (turns, restart))
     done = CliRunner().invoke(demo.app, ["--json"] if as_json else [])
     assert done.exit_code == (0 if ok else 1)
     if as_json:
@@ -114,7 +114,7 @@ def test_the_exit_status_says_whether_all_is_well(monkeypatch, turns, restart, o
 
 
 def test_json_has_a_turn_like_any_other_for_the_second_process(monkeypatch):
-    monkeypatch.setattr(demo, "_run", lambda directory: ([GOOD], GOOD))
+    monkeypatch.setattr(demo, "_run", lambda directory, family: ([GOOD], GOOD))
     turn = {
         "prompt_tokens": 100,
         "hit_tokens": {"device": 0, "host": 64, "disk": 32},
@@ -127,7 +127,7 @@ def test_json_has_a_turn_like_any_other_for_the_second_process(monkeypatch):
 
 def test_a_directory_that_is_named_is_kept(monkeypatch, tmp_path):
     where = []
-    monkeypatch.setattr(demo, "_run", lambda directory: (where.append(directory), ([GOOD], GOOD))[1])
+    monkeypatch.setattr(demo, "_run", lambda directory, family: (where.append(directory), ([GOOD], GOOD))[1])
     CliRunner().invoke(demo.app, ["--json", "--directory", str(tmp_path)])
     CliRunner().invoke(demo.app, ["--json"])
     assert where[0] == str(tmp_path)
@@ -155,7 +155,7 @@ def test_a_second_process_that_is_not_told_what_to_go_on_with_is_wrong_usage(mon
 def test_a_second_process_without_a_directory_is_wrong_usage(monkeypatch, capsys):
     """It has nothing to find blocks in, and none is made under the name of "None"."""
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"tenant": "t", "prompt": [[1]]}'))
-    monkeypatch.setattr(demo, "_go_on", lambda directory, request: {"directory": directory})
+    monkeypatch.setattr(demo, "_go_on", lambda directory, family, request: {"directory": directory})
     assert run(capsys, "--second-process") == (2, "", f"error: --second-process: also give {DIRECTORY}\n")
 
 
@@ -178,7 +178,7 @@ def test_a_second_process_that_does_not_end_is_an_error_that_says_so(talk, monke
 
     monkeypatch.setattr(subprocess, "run", never_ends)
     with pytest.raises(KVTierError, match=r"the second process had not ended after 240 s .*run kvtier demo again"):
-        demo._restart(talk, str(tmp_path), messages()[-1])
+        demo._restart(talk, str(tmp_path), "llama", messages()[-1])
 
 
 @pytest.mark.stress
