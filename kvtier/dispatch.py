@@ -241,6 +241,8 @@ class Dispatch:
                 try:
                     if self._heard:  # what follows from it is sent before anything new is planned
                         self._hear()
+                    elif self.planner.follows:  # what it follows from is on its way
+                        self.planner.follow_up()
                     else:
                         self._plan_wishes(self._wishes_a_turn())
                 finally:
@@ -249,7 +251,7 @@ class Dispatch:
             self._deliver(news)
         if self._wishes:  # a copy thread plans them as soon as one is free: first the bytes that it has in hand
             return not self.channels[0].call_back()
-        return bool(news.plans)
+        return bool(news.plans) or self.planner.follows
 
     def _end_jobs(self) -> None:
         """Every rank is closed: what has come is taken in, and of all else nobody will ever hear."""

@@ -56,6 +56,8 @@ from kvtier.planner.writes import WriteQueue
 X = TypeVar("X")
 Y = TypeVar("Y")
 _MAX_ENTRIES: Final = 1 << 24
+_FEW_ROWS: Final = 32
+"""Of plans, which are sent as soon as what follows from them is planned; more are sent before."""
 _NOTHING_LEFT: Final[Sequence[Wish]] = ()
 
 
@@ -81,6 +83,8 @@ class Planner:
         self._reports = Reports(self._state, self._commits, self._recovery)
         self._upkeep = Upkeep(self._state, stages)
         self.sessions = Sessions()
+        self.follows = False
+        """Whether it is time for ``follow_up``."""
 
     # --- looking up -------------------------------------------------------------------------------------------------
 
@@ -148,6 +152,8 @@ class Planner:
 
         Whoever made them has compared page tables with their memory, and keys with ``check_keys``. One that cannot be
         planned, by a mistake of ours, is refused, and all others are planned: ``take_mistakes`` says why.
+        What follows from them is planned at once where they are few, and left to ``follow_up`` where ``follows`` says
+        so: the bytes of many blocks are on their way meanwhile.
         """
         if now_s is not None:
             for book in self._state.books.values():
@@ -159,7 +165,9 @@ class Planner:
                     alone = self._guarded(self._joint.plan, portion, portion, _NOTHING_LEFT)
                 for wish in alone:
                     self._guarded(self._plan_one, wish, (wish,), None)
-        self.follow_up()
+        self.follows = True
+        if sum(len(plan.rows) for plan in self._state.plans) <= _FEW_ROWS:
+            self.follow_up()
 
     def _guarded(self, step: Callable[[X], Y], subject: X, wishes: Sequence[Wish], instead: Y) -> Y:
         try:
@@ -255,6 +263,8 @@ class Planner:
 
     def _planned(self, wish: Wish) -> Ticket:
         self.plan((wish,))
+        if self.follows:
+            self.follow_up()
         return wish.ticket
 
     def check_keys(self, keys: Keys) -> None:
@@ -278,7 +288,8 @@ class Planner:
         self.follow_up()
 
     def follow_up(self) -> None:
-        """Plan what nobody asked for and what follows from what was taken in."""
+        """Plan what nobody asked for and what follows from what was taken in, or planned."""
+        self.follows = False
         try:
             self._upkeep.plan()
         except Exception as error:
@@ -353,9 +364,9 @@ class Planner:
 
     @property
     def has_news(self) -> bool:
-        """Whether any of ``take_plans``, ``take_finished`` and ``take_mistakes`` has something."""
+        """Whether ``take_plans``, ``take_finished`` or ``take_mistakes`` has something, or something ``follows``."""
         state = self._state
-        return bool(state.plans or state.news or state.mistakes)
+        return bool(state.plans or state.news or state.mistakes or self.follows)
 
     @property
     def events(self) -> ControlEvents:

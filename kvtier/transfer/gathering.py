@@ -20,7 +20,7 @@ from kvtier.transfer.images import Extents
 from kvtier.transfer.records import fill_records, gather_record, move_records, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import Piece, Service, pieces
+from kvtier.transfer.work import Piece, Service, halved, pieces
 
 Failures: TypeAlias = dict[int, Reason]
 """Rows that could not be gathered, and why; nearly always none."""
@@ -57,8 +57,12 @@ class StoreRun(Run):
         slab = self.equipment.slab if self.plan.target == Tier.DEVICE else None
         if slab is not None:
             self._queue_gather_to(slab, shape, rows)
-            return
+        else:
+            self.equipment.work.put(self._gather_piece(shape, rows))
+
+    def _gather_piece(self, shape: RecordShape, rows: list[int]) -> Piece:
         seal_at_once = self._seals_at_once(shape)
+        parts = halved(rows, shape.pages * PAGE_BYTES)
 
         def work() -> Failures:
             return self._gather_now(shape, rows)
@@ -71,7 +75,12 @@ class StoreRun(Run):
                 self._queue_seal(shape, gathered)
             self._gather_ended()
 
-        self.equipment.work.put(Piece(Service.GATHER, work, finish))
+        def halves() -> tuple[Piece, Piece]:
+            assert parts is not None
+            self._gathers_left += 1
+            return self._gather_piece(shape, parts[0]), self._gather_piece(shape, parts[1])
+
+        return Piece(Service.GATHER, work, finish, halves if parts else None)
 
     def _gathered(self, rows: list[int], result: Failures | Exception) -> list[int]:
         """Those of ``rows`` that could be gathered; the others have failed."""

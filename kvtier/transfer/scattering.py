@@ -9,33 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 
 from kvtier.codecs.headers import Places
-from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Tier, direct_members
-from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
-from kvtier.tiers.device import Resident
+from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Tier
+from kvtier.runtime.seam import Buffer
+from kvtier.transfer.climbing import SlabRows
 from kvtier.transfer.delivery import Delivery
-from kvtier.transfer.device import deliver_from_slab, note_residents
-from kvtier.transfer.endpoint import DeviceEndpoint, Endpoint, table_of
+from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Buffers, Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
-from kvtier.transfer.paths import DiskPath
+from kvtier.transfer.reading import ReadMove, RowState
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import PIECE_BYTES, Piece, Service, pieces
-
-
-@direct_members
-class _State(IntEnum):
-    WAITING = 0  # in a lane's queue
-    READING = 1  # the engine has it
-    WORKING = 2  # with the copy threads
-    ENDED = 3
+from kvtier.transfer.work import PIECE_BYTES, Piece, Service, halved, pieces
 
 
 @dataclass(slots=True, eq=False)
@@ -64,12 +54,10 @@ class LoadRun(Run):
         self.device_page = rows["device_page"].tolist()
         self.target_page = rows["target_page"].tolist()
         """In host memory: what comes from disk is read right into it."""
-        self._residents: dict[int, Resident] = {}
-        self._promoted: set[int] = set()
-        self._digests: dict[int, int] = {}
+        self._slab_rows = SlabRows(plan, equipment)
         if self._climbs:
             self.target_page = [NOWHERE] * len(rows)
-        self.states = bytearray((_State.WAITING,)) * len(rows)
+        self.states = bytearray((RowState.WAITING,)) * len(rows)
         self._tried = [0] * len(rows)  # reads of any copy that were begun
         self._service = Service.LOAD if plan.priority == Priority.DEMAND else Service.FETCH
 
@@ -98,27 +86,13 @@ class LoadRun(Run):
         on_device = [row for row, page in enumerate(self.device_page) if page != NOWHERE]
         for row in on_device:
             self._tried[row] += 1
-        there = self._those_in_slab(on_device)
+        there = self._slab_rows.find(on_device)
         for shape, own in self.by_group(there):
             for rows in pieces(own, shape.pages * PAGE_BYTES):
                 self._deliver(rows, Tier.DEVICE)
         if len(there) < len(on_device):
             self.lost(sorted(set(on_device) - set(there)), Tier.DEVICE, Reason.GONE)
         return [row for row, page in enumerate(self.device_page) if page == NOWHERE]
-
-    def _those_in_slab(self, rows: list[int]) -> list[int]:
-        """Those of ``rows`` that lie in the slab as the plan says."""
-        slab, table = self.equipment.slab, self.plan.rows
-        if slab is None:
-            return []
-        for row in rows:
-            one = table[row]
-            found = slab.residents.find(
-                self.device_page[row], int(one["device_pages"]), one["key"].tobytes(), int(one["group"])
-            )
-            if found is not None:
-                self._residents[row] = found
-        return [row for row in rows if row in self._residents]
 
     @property
     def _climbs(self) -> bool:
@@ -129,10 +103,10 @@ class LoadRun(Run):
         """Rows that wait end now; those being read are quarantined; copy threads end theirs at once."""
         super().abandon(reason)
         for row, state in enumerate(self.states):
-            if state == _State.WAITING:
+            if state == RowState.WAITING:
                 self._end(row, reason)
-            elif state == _State.READING:
-                self.states[row] = _State.ENDED
+            elif state == RowState.READING:
+                self.states[row] = RowState.ENDED
                 if self.target_page[row] != NOWHERE:
                     self.quarantine(row, reason)
                 else:
@@ -146,7 +120,7 @@ class LoadRun(Run):
         for run in self._adjacent(rows):
             for row in run:
                 self._tried[row] += 1
-                self.states[row] = _State.WAITING
+                self.states[row] = RowState.WAITING
             directory, _ = lane_of(self.segment[run[0]])
             if 0 <= directory < len(self.equipment.paths):
                 path = self.equipment.paths[directory]
@@ -179,7 +153,7 @@ class LoadRun(Run):
             self.equipment.metrics.add("read_errors")
             self._give_back(staged)
             for row in rows:
-                if self.states[row] == _State.ENDED:
+                if self.states[row] == RowState.ENDED:
                     self._release(row)
                 else:
                     self._try_again(row, Tier.DISK, Reason.IO_ERROR)
@@ -195,10 +169,16 @@ class LoadRun(Run):
         """Queue ``rows``: those from disk are in ``buffers``, of which ``staged`` go back to staging afterwards."""
         if self._has_ended_among(rows):
             for row in rows:
-                if self.states[row] != _State.ENDED:
-                    self.states[row] = _State.WORKING
+                if self.states[row] != RowState.ENDED:
+                    self.states[row] = RowState.WORKING
         else:
-            self._mark(rows, _State.WORKING)
+            self._mark(rows, RowState.WORKING)
+        self.equipment.work.put(self._delivery_piece(rows, origin, buffers, staged))
+
+    def _delivery_piece(
+        self, rows: list[int], origin: Tier, buffers: Sequence[Buffer] = (), staged: Sequence[int | None] = ()
+    ) -> Piece:
+        parts = halved(rows, self.host_pages[rows[0]] * PAGE_BYTES) if origin == Tier.HOST else None
 
         def work() -> list[Reason]:
             return self._deliver_now(rows, origin, buffers)
@@ -206,12 +186,16 @@ class LoadRun(Run):
         def finish(result: list[Reason] | Exception) -> None:
             self._give_back(staged)
             reasons = [reason_of(result)] * len(rows) if isinstance(result, Exception) else result
-            if self._promoted:
+            if self._slab_rows.promoted:
                 self._note_promoted(rows)
             self._delivered_all(rows, reasons, origin)
             self.settle()
 
-        self.equipment.work.put(Piece(self._service, work, finish))
+        def halves() -> tuple[Piece, Piece]:
+            assert parts is not None
+            return self._delivery_piece(parts[0], origin), self._delivery_piece(parts[1], origin)
+
+        return Piece(self._service, work, finish, halves if parts else None)
 
     def _deliver_now(self, rows: list[int], origin: Tier, buffers: Sequence[Buffer]) -> list[Reason]:
         """On a copy thread: what came of each row."""
@@ -225,7 +209,7 @@ class LoadRun(Run):
             for batch in [own] if at_once else shape.batches(own):
                 self._deliver_batch(shape, batch, cargo)
             if origin == Tier.HOST and self._climbs:
-                self._copy_to_slab(shape, [row for row in own if reasons[row] == Reason.NONE])
+                self._slab_rows.promote(shape, [row for row in own if reasons[row] == Reason.NONE])
         return [reasons[row] for row in rows]
 
     def _deliver_batch(self, shape: RecordShape, batch: list[int], cargo: _Cargo) -> None:
@@ -245,7 +229,7 @@ class LoadRun(Run):
 
     def _deliver_wanted(self, shape: RecordShape, rows: list[int], cargo: _Cargo) -> list[Reason]:
         if cargo.origin == Tier.DEVICE:
-            return self._from_slab(shape, rows, cargo.target)
+            return self._slab_rows.deliver(shape, rows, cargo.target)
         on_host = cargo.origin == Tier.HOST
         delivery = Delivery(
             self.equipment, self.plan, shape, rows,
@@ -256,35 +240,8 @@ class LoadRun(Run):
         )  # fmt: skip
         return delivery.deliver()
 
-    def _from_slab(self, shape: RecordShape, rows: list[int], target: Endpoint | None) -> list[Reason]:
-        slab, engine = self.equipment.slab, None if target is None else DeviceEndpoint.of(target)
-        if slab is None:
-            return [Reason.GONE] * len(rows)
-        residents = [self._residents[row] for row in rows]
-        return deliver_from_slab(self.equipment, self.plan, slab, shape, rows, residents, engine)
-
-    def _copy_to_slab(self, shape: RecordShape, rows: list[int]) -> None:
-        """Those of ``rows``, all verified, that have a target there and are raw: the others stay where they are."""
-        table, slab = self.plan.rows, self.equipment.slab
-        rows = [row for row in rows if table["target_page"][row] != NOWHERE and self.host_pages[row] == shape.pages]
-        if not rows or slab is None:
-            return
-        own = table_of(self.plan, rows)
-        raw = shape.headers.read(self._extents(rows).headers(), own["key"], None)[0].tolist()
-        rows = [row for row, is_raw in zip(rows, raw, strict=True) if is_raw]
-        if rows:
-            own = table_of(self.plan, rows)
-            with slab.ordered():
-                slab.copy_from_host(
-                    self.equipment.host.data, own["host_page"].tolist(), shape.pages, own["target_page"].tolist()
-                )
-                if slab.verifies:
-                    found = slab.digests(own["target_page"].tolist(), shape.pages)
-                    self._digests.update(zip(rows, found, strict=True))
-            self._promoted.update(rows)
-
     def _is_wanted(self, row: int) -> bool:
-        return self.states[row] != _State.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)
+        return self.states[row] != RowState.ENDED and not (self.abandoned and self.plan.kind == PlanKind.LOAD)
 
     def _places(self, rows: list[int]) -> Places:
         """What the headers of records from disk, all of one directory, have to say of where they lie."""
@@ -300,14 +257,14 @@ class LoadRun(Run):
             for row, reason in zip(rows, reasons, strict=True):
                 self._delivered(row, reason, origin)
             return
-        self._mark(rows, _State.ENDED)
+        self._mark(rows, RowState.ENDED)
         table = table_of(self.plan, rows)
         if origin != Tier.DISK:
             pages = table["host_pages" if origin == Tier.HOST else "device_pages"]
-            if not self._promoted:
+            if not self._slab_rows.promoted:
                 self.all_ok(rows, moved_bytes=pages.astype(np.int64) * PAGE_BYTES)
                 return
-            kept = np.array([row in self._promoted for row in rows], np.bool_)
+            kept = np.array([row in self._slab_rows.promoted for row in rows], np.bool_)
             self.all_ok(
                 rows, moved_bytes=pages.astype(np.int64) * PAGE_BYTES, tier=np.where(kept, Tier.DEVICE, Tier.ENGINE),
                 page=np.where(kept, table["target_page"], NOWHERE), pages=np.where(kept, pages, 0),
@@ -321,12 +278,12 @@ class LoadRun(Run):
         )  # fmt: skip
 
     def _delivered(self, row: int, reason: Reason, origin: Tier) -> None:
-        if self.states[row] == _State.ENDED:
+        if self.states[row] == RowState.ENDED:
             self._release(row)
         elif reason == Reason.NONE:
-            self.states[row] = _State.ENDED
+            self.states[row] = RowState.ENDED
             pages = self._pages_in(origin, row)
-            if row in self._promoted:
+            if row in self._slab_rows.promoted:
                 page = int(self.plan.rows["target_page"][row])
                 self.ok(row, moved_bytes=pages * PAGE_BYTES, tier=Tier.DEVICE, page=page, pages=pages)
             elif origin == Tier.DISK and self.target_page[row] != NOWHERE:
@@ -400,18 +357,16 @@ class LoadRun(Run):
 
     def _note_promoted(self, rows: list[int]) -> None:
         """Those of ``rows`` that were copied lie in the slab from now on."""
-        slab, copied = self.equipment.slab, [row for row in rows if row in self._promoted]
-        for shape, own in self.by_group(copied) if slab is not None else ():
-            if slab is not None and own:
-                note_residents(slab, self.plan, own, shape, [self._digests.get(row) for row in own], sealed=True)
+        for shape, own in self.by_group([row for row in rows if row in self._slab_rows.promoted]):
+            self._slab_rows.note(shape, own)
 
     def _has_ended_among(self, rows: list[int]) -> bool:
         """Whether any of ``rows``, ascending, has ended."""
         if rows[-1] - rows[0] + 1 == len(rows):
-            return _State.ENDED in self.states[rows[0] : rows[-1] + 1]
-        return any(self.states[row] == _State.ENDED for row in rows)
+            return RowState.ENDED in self.states[rows[0] : rows[-1] + 1]
+        return any(self.states[row] == RowState.ENDED for row in rows)
 
-    def _mark(self, rows: list[int], state: _State) -> None:
+    def _mark(self, rows: list[int], state: RowState) -> None:
         """All of ``rows``, ascending, are in ``state``."""
         if rows[-1] - rows[0] + 1 == len(rows):
             self.states[rows[0] : rows[-1] + 1] = bytes((state,)) * len(rows)
@@ -420,7 +375,7 @@ class LoadRun(Run):
             self.states[row] = state
 
     def _end(self, row: int, reason: Reason) -> None:
-        self.states[row] = _State.ENDED
+        self.states[row] = RowState.ENDED
         self.failed(row, reason)
 
     def _release(self, row: int) -> None:
@@ -436,63 +391,3 @@ class LoadRun(Run):
     def _extents(self, rows: list[int]) -> Extents:
         table = table_of(self.plan, rows)
         return Extents(self.equipment.host, table["host_page"], table["host_pages"])
-
-
-class ReadMove:
-    """Adjacent records of one segment."""
-
-    def __init__(self, run: LoadRun, rows: list[int], path: DiskPath) -> None:
-        """``rows`` of ``run`` lie one after another in one segment of ``path``."""
-        self.priority = run.priority
-        self.nbytes = sum(run.disk_pages[row] for row in rows) * PAGE_BYTES
-        self._run = run
-        self._rows = rows
-        self._path = path
-        self._staged: list[int | None] = []
-        self._buffers: list[Buffer] = []
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a row still waits for it."""
-        return any(self._run.states[row] == _State.WAITING for row in self._rows)
-
-    def prepare(self) -> IORequest | None:
-        """Take buffers and find the file; rows whose segment is not there any more look for another copy."""
-        run, first = self._run, self._rows[0]
-        _, segment = lane_of(run.segment[first])
-        fd = self._path.tier.locate(segment, run.generation[first])
-        if fd is None:
-            rows = [row for row in self._rows if run.states[row] == _State.WAITING]
-            for row in rows:
-                run.states[row] = _State.WORKING
-            run.lost(rows, Tier.DISK, Reason.GONE)
-            return None
-        if not self._take_buffers():
-            return None
-        for row in self._rows:
-            if run.states[row] == _State.WAITING:
-                run.states[row] = _State.READING
-        return IORequest(Op.READ, fd, run.disk_page[first] * PAGE_BYTES, self._buffers, self)
-
-    def finish(self, done: IODone) -> None:
-        """Hand the bytes on."""
-        self._path.read_ended(done.error, self._run.equipment.clock.monotonic())
-        self._run.read_ended(self._rows, self._buffers, self._staged, done.error)
-
-    def _take_buffers(self) -> bool:
-        run, staging = self._run, self._run.equipment.staging
-        self._staged, self._buffers = [], []
-        for row in self._rows:
-            if run.target_page[row] != NOWHERE:
-                self._staged.append(None)
-                self._buffers.append(run.equipment.host.view(run.target_page[row], run.disk_pages[row]))
-                continue
-            buffer = staging.take(run.priority)
-            if buffer is None:
-                for taken in self._staged:
-                    if taken is not None:
-                        staging.give_back(taken, run.priority)
-                return False
-            self._staged.append(buffer)
-            self._buffers.append(staging.view(buffer)[: run.disk_pages[row] * PAGE_BYTES])
-        return True

@@ -17,6 +17,9 @@ LONG_PIECE_BYTES: Final = 32 << 20
 """What kernels move at once where there is enough for two threads. Whatever runs between two calls of a kernel finds
 the caches full of what it moved, and takes several times as long as it would; 32 MiB are some milliseconds."""
 
+HALVED_BYTES: Final = 8 << 20
+"""Of a piece that is the last one and is still worth two threads: none is to work alone for long at the end."""
+
 
 def pieces(rows: list[int], nbytes: int, *, are_long: bool = False) -> Iterator[list[int]]:
     """``rows`` in runs of about one piece of work each, ``nbytes`` a row; ``are_long``: kernels move them."""
@@ -24,6 +27,14 @@ def pieces(rows: list[int], nbytes: int, *, are_long: bool = False) -> Iterator[
     size = max(1, limit // max(1, nbytes))
     for at in range(0, len(rows), size):
         yield rows[at : at + size]
+
+
+def halved(rows: list[int], nbytes: int) -> tuple[list[int], list[int]] | None:
+    """``rows``, ``nbytes`` each, for two pieces; None where one is enough."""
+    if len(rows) < 2 or len(rows) * nbytes < HALVED_BYTES:
+        return None
+    middle = len(rows) // 2
+    return rows[:middle], rows[middle:]
 
 
 class Service(IntEnum):
@@ -39,12 +50,13 @@ class Service(IntEnum):
 class Piece:
     """``work`` runs on some thread without any lock and returns what ``finish`` gets, under the lock again.
 
-    ``work`` may raise: ``finish`` then gets the exception.
+    ``work`` may raise: ``finish`` then gets the exception. ``halves`` makes two pieces of one that has not begun.
     """
 
     service: Service
     work: Callable[[], Any]
     finish: Callable[[Any], None]
+    halves: Callable[[], tuple[Piece, Piece]] | None = None
 
 
 class WorkQueue:
@@ -61,13 +73,20 @@ class WorkQueue:
         self.wake_one()
 
     def take(self, wake: Event) -> Piece | None:
-        """The next piece, or None: then ``wake`` is set when there is one."""
+        """The next piece, or half of it where it is the last; None: then ``wake`` is set when there is one."""
         for queue in self._queues:
             if queue:
-                return queue.popleft()
+                piece = queue.popleft()
+                return piece if queue or piece.halves is None else self._first_half(piece.halves, queue)
         if wake not in self._idle:
             self._idle.append(wake)
         return None
+
+    def _first_half(self, halves: Callable[[], tuple[Piece, Piece]], queue: deque[Piece]) -> Piece:
+        first, second = halves()
+        queue.append(second)
+        self.wake_one()
+        return first
 
     def give_up(self, error: Exception) -> None:
         """Nobody works any more: every piece, and what follows from its end, ends with ``error``."""

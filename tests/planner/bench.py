@@ -155,6 +155,8 @@ class Bench:
     def plan(self, wishes: Sequence[Wish]) -> None:
         """Plan wishes that come together, and send what follows."""
         self.planner.plan(wishes)
+        if self.planner.follows:
+            self.planner.follow_up()
         self.tickets += [wish.ticket for wish in wishes]
         self.send()
 

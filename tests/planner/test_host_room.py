@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from kvtier.core.plan import DIRECTORY_SHIFT, PlanKind, Reason, Status, Tier
-from kvtier.planner import Durability, Outcome
-from tests.planner.bench import BACK, Bench
+from kvtier.core.plan import DIRECTORY_SHIFT, Lineage, PlanKind, Reason, Status, Tier
+from kvtier.planner import Durability, Outcome, StoreWish
+from tests.planner.bench import BACK, PAGES, Bench
 
 # --- room in host memory ----------------------------------------------------------------------------------------------
 
@@ -26,6 +26,26 @@ def test_over_the_watermark_blocks_are_spilled_and_freed_the_oldest_first() -> N
     assert bench.match(new) == 4
     assert bench.lookup(old).tiers.tolist() == [Tier.HOST] + [Tier.DISK] * 4
     bench.check()
+
+
+def test_many_blocks_can_be_sent_before_what_follows_from_them_is_planned() -> None:
+    bench = Bench(segments=9, host_blocks=64, host={"high_watermark": 0.4, "low_watermark": 0.3}, **BACK)
+    bench.stored(bench.keys(20, 0))
+    few, many = (
+        StoreWish.of(
+            bench.keys(blocks, blocks), blocks, PAGES, start=0, lineage=Lineage.EXACT, durability=Durability.MEMORY
+        )
+        for blocks in (2, 40)
+    )
+    bench.planner.plan([few])
+    assert not bench.planner.follows
+    bench.planner.plan([many])
+    assert {plan.kind for plan in bench.planner.take_plans()} == {PlanKind.STORE}
+    assert bench.planner.follows
+    assert bench.planner.has_news
+    bench.planner.follow_up()
+    assert PlanKind.SPILL in {plan.kind for plan in bench.planner.take_plans()}
+    assert not bench.planner.has_news
 
 
 def test_all_that_is_pinned_is_passed_over_in_one_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvtier.runtime import system_machine
-from kvtier.transfer.work import PIECE_BYTES, Piece, Service, WorkQueue, pieces
+from kvtier.transfer.work import HALVED_BYTES, PIECE_BYTES, Piece, Service, WorkQueue, halved, pieces
 
 
 def _piece(service: Service) -> Piece:
@@ -56,3 +56,41 @@ def test_pieces_for_kernels_are_longer_where_two_threads_have_enough_all_the_sam
     assert lengths(4) == [2, 2]
     assert lengths(8) == [4, 4]
     assert lengths(64) == [4] * 16
+
+
+def _in_halves(count: int) -> Piece:
+    """Work on ``count`` things; ``work`` says how many."""
+
+    def halves() -> tuple[Piece, Piece]:
+        return _in_halves(count // 2), _in_halves(count - count // 2)
+
+    return Piece(Service.GATHER, lambda: count, lambda result: None, halves if count > 1 else None)
+
+
+def test_the_last_piece_is_shared_with_threads_that_would_find_nothing() -> None:
+    queue, wake, other = WorkQueue(), _event(), _event()
+    assert queue.take(other) is None
+    queue.put(_in_halves(8))
+    queue.put(_in_halves(8))
+    other.clear()
+    taken: list[int] = []
+    while (piece := queue.take(wake)) is not None:
+        taken.append(piece.work())
+    assert taken == [8, 4, 2, 1, 1]
+
+
+def test_whoever_waits_is_woken_for_the_other_half() -> None:
+    queue, wake, other = WorkQueue(), _event(), _event()
+    assert queue.take(wake) is None
+    assert queue.take(other) is None
+    queue.put(_in_halves(2))  # wakes one of them, which takes half of it
+    first, second = (wake, other) if wake.wait(0) else (other, wake)
+    assert not second.wait(0)
+    assert queue.take(first) is not None
+    assert second.wait(0)
+
+
+def test_rows_are_halved_while_each_half_is_worth_a_thread() -> None:
+    assert halved([1, 2, 3, 4, 5], HALVED_BYTES) == ([1, 2], [3, 4, 5])
+    assert halved([1], 8 * HALVED_BYTES) is None
+    assert halved([1, 2, 3], HALVED_BYTES // 4) is None
