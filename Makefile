@@ -14,10 +14,10 @@ TORCH_INDEX = $(shell test -e /proc/driver/nvidia/version || { \
     echo --extra-index-url $(CPU_WHEELS); })
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test stress lint bench clean
+.PHONY: help venv demo test test-triton stress lint bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 venv: $(STAMP) ## make .venv with every pinned dependency
 
@@ -26,6 +26,11 @@ demo: $(STAMP) ## a conversation with and without kvtier, then again in a second
 
 test: $(STAMP) ## the tests that need neither a GPU nor the network
 	$(BIN)/python -m pytest -q -m "not gpu and not stress" --numprocesses auto --maxprocesses 4
+
+test-triton: $(STAMP) ## the kernels for a GPU, by triton's interpreter; installs triton, about 1 GB
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable ".[gpu]"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not gpu and not stress" --numprocesses auto --maxprocesses 4 \
+	    -k "device_pages or DeviceTensors or OnDevice" tests/kernels tests/pages tests/cache/test_device_tier.py
 
 stress: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m "stress and not gpu" --timeout 7200

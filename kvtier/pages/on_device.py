@@ -12,6 +12,7 @@ import torch
 
 from kvtier.core.memory import NO_PAGE, Bytes2D, PageTable, Tokens
 from kvtier.errors import ConfigError
+from kvtier.kernels.device_pages import DevicePages, pages_on
 from kvtier.kernels.streams import Marks, in_order
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.models.layout import checked_layout
@@ -49,6 +50,10 @@ class DeviceTensors(PagedMemory):
         everything = [own for parts in self._parts for own in parts]
         self.device = _same_device(everything)
         _check_apart(everything)
+        self._pages: tuple[DevicePages, ...] = tuple(
+            pages_on(self.device)([own.pages for own in parts], self.blocks[group].pages)
+            for group, parts in enumerate(self._parts)
+        )
         self._moored = Moored("DeviceTensors", ((own.what, own.tensor) for own in everything))
         self._marks = Marks(self.device)
 
@@ -76,11 +81,7 @@ class DeviceTensors(PagedMemory):
         if blocks.may_lack_pages:
             self.check_held(group, pages, first_tokens)
         self._marks.wait()
-        ids, at = self._numbers(blocks.ids_of(pages, first_tokens)), 0
-        for own in self._of(group, parts):
-            width = blocks.pages * own.page_bytes
-            gather_pages(own.pages, ids, out[:, at : at + width])
-            at += width
+        self._pages[group].gather(self._numbers(blocks.ids_of(pages, first_tokens)), parts, out)
 
     def scatter_on_device(
         self,
@@ -101,7 +102,8 @@ class DeviceTensors(PagedMemory):
         ids = blocks.ids_of(pages, first_tokens)
         if whole.any():
             rows = torch.from_numpy(np.flatnonzero(whole)).to(self.device)
-            self._scatter_blocks(group, ids[whole], parts, source if whole.all() else source.index_select(0, rows))
+            own = source if whole.all() else source.index_select(0, rows)
+            self._pages[group].scatter(self._numbers(ids[whole]), parts, own)
         if blocks.is_state:
             return
         kept = self.layout.kept_tokens[group]
@@ -110,13 +112,6 @@ class DeviceTensors(PagedMemory):
             begin, end = max(start - first, 0), min(stop - first, kept)
             if begin < end:
                 self._scatter_tokens(group, ids[block], parts, source[block], begin, end)
-
-    def _scatter_blocks(self, group: int, ids: Ids, parts: range, source: torch.Tensor) -> None:
-        numbers, at = self._numbers(ids), 0
-        for own in self._of(group, parts):
-            width = self.blocks[group].pages * own.page_bytes
-            scatter_pages(own.pages, numbers, source[:, at : at + width])
-            at += width
 
     def _scatter_tokens(self, group: int, ids: Ids, parts: range, source: torch.Tensor, begin: int, end: int) -> None:
         """Tokens [begin, end) of one block, whose pages are ``ids``: whole pages, and cells at both ends."""
@@ -157,17 +152,7 @@ class DeviceTensors(PagedMemory):
         return self._parts[group][parts.start : parts.stop]
 
     def _numbers(self, ids: Ids) -> torch.Tensor:
-        return torch.from_numpy(ids.reshape(-1).astype(np.int64)).to(self.device, non_blocking=True)
-
-
-def gather_pages(pages: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy ``pages`` (uint8 ``[pages, page_bytes]``) that ``ids`` name to ``out`` (``[blocks, bytes]``), in order."""
-    out.copy_(pages.index_select(0, ids).view(out.shape))
-
-
-def scatter_pages(pages: torch.Tensor, ids: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` (``[blocks, bytes]``) to the ``pages`` that ``ids`` name; undoes ``gather_pages``."""
-    pages.index_copy_(0, ids, source.reshape(-1, pages.shape[1]))
+        return torch.from_numpy(ids.astype(np.int64)).to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
