@@ -51,19 +51,25 @@ class Finder:
             return Found(wanted.start, wanted.start + len(entries), (wanted.start,), (entries,))
         groups = self._whole(keys, wanted, exact=exact)
         stop = wanted.start + min(map(len, groups.values()), default=len(wanted))
+        if not self._windows.partial:
+            return self._found(keys, wanted.start, stop, groups, ())
+        replayed, useful_tokens = self._replayed_end(keys, wanted.start, stop, exact=exact)
+        above = max(wanted.start, -(-useful_tokens // keys.block_tokens) - 1)  # what ends there is of less use
+        end = self._last_end(keys, self._windows.partial, wanted.start, stop, above, exact=exact)
+        if end > above:
+            return self._found(keys, wanted.start, end, groups, self._windows.partial)
+        if useful_tokens <= wanted.start * keys.block_tokens:
+            return self._found(keys, wanted.start, wanted.start, groups, ())
+        replay = (self._windows.replay_tokens, not self._windows.replay_is_exact)
+        return self._found(keys, wanted.start, replayed, groups, self._windows.required, replay)
+
+    def _replayed_end(self, keys: Keys, first: int, stop: int, *, exact: bool) -> tuple[int, int]:
+        """The last end of a block that serves where windows are computed again, and the tokens that need not be."""
         windows = self._windows
-        if not windows.partial:
-            return self._found(keys, wanted.start, stop, groups, ())
-        required = windows.partial if exact and not windows.replay_is_exact else windows.required
-        stop = self._last_end(keys, required, wanted.start, stop, exact=exact)
-        optional = tuple(group for group in windows.optional if group not in required)
-        if self._is_complete(keys, optional, wanted.start, stop, exact=exact):
-            return self._found(keys, wanted.start, stop, groups, windows.partial)
-        if stop * keys.block_tokens - windows.replay_tokens <= wanted.start * keys.block_tokens:
-            stop = wanted.start  # all that was found would have to be computed again
-            return self._found(keys, wanted.start, stop, groups, ())
-        replay = (windows.replay_tokens, not windows.replay_is_exact)
-        return self._found(keys, wanted.start, stop, groups, required, replay)
+        if not windows.optional or (exact and not windows.replay_is_exact):
+            return first, 0
+        end = self._last_end(keys, windows.required, first, stop, first, exact=exact)
+        return end, end * keys.block_tokens - windows.replay_tokens
 
     def _whole(self, keys: Keys, wanted: range, *, exact: bool) -> dict[int, EntryRows]:
         """Of every group that needs the whole prefix, the entries of the longest one."""
@@ -92,26 +98,19 @@ class Finder:
             groups[group] = wide(self._index.table.find(keys.rows()[needed.start : needed.stop], group))
         return Found(first, stop, tuple(begins), tuple(groups), *replay)
 
-    def _last_end(self, keys: Keys, groups: tuple[int, ...], first: int, stop: int, *, exact: bool) -> int:
-        """The last end of a block in (first, stop] where each of ``groups`` has what a hit needs; ``first`` if none."""
+    def _last_end(self, keys: Keys, groups: tuple[int, ...], first: int, stop: int, above: int, *, exact: bool) -> int:
+        """The last end of a block in (above, stop] where each of ``groups`` has what a hit needs; ``above`` if none."""
         reach, size, end = max(map(self._windows.window_blocks, groups), default=0), _FIRST_LOOK, stop
-        while groups and end > first:
+        while groups and end > above:
             low = max(first, end - size - reach + 1)
             good = np.ones(end - low, np.bool_)
             for group in groups:
                 good &= self._ends(keys, group, range(low, end), first, exact=exact)
             if len(at := good.nonzero()[0]):
-                return low + int(at[-1]) + 1
-            end = end - size if low > first else first
+                return max(above, low + int(at[-1]) + 1)
+            end = end - size if low > first else above
             size *= 8
-        return end
-
-    def _is_complete(self, keys: Keys, groups: tuple[int, ...], first: int, stop: int, *, exact: bool) -> bool:
-        """Whether each of ``groups`` has what a hit that ends at ``stop`` needs."""
-        return all(
-            bool(self._ends(keys, group, self._windows.needed(group, first, stop), first, exact=exact)[-1:].all())
-            for group in groups
-        )
+        return max(above, end)
 
     def _ends(self, keys: Keys, group: int, blocks: range, first: int, *, exact: bool) -> Mask:
         """Behind which of ``blocks`` a hit may end, as far as ``group`` can tell from these blocks."""

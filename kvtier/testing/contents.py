@@ -131,11 +131,10 @@ class LayoutEngine:
                 yield part.label, behind, found.tobytes(), content.tobytes()
                 continue
             end = behind - (count - page) * layout.page_tokens
-            for own, wanted in zip(
-                np.moveaxis(found, part.token_axis, 0), np.moveaxis(content, part.token_axis, 0), strict=True
-            ):
+            entries = layout.page_tokens // part.tokens_per_entry
+            for own, wanted in zip(_entries_of(part, found, entries), _entries_of(part, content, entries), strict=True):
                 end += part.tokens_per_entry
-                yield part.label, end, own.tobytes(), wanted.tobytes()
+                yield part.label, end, own, wanted
 
     def _pages_of(self, group: int, block: int) -> Iterator[npt.NDArray[Any]]:
         """Of every part, the pages that a record of the block holds."""
@@ -151,3 +150,13 @@ class LayoutEngine:
             for _ in range(self.layout.block_pages[group]):
                 yield content[at : at + part.page_bytes].view(tensor.dtype).reshape(part.shape)
                 at += part.page_bytes
+
+
+def _entries_of(part: Part, page: npt.NDArray[Any], count: int) -> list[bytes]:
+    """The ``count`` entries of a page of ``part``; what pads it belongs to none."""
+    if not part.planes:
+        return [entry.tobytes() for entry in np.moveaxis(page, part.token_axis, 0)]
+    ends = [count * width for width in part.planes]
+    planes = np.split(page, np.cumsum(ends))[:-1]
+    rows = [plane.reshape(count, width) for plane, width in zip(planes, part.planes, strict=True)]
+    return [b"".join(row[number].tobytes() for row in rows) for number in range(count)]

@@ -23,6 +23,10 @@ def draw_part(rng: random.Random, layer: int, name: str, page_tokens: int, *, is
     if is_state:
         return Part(layer, "state", dtype, ("head", "state"), (rng.randint(1, 3), rng.randint(1, 9)), name=name)
     ratio = rng.choice([divisor for divisor in range(1, page_tokens + 1) if page_tokens % divisor == 0])
+    if rng.random() < 0.25:
+        planes = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 3)))
+        page_bytes = page_tokens // ratio * sum(planes) + rng.randint(0, 7)
+        return Part(layer, "kv", "uint8", ("page",), (page_bytes,), ratio, name, planes)
     sizes = {"token": page_tokens // ratio, "head": rng.randint(1, 2), "dim": rng.randint(1, 5)}
     axes = rng.choice([("token", "head", "dim"), ("head", "token", "dim"), ("token", "dim")])
     return Part(layer, "kv", dtype, axes, tuple(sizes[axis] for axis in axes), ratio, name)
@@ -52,7 +56,8 @@ class PlainModel:
         self.layout = layout
         self.windows = policy["windows"]
         self.every = policy["checkpoint_tokens"]
-        self.kept: set[tuple[int, bytes]] = set()
+        self.kept: dict[tuple[int, bytes], bool] = {}
+        """Whether the block is exact, by group and key."""
 
     def reach(self, group: int) -> int:
         """Blocks before its end that a hit needs of a group that needs no whole prefix."""
@@ -65,7 +70,9 @@ class PlainModel:
     def can_be_replayed(self, group: int) -> bool:
         return self.windows in ("zero", "replay") and self.layout.groups[group].reuse.replay_tokens > 0
 
-    def store(self, keys: Keys, start: int, checkpoints: list[int] | None, missing: set[tuple[int, int]]) -> None:
+    def store(
+        self, keys: Keys, start: int, checkpoints: list[int] | None, missing: set[tuple[int, int]], *, exact: bool
+    ) -> None:
         size = self.layout.block_tokens
         first, stop = -(-start // size), len(keys)
         tokens = [stop * size] if checkpoints is None else checkpoints
@@ -83,27 +90,51 @@ class PlainModel:
                     wanted = wanted and (group, block) not in missing
                     wanted = wanted and not (self.windows == "zero" and self.can_be_replayed(group))
                 if wanted:
-                    self.kept.add((group, keys.digests[block]))
+                    self.kept[group, keys.digests[block]] = exact or self.kept.get((group, keys.digests[block]), False)
 
-    def has(self, keys: Keys, group: int, first: int, end: int) -> bool:
+    def has(self, keys: Keys, group: int, first: int, end: int, *, exact: bool) -> bool:
         """Whether a hit of blocks [first, end) finds all that it needs of ``group``."""
-        begin = first if self.is_whole(group) else max(first, end - self.reach(group))
-        return all((group, keys.digests[block]) in self.kept for block in range(begin, end))
+        held = [self.kept.get((group, keys.digests[block])) for block in self.needed(group, first, end)]
+        return all(held) if exact else None not in held
+
+    def needed(self, group: int, first: int, end: int) -> range:
+        """Blocks of ``group`` that a hit of blocks [first, end) needs, if the engine is not to compute them again."""
+        return range(first if self.is_whole(group) else max(first, end - self.reach(group)), end)
 
     def hit(self, keys: Keys, start: int, *, exact: bool) -> tuple[int, int]:
-        """Where the longest hit ends, in blocks, and how many tokens have to be computed again."""
-        size = self.layout.block_tokens
-        first, groups = start // size, range(len(self.layout.groups))
-        for end in range((keys.num_tokens - 1) // size, first, -1):
-            lacking = [group for group in groups if not self.has(keys, group, first, end)]
-            if not lacking:
-                return end, 0
-            if not all(self.can_be_replayed(group) for group in lacking) or (exact and self.windows == "replay"):
-                continue
-            optional = [self.layout.groups[group].reuse for group in groups if self.can_be_replayed(group)]
-            replay = max(r.replay_tokens if self.windows == "zero" else r.window_tokens for r in optional)
-            return (end, replay) if end * size - replay > first * size else (first, 0)
-        return first, 0
+        """Where the hit ends that leaves least to compute, in blocks, and how many of its tokens are computed again.
+
+        Where two leave as much it is the one that leaves nothing before its end.
+        """
+        first, size = start // keys.block_tokens, keys.block_tokens
+        best = (first * size, True, first, 0)
+        for end in range(first + 1, (keys.num_tokens - 1) // size + 1):
+            replay = self.replay_behind(keys, first, end, exact=exact)
+            if replay is not None:
+                best = max(best, (end * size - replay, not replay, end, replay))
+        return best[2:]
+
+    def replay_behind(self, keys: Keys, first: int, end: int, *, exact: bool) -> int | None:
+        """How many tokens before ``end`` have to be computed again if a hit ends there; None if none may."""
+        groups = range(len(self.layout.groups))
+        lacking = [group for group in groups if not self.has(keys, group, first, end, exact=exact)]
+        if not lacking:
+            return 0
+        if not all(self.can_be_replayed(group) for group in lacking) or (exact and self.windows == "replay"):
+            return None
+        optional = [self.layout.groups[group].reuse for group in groups if self.can_be_replayed(group)]
+        return max(reuse.replay_tokens if self.windows == "zero" else reuse.window_tokens for reuse in optional)
+
+    def loaded(self, group: int, first: int, end: int, replay_tokens: int) -> range:
+        """Blocks of ``group`` that a load of such a hit brings."""
+        return range(0) if replay_tokens and self.can_be_replayed(group) else self.needed(group, first, end)
+
+    def is_exact(self, keys: Keys, first: int, end: int, replay_tokens: int) -> bool:
+        """Whether such a hit is what the model computes."""
+        blocks = [(group, block) for group in range(len(self.layout.groups))
+                  for block in self.loaded(group, first, end, replay_tokens)]  # fmt: skip
+        is_replayed = replay_tokens > 0 and self.windows == "replay"
+        return not is_replayed and all(self.kept[group, keys.digests[block]] for group, block in blocks)
 
 
 class LayoutWorld:
@@ -142,6 +173,15 @@ class LayoutWorld:
     def some_start(self, keys: Keys) -> int:
         return self.rng.choice([0, 0, self.rng.randint(0, keys.num_tokens)])
 
+    def some_hit(self) -> Hit:
+        """What tokens were computed on top of, for all anybody knows: an approximate hit, if there seems to be one."""
+        for _ in range(4 if self.policy["windows"] == "replay" else 0):
+            hit = self.cache.lookup(self.some_keys())
+            if not hit.exact:
+                return hit
+            hit.release()
+        return self.cache.lookup(self.some_keys())
+
     def store(self, *, complete: bool = True) -> None:
         """Keep some of a sequence; ``complete``: the model is told."""
         keys, rng = self.some_keys(), self.rng
@@ -157,15 +197,19 @@ class LayoutWorld:
             for page in self.engine._pages_of(group, block):
                 page[...] = 1
         durability = rng.choice(["memory", "process", "durable"]) if self.config["disk"]["directories"] else "memory"
-        job = self.cache.submit_store(
-            keys, self.engine.pages(missing), start=start, checkpoints=checkpoints, durability=durability
-        )
+        with self.some_hit() as hit:
+            derived_from = hit if rng.random() < 0.5 else None
+            exact = derived_from is None or hit.exact
+            job = self.cache.submit_store(
+                keys, self.engine.pages(missing), start=start, checkpoints=checkpoints, durability=durability,
+                derived_from=derived_from,
+            )  # fmt: skip
         result = job.result(600)
         blocks = max(0, len(keys) - -(-start // keys.block_tokens))
         assert result.stored + result.existing + result.refused == blocks * keys.block_tokens
         if complete:
             assert not result.refused
-            self.model.store(keys, start, checkpoints, missing)
+            self.model.store(keys, start, checkpoints, missing, exact=exact)
 
     def load(self, *, complete: bool = True) -> None:
         """Look up, compare with the model (where nothing is ever evicted), load, compare every byte."""
@@ -177,17 +221,18 @@ class LayoutWorld:
             if complete:
                 end, replay = self.model.hit(keys, start, exact=exact)
                 assert (hit.num_tokens // keys.block_tokens, hit.replay_tokens) == (end, replay)
+                assert hit.exact == self.model.is_exact(keys, start // keys.block_tokens, end, replay)
             self.check_load(hit, keys)
 
     def check_load(self, hit: Hit, keys: Keys) -> None:
         size, rng = keys.block_tokens, self.rng
-        low, stop = hit.lease.first_block * size, hit.num_tokens
+        low, stop = hit.start // size * size, hit.num_tokens
         if stop <= low:
             return
         start = rng.choice([hit.start, low]) if hit.start < stop else low
         cut = rng.choice([stop, stop, rng.randint(start, stop)])
-        needed = [range(begin, stop // size) if len(own) else range(0)
-                  for begin, own in zip(hit.lease.begins, hit.lease.groups, strict=True)]  # fmt: skip
+        groups = range(len(self.layout.groups))
+        needed = [self.model.loaded(group, low // size, stop // size, hit.replay_tokens) for group in groups]
         spare = {
             (group, block)
             for group, blocks in enumerate(needed) if not self.model.is_whole(group)
