@@ -157,7 +157,8 @@ class CachedSequence:
 
     def _restore_from(self, hit: Hit) -> None:
         self.hit = hit
-        if not hit.num_tokens or (hit.replay_tokens and not self.fit.replays):
+        replays = self.fit.replays and len(self.prompt) >= hit.num_tokens  # it takes the tokens, which a hit has not
+        if not hit.num_tokens or (hit.replay_tokens and not replays):
             return
         arrival = Arrival.of(self.fit, hit.num_tokens)
         loaded = self._result(self.cache.submit_load(hit, arrival.pages))

@@ -174,7 +174,8 @@ class CachedGenerator:
     def restore(self, hit: Hit) -> tuple[DynamicCache, LoadResult | None]:
         """A cache of transformers with the tokens of ``hit``, or as many of them as could be loaded.
 
-        ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded.
+        ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded, as from a
+        hit whose windows would have to be computed again: that takes the tokens, which a ``PrefixCache`` has.
         """
         sequence = self._sequence(self.cache, torch.empty(0, dtype=torch.long, device="cpu"))
         sequence.restore_from(hit)

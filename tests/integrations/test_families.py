@@ -136,6 +136,17 @@ def test_a_window_that_is_replayed_is_approximate_and_so_is_what_follows_it(name
         print(f"\n{name}: top-1 agreement of {tokens} tokens behind a replayed window: {agreement:.2f}")
 
 
+def test_of_a_hit_without_its_windows_and_without_tokens_nothing_is_restored():
+    case = case_of("gpt_oss")
+    with _with_windows("zero", case) as cache:
+        generator = CachedGenerator(case.model, cache)
+        generator.generate(prompt_of(140), **LOGITS)
+        with cache.lookup(prompt_of(140)[0]) as hit:
+            assert hit.num_tokens == 128 > hit.replay_tokens > 0
+            past, loaded = generator.restore(hit)
+    assert (past.get_seq_length(), loaded) == (0, None)
+
+
 @pytest.mark.parametrize("windows", ["full", "checkpoint"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
 def test_a_prompt_that_branches_off_finds_what_the_policy_keeps(family, windows):
