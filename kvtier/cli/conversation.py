@@ -34,6 +34,8 @@ from kvtier.runtime import SystemClock
 PASSAGE_BYTES: Final = (1600, 850, 850, 850, 32, 32)
 """Of the document that each turn quotes; a byte is a token. The last is for the second process."""
 NEW_TOKENS: Final = 16
+_DEVICE_SHARE: Final = 0.15
+"""Of the conversation, in the device tier: on a GPU, or in memory that stands in for one."""
 _HOST_SHARE: Final = 0.4
 """Of the conversation, in host memory: most of it is read from disk."""
 _SETTINGS: Final[dict[str, Any]] = {
@@ -79,7 +81,8 @@ class Talk:
         self._share = FAMILIES[family].document_share
         layout = KVLayout.from_hf_config(self.model.config, FAMILIES[family].block_tokens, dtype=self.model.dtype)
         config = {
-            "host": {"capacity": _host_bytes(layout, self._share), "staging": "64MiB"},
+            "device": {"capacity": _bytes_of(layout, _DEVICE_SHARE * self._share)},
+            "host": {"capacity": _bytes_of(layout, _HOST_SHARE * self._share), "staging": "64MiB"},
             "disk": {"directories": [directory], "capacity": "512MiB"},
         }
         self.cache = TieredCache(config, layout, model_id(self.model))
@@ -170,10 +173,10 @@ class Remembered:
         sequence.begin_with(arrival, tokens)
 
 
-def _host_bytes(layout: KVLayout, share: float) -> int:
-    """Room for a part of the conversation, and for the windows and states of a few turns."""
+def _bytes_of(layout: KVLayout, share: float) -> int:
+    """Room for ``share`` of the conversation, and for the windows and states of a few turns."""
     said = sum(PASSAGE_BYTES) + len(PASSAGE_BYTES) * NEW_TOKENS
-    whole = int(_HOST_SHARE * said * share * layout.bytes_per_token)
+    whole = int(share * said * layout.bytes_per_token)
     ends = sum(
         pages * 4096 * (blocks or 2) * 2
         for pages, blocks in zip(layout.record_pages, layout.window_blocks, strict=True)

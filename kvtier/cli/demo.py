@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvtier.cli.conversation import Talk, Turn
 
 SECOND_PROCESS_LIMIT_S: Final = 240.0
+TIERS: Final = ("device", "host", "disk")
 
 app = typer.Typer(add_completion=False)
 
@@ -41,8 +43,8 @@ def demo(
 ) -> None:
     """Talk with a small model, with and without kvtier, then go on in a second process on the same directory.
 
-    The exit status is 1 if an answer differs, if host memory or disk served nothing, or if the second process found
-    nothing.
+    The exit status is 1 if an answer differs, if the device tier, host memory or the disk served nothing, or if the
+    second process found nothing.
     """
     _check_installed()
     family = _checked_family(family)
@@ -151,7 +153,7 @@ def _after(sequence: Any, message: Any) -> Any:
 
 
 def _succeeded(turns: list[Turn], restart: Turn) -> bool:
-    served = {tier: sum(turn.hit_tokens[tier] for turn in turns) for tier in ("host", "disk")}
+    served = {tier: sum(turn.hit_tokens[tier] for turn in turns) for tier in TIERS}
     identical = all(turn.identical for turn in (*turns, restart))
     return identical and all(served.values()) and sum(restart.hit_tokens.values()) > 0
 
@@ -166,25 +168,26 @@ def _plain(turn: Turn) -> dict[str, Any]:
 
 
 def _show(turns: list[Turn], restart: Turn, *, ok: bool) -> None:
-    table = Table("turn", title="Tokens of the prompt, those served by each tier, and time to the first new token")
-    for column in ("prompt", "host", "disk", "without", "with", "faster", "identical"):
+    title = "Tokens of the prompt, those from each tier, and seconds to the first new token"
+    table = Table("turn", title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("prompt", *TIERS, "without", "with", "faster", "same"):
         table.add_column(column, justify="right")
     rows = [(str(number), turn) for number, turn in enumerate(turns, 1)]
-    for name, turn in [*rows, ("second process", restart)]:
+    for name, turn in [*rows, ("restart", restart)]:
         table.add_row(
             name,
             f"{turn.prompt_tokens:,}",
-            f"{turn.hit_tokens['host']:,}",
-            f"{turn.hit_tokens['disk']:,}",
-            f"{turn.without_s:.3f} s",
-            f"{turn.with_s:.3f} s",
+            *(f"{turn.hit_tokens[tier]:,}" for tier in TIERS),
+            f"{turn.without_s:.3f}",
+            f"{turn.with_s:.3f}",
             f"{turn.without_s / turn.with_s:.1f} x",
             "yes" if turn.identical else "[bold red]NO[/bold red]",
         )
     console = Console()
     console.print(table)
     console.print(
-        "identical: the tokens of a plain run, and bit for bit the logits of a run from the same prefix kept in memory",
+        "restart: a second process on the same directory\n"
+        "same: the tokens of a plain run, and bit for bit the logits of a run from the same prefix kept in memory",
         style="dim",
     )
     if not ok:

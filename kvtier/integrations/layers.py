@@ -231,8 +231,8 @@ class Recurrent(States):
     """A state that every token changes in place, so that it is there at the end of a forward only."""
 
     @abstractmethod
-    def now(self, past: Past) -> Pieces:
-        """Copies of what there is of the first row."""
+    def now(self, past: Past, row: int = 0) -> Pieces:
+        """Copies of what there is of one row."""
 
 
 class LinearAttention(Recurrent):
@@ -244,10 +244,10 @@ class LinearAttention(Recurrent):
         past.update_conv_state(conv, self.layer, conv_kernel_size=conv.shape[-1])
         past.update_recurrent_state(pieces["recurrent"], self.layer)
 
-    def now(self, past: Past) -> Pieces:
+    def now(self, past: Past, row: int = 0) -> Pieces:
         """See ``Recurrent``."""
         layer = past.layers[self.layer]
-        conv, recurrent = layer.conv_states[0][:1, :, 1:], layer.recurrent_states[0][:1]
+        conv, recurrent = layer.conv_states[0][row : row + 1, :, 1:], layer.recurrent_states[0][row : row + 1]
         return {"conv": conv.clone(), "recurrent": recurrent.clone()}
 
 
@@ -258,9 +258,9 @@ class Lightning(Recurrent):
         """See ``Kind``."""
         past.set_linear_cache(self.layer, pieces["recurrent"])
 
-    def now(self, past: Past) -> Pieces:
+    def now(self, past: Past, row: int = 0) -> Pieces:
         """See ``Recurrent``."""
-        return {"recurrent": past.get_linear_cache(self.layer)[:1].clone()}
+        return {"recurrent": past.get_linear_cache(self.layer)[row : row + 1].clone()}
 
 
 def recording(own: Any, config: Any, ends: Ends, blocks: int) -> Any:

@@ -97,6 +97,13 @@ class CachedSequence:
             self._forward(end)
             self._observe(None)
 
+    def prefill_whole(self) -> None:
+        """As ``prefill``, and go on up to the last token of the prompt, which is left to begin decoding with."""
+        self.prefill()
+        if self.past.get_seq_length() < len(self.prompt) - 1:
+            self._forward(len(self.prompt) - 1)
+            self._observe(None)
+
     def expand(self, copies: int) -> None:
         """``past`` for ``copies`` sequences that begin alike."""
         if copies == 1 or not self.past.get_seq_length():
@@ -150,7 +157,8 @@ class CachedSequence:
 
     def _restore_from(self, hit: Hit) -> None:
         self.hit = hit
-        if not hit.num_tokens or (hit.replay_tokens and not self.fit.replays):
+        replays = self.fit.replays and len(self.prompt) >= hit.num_tokens  # it takes the tokens, which a hit has not
+        if not hit.num_tokens or (hit.replay_tokens and not replays):
             return
         arrival = Arrival.of(self.fit, hit.num_tokens)
         loaded = self._result(self.cache.submit_load(hit, arrival.pages))
@@ -175,13 +183,18 @@ class CachedSequence:
             self.model(tokens, past_key_values=self.past, use_cache=True, logits_to_keep=1)
 
     def _observe(self, last: int | None) -> None:
-        """Copy the states if a block ends here: of those behind the prompt only the newest is kept."""
+        """Copy the states of ``past``, unless they are behind ``last``."""
         end = self.past.get_seq_length()
-        if end % self.keys.block_tokens or end <= self.start or (last is not None and end > last):
+        if last is None or end <= last:
+            self.keep_states(end, self.past, 0)
+
+    def keep_states(self, end: int, past: Past, row: int) -> None:
+        """Copy those of ``row`` if a block ends at ``end``: of those behind the prompt only the newest is kept."""
+        if not self.fit.needs_splits or end % self.keys.block_tokens or end <= self.start:
             return
         kinds = [kind for kind in self.fit.kinds if isinstance(kind, Recurrent)]
         self._states = {at: found for at, found in self._states.items() if self.ends.is_fixed(at)}
-        self._states[end] = {kind: kind.now(self.past) for kind in kinds}
+        self._states[end] = {kind: kind.now(past, row) for kind in kinds}
 
     def _result(self, job: Job[R]) -> R | None:
         try:

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from kvtier.cache import TieredCache
 from kvtier.config import MOST_SECONDS
 from kvtier.core.checks import timeout
 from kvtier.errors import ConfigError, KVTierError
 from kvtier.hits import Hit
+from kvtier.integrations.batches import Batch, can_merge
 from kvtier.integrations.fit import check_autocast, check_dropout, check_keeps_kv, fit_of
 from kvtier.integrations.prompts import joined, without_padding
 from kvtier.integrations.sequences import CachedSequence
+from kvtier.integrations.settings import check_arguments, decode_together, end_tokens, pad_token, settings_of
 from kvtier.jobs import TIER_NAMES, LoadResult, StoreResult
 from kvtier.manager import CacheManager
 from kvtier.runtime import SystemClock
 from kvtier.runtime.seam import Clock
-
-REFUSED_ARGUMENTS: Final = frozenset({"past_key_values", "inputs_embeds", "cache_implementation", "custom_generate"})
-HARMLESS_TENSORS: Final = frozenset({"negative_prompt_ids", "negative_prompt_attention_mask"})
-"""Tensor arguments that leave the KV of the prompt as it is; any other makes it depend on more than token ids."""
-MODES: Final = frozenset(
-    {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
-)
-"""Ways to generate that start from a filled cache. Assisted ones do not: they feed it the whole prompt again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +51,8 @@ class GenerationWithReport:
     """What ``CachedGenerator.generate`` returns.
 
     ``sequences`` is ``[rows * num_return_sequences, tokens]``, prompts first, as ``model.generate`` returns it.
-    ``outputs`` is what ``model.generate`` returned for each row; ``reports`` has one entry for each row.
+    ``outputs`` is what ``model.generate`` returned for each row, of rows in one batch without its ``past_key_values``;
+    ``reports`` has one entry for each row.
     """
 
     sequences: torch.Tensor
@@ -134,8 +128,10 @@ class CachedGenerator:
 
         ``exact``: only from KV that is what the model computes.
 
-        Rows run one by one, each from a hit of its own. ``attention_mask`` marks the padding of rows, on either side;
-        without one every token counts.
+        Every row is computed up to its last token alone, from a hit of its own; then all are decoded in one batch.
+        Where that cannot be (DeepSeek V4, several sequences a row, arguments that look at single rows, a row of one
+        token), rows run one by one. ``attention_mask`` marks the padding of rows, on either side; without one every
+        token counts.
         A cache that another thread closes meanwhile loses no answer: what is left is computed, and nothing stored.
 
         Raises:
@@ -149,8 +145,8 @@ class CachedGenerator:
         check_dropout(self.model)
         check_keeps_kv(self.model)
         check_autocast(self.model)
-        settings = self._settings(kwargs)
-        _check(kwargs, settings)
+        settings = settings_of(self.model, kwargs)
+        check_arguments(kwargs, settings)
         copies = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         if (settings.num_beams or 1) > 1 and not self.fit.reorders:
             raise ConfigError(
@@ -160,10 +156,17 @@ class CachedGenerator:
         prompts = without_padding(input_ids, attention_mask)
         cache.match(())  # a closed cache is an error here, where nothing has been computed, and only here
         names = {"tenant": tenant, "adapter": adapter, "session": session, "exact": exact}
-        done = [self._generate_row(cache, prompt, names, copies, kwargs) for prompt in prompts]
+        started_s = self._clock.monotonic()
+        if (
+            len(prompts) > 1 and copies == 1 and min(map(len, prompts)) > 1
+            and can_merge(self.fit) and decode_together(kwargs, settings)
+        ):  # fmt: skip
+            done = self._generate_rows(cache, prompts, names, settings, kwargs, started_s)
+        else:
+            done = [self._generate_row(cache, prompt, names, copies, kwargs, started_s) for prompt in prompts]
         new = [_sequences(output)[:, len(prompt) :] for prompt, (output, _) in zip(prompts, done, strict=True)]
         return GenerationWithReport(
-            sequences=joined(input_ids, new, _pad_token(settings)),
+            sequences=joined(input_ids, new, pad_token(settings)),
             outputs=tuple(output for output, _ in done),
             reports=tuple(report for _, report in done),
         )
@@ -171,7 +174,8 @@ class CachedGenerator:
     def restore(self, hit: Hit) -> tuple[DynamicCache, LoadResult | None]:
         """A cache of transformers with the tokens of ``hit``, or as many of them as could be loaded.
 
-        ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded.
+        ``generate`` starts from it; so can a loop of one's own. The result is None where nothing was loaded, as from a
+        hit whose windows would have to be computed again: that takes the tokens, which a ``PrefixCache`` has.
         """
         sequence = self._sequence(self.cache, torch.empty(0, dtype=torch.long, device="cpu"))
         sequence.restore_from(hit)
@@ -181,9 +185,14 @@ class CachedGenerator:
         return CachedSequence(self.model, self.fit, cache, prompt, timeout_s=self.timeout_s, **names)
 
     def _generate_row(
-        self, cache: TieredCache, prompt: torch.Tensor, names: Mapping[str, Any], copies: int, kwargs: dict[str, Any]
+        self,
+        cache: TieredCache,
+        prompt: torch.Tensor,
+        names: Mapping[str, Any],
+        copies: int,
+        kwargs: dict[str, Any],
+        started_s: float,
     ) -> tuple[Any, GenerationReport]:
-        started_s = self._clock.monotonic()
         first_token = FirstTokenClock(self._clock)
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), first_token])
         sequence = self._sequence(cache, prompt, **names)
@@ -200,25 +209,60 @@ class CachedGenerator:
         finally:
             sequence.release()  # its blocks may make room
         sequences = _sequences(output)
-        _check_prompt(prompt, sequences)
+        _check_prompts(prompt.expand(len(sequences), -1), sequences)
         if copies == 1:  # of several sequences only the prompt is known to be alike
             sequence.keys.append(_computed(sequences[0], sequence.past)[len(prompt) :])
         stored = sequence.store()
         ttft_s = first_token.first_token_s - started_s
         return output, _report(len(prompt), ttft_s, sequence.loaded, stored)
 
-    def _settings(self, kwargs: dict[str, Any]) -> GenerationConfig:
-        """What ``model.generate`` will find: arguments, else the config that is passed, else that of the model."""
-        given = kwargs.get("generation_config")
-        settings: Any = deepcopy(given) if given else GenerationConfig()  # type: ignore[no-untyped-call]
-        settings.update(**self.model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-        settings.update(**kwargs)
-        resolved: GenerationConfig = settings
-        return resolved
+    def _generate_rows(
+        self,
+        cache: TieredCache,
+        prompts: Sequence[torch.Tensor],
+        names: Mapping[str, Any],
+        settings: GenerationConfig,
+        kwargs: dict[str, Any],
+        started_s: float,
+    ) -> list[tuple[Any, GenerationReport]]:
+        first_token = FirstTokenClock(self._clock)
+        sequences = [self._sequence(cache, prompt, **names) for prompt in prompts]
+        try:
+            for sequence in sequences:
+                sequence.restore()
+                sequence.prefill_whole()
+            batch = Batch(sequences, end_tokens(settings), pad_token(settings))
+            with batch.watched():
+                output = self.model.generate(
+                    batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    **{
+                        **kwargs,
+                        "past_key_values": batch.past,
+                        "stopping_criteria": StoppingCriteriaList([first_token]),
+                    },
+                )
+        finally:
+            for sequence in sequences:
+                sequence.release()
+        generated = _sequences(output)
+        _check_prompts(batch.input_ids, generated)
+        _check_length(generated[0], batch.past)
+        outputs = []
+        for number, (sequence, new) in enumerate(zip(sequences, batch.split(generated), strict=True)):
+            whole = torch.cat((sequence.prompt, new))
+            sequence.keys.append(whole[len(sequence.prompt) : -1])
+            outputs.append(_row_of(output, number, whole, len(new)))
+        ttft_s = first_token.first_token_s - started_s
+        return [
+            (own, _report(len(sequence.prompt), ttft_s, sequence.loaded, sequence.store()))
+            for own, sequence in zip(outputs, sequences, strict=True)
+        ]
 
 
-def _check_prompt(prompt: torch.Tensor, sequences: torch.Tensor) -> None:
-    if not torch.equal(sequences[:, : len(prompt)], prompt.expand(len(sequences), -1)):
+def _check_prompts(prompts: torch.Tensor, sequences: torch.Tensor) -> None:
+    """Refuse ``sequences`` that do not begin with ``prompts``, both ``[rows, tokens]``."""
+    if not torch.equal(sequences[:, : prompts.shape[1]], prompts):
         raise KVTierError(
             "transformers generated from another prompt than the one that was passed: nothing of it is stored, because"
             " KV under the wrong tokens would be found again"
@@ -227,47 +271,30 @@ def _check_prompt(prompt: torch.Tensor, sequences: torch.Tensor) -> None:
 
 def _computed(sequence: torch.Tensor, past: DynamicCache) -> torch.Tensor:
     """The tokens of ``sequence`` whose KV is in ``past``: all but the last one, which was chosen and never fed back."""
+    _check_length(sequence, past)
+    return sequence[:-1]
+
+
+def _check_length(sequence: torch.Tensor, past: DynamicCache) -> None:
     tokens = past.get_seq_length()
     if tokens != len(sequence) - 1:
         raise KVTierError(
             f"transformers left the KV of {tokens} tokens for a sequence of {len(sequence)}, want {len(sequence) - 1}: "
             f"nothing of it is stored, because KV under the wrong tokens would be found again"
         )
-    return sequence[:tokens]
 
 
-def _check(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
-    for name, value in kwargs.items():
-        if name in REFUSED_ARGUMENTS and value is not None:
-            raise ConfigError(f"{name}: the cache fills in past_key_values from input_ids; leave it out")
-        if isinstance(value, torch.Tensor) and name not in HARMLESS_TENSORS:
-            raise ConfigError(f"{name}: a tensor beside input_ids; a prefix is known by its token ids alone")
-    if settings.cache_implementation is not None:
-        raise ConfigError(
-            f"cache_implementation = {settings.cache_implementation!r}: the cache fills in past_key_values;"
-            " leave it out"
-        )
-    if settings.use_cache is False:
-        raise ConfigError("use_cache = False: generation without KV has nothing to reuse; call model.generate")
-    if settings.token_healing:
-        raise ConfigError(
-            "token_healing: the end of the prompt is replaced, and KV under the wrong tokens would be found again; heal"
-            " the prompt first, or call model.generate"
-        )
-    mode = settings.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in MODES:
-        raise ConfigError(
-            f"{mode.value}: this way to generate cannot start from a filled cache; use greedy search, sampling or "
-            f"beam search, or call model.generate"
-        )
-
-
-def _pad_token(settings: GenerationConfig) -> int:
-    """What fills up rows that ended early: as in ``model.generate`` the end-of-sequence token where none is set."""
-    for token in (settings.pad_token_id, settings.eos_token_id):
-        if token is not None:
-            return int(token[0] if isinstance(token, list) else token)
-    return 0
+def _row_of(output: Any, row: int, sequence: torch.Tensor, new_tokens: int) -> Any:
+    """What ``model.generate`` would have returned for one row: without padding, and without what came after its end."""
+    if isinstance(output, torch.Tensor):
+        return sequence[None]
+    own: dict[str, Any] = {
+        name: tuple(step[row : row + 1] for step in steps[:new_tokens])
+        for name in ("scores", "logits")
+        if (steps := getattr(output, name)) is not None
+    }
+    whole: Any = sequence[None]
+    return GenerateDecoderOnlyOutput(sequences=whole, **own)
 
 
 def _sequences(output: Any) -> torch.Tensor:

@@ -1,12 +1,16 @@
 """Tiny random models of every family, and a plain reference: caches that keep all that passes, and can be cut."""
 
 import copy
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4CSACache, DeepseekV4HCACache
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
+from transformers.utils import logging
 
 from kvtier.models import KVLayout
 
@@ -122,10 +126,60 @@ FAMILIES = {
 }
 
 
-def model_of(family, dtype=torch.float32):
+@dataclass(frozen=True)
+class Variant:
+    """A family in another form: other settings of its config, of its layout, or as released files are loaded."""
+
+    family: str
+    settings: dict[str, Any]
+    windows: bool | None = None
+    block_tokens: int = BLOCK
+    is_released: bool = False
+
+
+VARIANTS = {
+    "mistral_windows": Variant("mistral", {}, windows=True),
+    "qwen3_windows": Variant(
+        "qwen3",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        windows=True,
+    ),
+    "deepseek_v4_released": Variant("deepseek_v4", {}, is_released=True),
+    "deepseek_v4_128": Variant(
+        "deepseek_v4",
+        {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}},
+        block_tokens=128,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its layout, and whether that keeps sliding windows whole."""
+
+    model: Any
+    layout: KVLayout
+    whole: bool
+
+    @property
+    def block(self) -> int:
+        return self.layout.block_tokens
+
+
+def case_of(name, dtype=torch.float32):
+    """One of ``FAMILIES`` or ``VARIANTS``."""
+    variant = VARIANTS.get(name) or Variant(name, {})
+    model = model_of(variant.family, dtype, **variant.settings)
+    if variant.is_released:
+        model = _released(model, dtype)
+    layout = KVLayout.from_hf_config(model.config, variant.block_tokens, dtype=model.dtype, windows=variant.windows)
+    return Case(model, layout, whole=name == "mistral")
+
+
+def model_of(family, dtype=torch.float32, **settings):
     """A model of two to four layers. What its initialiser leaves at zero would hide mistakes, and is filled."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family], **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if family == "deepseek_v4":
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -134,6 +188,14 @@ def model_of(family, dtype=torch.float32):
             elif name.endswith("tid2eid"):
                 tensor.copy_(torch.randint(0, 4, tensor.shape))
     return model
+
+
+def _released(model, dtype):
+    """As it comes from files: what transformers keeps in float32 stays so in a model of bfloat16."""
+    logging.disable_progress_bar()
+    with TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
 
 
 def layout_of(model, block_tokens=BLOCK):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from kvtier.cli import conversation, demo, main
 from kvtier.cli.conversation import Talk, Turn, messages
 from kvtier.errors import KVTierError
 
-GOOD = Turn(100, {"device": 0, "host": 64, "disk": 32}, 1.0, 0.1, True)
+GOOD = Turn(128, {"device": 16, "host": 64, "disk": 32}, 1.0, 0.1, True)
 DIRECTORY = "--directory, the one that the first process wrote to"
 NOTHING = {"device": 0, "host": 0, "disk": 0}
 
@@ -45,13 +46,15 @@ def talk(tmp_path, small_model):
 
 
 def test_a_conversation_finds_all_but_the_end_of_the_turns_before(talk):
-    sequence = messages()[0][:, :0]
-    for message in messages()[:4]:
+    sequence, served = messages()[0][:, :0], Counter()
+    for message in messages()[:-1]:
         before = sequence.shape[1]
         turn, sequence = talk.turn(torch.cat((sequence, message), 1))
         assert turn.identical
+        served.update(turn.hit_tokens)
         assert sum(turn.hit_tokens.values()) == max(before - 1, 0) // 64 * 64
         assert turn.prompt_tokens == before + message.shape[1]
+    assert min(served[tier] for tier in ("device", "host", "disk")) > 0
     assert turn.without_s > 0
     assert turn.with_s > 0
 
@@ -98,8 +101,10 @@ class _Done:
         ([GOOD, replace(GOOD, identical=False)], GOOD, False),
         ([GOOD], replace(GOOD, identical=False), False),
         ([GOOD], replace(GOOD, hit_tokens=NOTHING), False),
-        ([replace(GOOD, hit_tokens=NOTHING | {"host": 64})], GOOD, False),
-        ([replace(GOOD, hit_tokens=NOTHING | {"disk": 64})], GOOD, False),
+        ([replace(GOOD, hit_tokens=GOOD.hit_tokens | {"device": 0})], GOOD, False),
+        ([replace(GOOD, hit_tokens=GOOD.hit_tokens | {"host": 0})], GOOD, False),
+        ([replace(GOOD, hit_tokens=GOOD.hit_tokens | {"disk": 0})], GOOD, False),
+        ([replace(GOOD, hit_tokens=NOTHING | {tier: 64}) for tier in NOTHING], GOOD, True),
     ],
 )
 @pytest.mark.parametrize("as_json", [True, False])
@@ -116,8 +121,8 @@ def test_the_exit_status_says_whether_all_is_well(monkeypatch, turns, restart, o
 def test_json_has_a_turn_like_any_other_for_the_second_process(monkeypatch):
     monkeypatch.setattr(demo, "_run", lambda directory, family: ([GOOD], GOOD))
     turn = {
-        "prompt_tokens": 100,
-        "hit_tokens": {"device": 0, "host": 64, "disk": 32},
+        "prompt_tokens": 128,
+        "hit_tokens": {"device": 16, "host": 64, "disk": 32},
         "ttft_s": {"without": 1.0, "with": 0.1},
         "identical": True,
     }
@@ -190,4 +195,5 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     found = json.loads(done.stdout)
     assert found["ok"]
     assert found["turns"][-1]["prompt_tokens"] > 4000
+    assert all(sum(turn["hit_tokens"][tier] for turn in found["turns"]) for tier in ("device", "host", "disk"))
     assert found["restart"]["hit_tokens"]["disk"] >= 4000

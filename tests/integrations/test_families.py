@@ -7,106 +7,79 @@ import torch
 
 from kvtier.cache import TieredCache
 from kvtier.errors import ConfigError
+from kvtier.integrations.prefix import PrefixCache
 from kvtier.integrations.transformers import CachedGenerator
 from kvtier.models import KVLayout
-from tests.integrations.families import BLOCK, FAMILIES, Reference, has_states, layout_of, model_of, prompt_of
+from tests.integrations.families import BLOCK, FAMILIES, VARIANTS, Reference, case_of, layout_of, model_of, prompt_of
+from tests.integrations.places import LOGITS, NEW, Place, turn_of, wanted_of
 
-NEW = 4
-LOGITS = {
-    "do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True,
-}  # fmt: skip
+ODD = (
+    "deepseek_v32", "deepseek_v4", "deepseek_v4_128", "deepseek_v4_released", "gemma3_text", "minimax",
+    "mistral_windows", "qwen3_next", "qwen3_windows",
+)  # fmt: skip
+"""One family for each kind of layer, which sees prompts of every length; the others see one."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-ODD = ("deepseek_v32", "deepseek_v4", "gemma3_text", "minimax", "qwen3_next")
-"""One family for each kind of layer, which sees prompts of every length; the others see one."""
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def family(request):
+@pytest.fixture(scope="module", params=sorted([*FAMILIES, *VARIANTS]))
+def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module", params=sorted(DTYPES))
-def model(request, family):
-    return model_of(family, DTYPES[request.param])
+def case(request, name):
+    return case_of(name, DTYPES[request.param])
 
 
-class Place:
-    """A cache, and what is left of it when it is opened again."""
-
-    def __init__(self, tier, model, policy, directory):
-        self.tier = tier
-        self.policy = policy
-        self._model = model
-        self._config = {
-            "host": {"capacity": "8MiB", "staging": "1MiB"},
-            "policy": {"windows": policy, "checkpoint_tokens": 0},
-        }
-        if tier == "disk":
-            self._config["disk"] = {"directories": [str(directory)], "capacity": "32MiB"}
-        self.cache = self._open()
-
-    def _open(self):
-        return TieredCache(self._config, layout_of(self._model), "tiny")
-
-    def generator(self):
-        """For the next turn; nothing of an earlier one is left in memory where blocks are to come from disk."""
-        if self.tier == "disk":
-            self.close()
-            self.cache = self._open()
-        return CachedGenerator(self._model, self.cache)
-
-    def close(self):
-        assert self.cache.close()
-
-
-@pytest.fixture(params=["host-full", "disk-checkpoint"])
-def place(request, model, tmp_path):
-    tier, policy = request.param.split("-")
-    opened = Place(tier, model, policy, tmp_path)
-    yield opened
-    opened.close()
+@pytest.fixture
+def directory(tmp_path):
+    yield tmp_path
     rmtree(tmp_path)  # there are very many of them
 
 
-def splits(model, policy, start, prompt):
-    """Where forwards have to end, so that states are there: at checkpoints inside the prompt."""
-    if not has_states(model):
-        return []
-    ends = range((start // BLOCK + 1) * BLOCK, prompt.shape[1], BLOCK)
-    return [end for end in ends if policy == "full" or end == prompt.shape[1] // BLOCK * BLOCK]
+@pytest.mark.parametrize("place", ["host-full", "disk-checkpoint", "device-full"])
+def test_a_conversation_is_bit_for_bit_the_one_from_memory(name, case, place, directory):
+    """On top of KV that was itself computed on restored KV, and of KV of generated tokens."""
+    if place == "device-full" and name not in ODD:
+        pytest.skip("what comes from there is tested below; turns are no different")
+    first = 31 if case.block == BLOCK else 250
+    sequence, kept, known = prompt_of(first), Reference(case.model, whole=case.whole), 0
+    with Place(case, *place.split("-"), directory) as opened:
+        for turn, more in enumerate((0, 9, case.block)):
+            prompt = torch.cat((sequence, prompt_of(more, seed=turn + 1)), 1)
+            hit, sequence, kept = turn_of(opened, kept, prompt)
+            assert hit == known
+            known = (sequence.shape[1] - 1) // case.block * case.block
 
 
-def turn_of(model, place, kept, prompt):
-    """One turn with the cache and with the reference; how many tokens were found, and the reference after it."""
-    done = place.generator().generate(prompt, **LOGITS)
-    hit = sum(done.report.hit_tokens.values())
-    assert done.report.hit_tokens[place.tier] == hit
-    kept = kept.cut(hit)
-    kept.prefill(prompt, splits(model, place.policy, hit, prompt))
-    wanted = kept.generate(prompt, **LOGITS)
-    assert torch.equal(torch.cat(done.outputs[0].logits), torch.cat(wanted.logits))
-    assert torch.equal(done.sequences, wanted.sequences)
-    return hit, done.sequences, kept
+def test_a_prompt_comes_from_disk_after_a_restart_then_from_host_memory_and_from_the_device(case, directory):
+    policy = "full" if case.model.dtype == torch.float32 else "checkpoint"
+    prompt = prompt_of(case.block * 3 - 5)
+    with Place(case, "disk", policy, directory, promotes=True) as place:
+        _, _, kept = turn_of(place, Reference(case.model, whole=case.whole), prompt)
+        longer = torch.cat((prompt, prompt_of(3, seed=1)), 1)
+        generator = place.generator()
+        wanted = wanted_of(place, kept.cut(case.block * 2), longer)
+        for tier in ("disk", "host", "device"):
+            if tier == "device":
+                place.promote(longer)
+            done = generator.generate(longer, **LOGITS)
+            assert {at: tokens for at, tokens in done.report.hit_tokens.items() if tokens} == {tier: case.block * 2}
+            assert torch.equal(torch.cat(done.outputs[0].logits), torch.cat(wanted.logits))
 
 
-def whole(model):
-    """Whether windows are kept whole by the layout."""
-    return model.config.model_type == "mistral"
-
-
-@pytest.mark.parametrize("first", [31, 15, 48, 57])
-def test_a_conversation_is_bit_for_bit_the_one_from_memory(family, model, place, first):
-    """Prompts that end before, on and after the ends of blocks, windows and entries, over three turns."""
-    if first != 31 and (family not in ODD or (first != 48 and model.dtype == torch.bfloat16)):
-        pytest.skip("one length is enough where the layers are those of another family")
-    sequence, kept, known = prompt_of(first), Reference(model, whole=whole(model)), 0
-    for turn, more in enumerate((0, 9, BLOCK)):
-        prompt = torch.cat((sequence, prompt_of(more, seed=turn + 1)), 1)
-        hit, sequence, kept = turn_of(model, place, kept, prompt)
-        assert hit == known
-        known = (sequence.shape[1] - 1) // BLOCK * BLOCK
+@pytest.mark.parametrize("policy", ["full", "checkpoint"])
+def test_prompts_may_end_anywhere(name, case, policy, directory):
+    """Before, on and after the end of a block, a window and an entry."""
+    if name not in ODD or (policy == "full" and case.model.dtype == torch.bfloat16):
+        pytest.skip("the layers are those of another family, or the dtype that of the other policy")
+    lengths = (15, 16, 17, 23, 24, 25, 50) if case.block == BLOCK else (127, 128, 129, 256)
+    with Place(case, "host", policy, directory) as place:
+        for length in lengths:
+            kept = Reference(case.model, whole=case.whole)
+            none, sequence, kept = turn_of(place, kept, prompt_of(length, seed=length))
+            hit, _, _ = turn_of(place, kept, torch.cat((sequence, prompt_of(1)), 1))
+            assert (none, hit) == (0, (length + NEW - 1) // case.block * case.block)
 
 
 def _branch():
@@ -114,17 +87,18 @@ def _branch():
     return torch.cat((prompt_of(100)[:, :85], prompt_of(75, seed=5)), 1)
 
 
-def _with_windows(windows, model):
+def _with_windows(windows, case):
     policy = {"windows": windows, "checkpoint_tokens": 0}
     config = {"host": {"capacity": "8MiB", "staging": "1MiB"}, "policy": policy}
-    return TieredCache(config, layout_of(model), "tiny")
+    return TieredCache(config, case.layout, "tiny")
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "deepseek_v4"])
 def test_windows_that_are_never_stored_are_computed_again(family):
     """From the keys, values and entries that were loaded: in float32 the windows are those from the beginning."""
-    model = model_of(family)
-    with _with_windows("zero", model) as cache:
+    case = case_of(family)
+    model = case.model
+    with _with_windows("zero", case) as cache:
         generator = CachedGenerator(model, cache)
         generator.generate(prompt_of(140), **LOGITS)
         longer = torch.cat((prompt_of(140), prompt_of(20, seed=5)), 1)
@@ -137,31 +111,49 @@ def test_windows_that_are_never_stored_are_computed_again(family):
             assert hit.exact
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "deepseek_v4"])
-def test_a_window_that_is_replayed_is_approximate_and_so_is_what_follows_it(family, capsys):
-    model, branch = model_of(family), _branch()
-    with _with_windows("replay", model) as cache:
-        generator = CachedGenerator(model, cache)
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "deepseek_v4", "deepseek_v4_released"])
+def test_a_window_that_is_replayed_is_approximate_and_so_is_what_follows_it(name, capsys):
+    case, branch, tokens = case_of(name), _branch(), 40
+    with _with_windows("replay", case) as cache:
+        generator = CachedGenerator(case.model, cache)
         generator.generate(prompt_of(100), **LOGITS)
-        exact = generator.generate(branch, exact=True, tenant="other", **LOGITS)
+        exact = generator.generate(branch, exact=True, **{**LOGITS, "max_new_tokens": tokens})
+        assert sum(exact.report.hit_tokens.values()) == 0
+    with _with_windows("replay", case) as cache:
+        generator = CachedGenerator(case.model, cache)
+        generator.generate(prompt_of(100), **LOGITS)
+        with PrefixCache(case.model, cache, branch) as past:
+            assert past.hit_tokens == 80
+            read = case.model(exact.sequences[:, 80:-1], past_key_values=past).logits[0, -tokens:]
         done = generator.generate(branch, **LOGITS)
-        assert sum(done.report.hit_tokens.values()) == 80
         with cache.lookup(done.sequences[0]) as hit:
             assert hit.num_tokens > 80
             assert not hit.exact
         assert cache.match(done.sequences[0], exact=True) == 0
-        found = (torch.cat(each.outputs[0].logits) for each in (done, exact))
-        agreement = float(torch.eq(*(logits.argmax(-1) for logits in found)).float().mean())
+        assert sum(generator.generate(branch, exact=True, **LOGITS).report.hit_tokens.values()) == 0
+    agreement = float((read.argmax(-1) == exact.sequences[0, -tokens:]).float().mean())
     with capsys.disabled():
-        print(f"\n{family}: top-1 agreement of {NEW} tokens behind a replayed window: {agreement:.2f}")
+        print(f"\n{name}: top-1 agreement of {tokens} tokens behind a replayed window: {agreement:.2f}")
+
+
+def test_of_a_hit_without_its_windows_and_without_tokens_nothing_is_restored():
+    case = case_of("gpt_oss")
+    with _with_windows("zero", case) as cache:
+        generator = CachedGenerator(case.model, cache)
+        generator.generate(prompt_of(140), **LOGITS)
+        with cache.lookup(prompt_of(140)[0]) as hit:
+            assert hit.num_tokens == 128 > hit.replay_tokens > 0
+            past, loaded = generator.restore(hit)
+    assert (past.get_seq_length(), loaded) == (0, None)
 
 
 @pytest.mark.parametrize("windows", ["full", "checkpoint"])
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
 def test_a_prompt_that_branches_off_finds_what_the_policy_keeps(family, windows):
     """Every block has its windows and states, or checkpoints have, of which there is none in the middle."""
-    model = model_of(family)
-    with _with_windows(windows, model) as cache:
+    case = case_of(family)
+    model = case.model
+    with _with_windows(windows, case) as cache:
         generator = CachedGenerator(model, cache)
         generator.generate(prompt_of(100), **LOGITS)
         done = generator.generate(_branch(), **LOGITS)
