@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
 
-from benchmarks.bare import BareKernels
 from benchmarks.cold import ColdReads
 from benchmarks.engine import EngineMemory
-from benchmarks.pairs import Contestant, Times, ratio_of
+from benchmarks.pairs import Contestant, Step, Times, ratio_of
 from benchmarks.payload import Ids
 from benchmarks.pipeline import BarePipeline
+from benchmarks.python import ByteClock
 from benchmarks.rawdisk import RawDisk
 from benchmarks.rows import AT_MOST, SURELY, Row
 from benchmarks.suite import BenchmarkError
+from kvtier.runtime import blocking
 
 REQUESTS: Final = 4
 COPY_THREADS: Final = 2
@@ -52,19 +54,22 @@ class Measured:
 
 
 class Beside(Protocol):
-    """One more contestant for either direction, and the row that comes of it."""
+    """What is looked at in either direction, and the row that comes of it."""
 
-    def stores(self) -> Contestant:
+    def watched(self, run: Step) -> Step:
+        """What kvtier is timed with, looked at from the outside."""
+
+    def stores(self) -> Sequence[Contestant]:
         """Beside stores."""
 
-    def loads(self, cold: ColdReads) -> Contestant:
+    def loads(self, cold: ColdReads) -> Sequence[Contestant]:
         """Beside loads."""
 
     def row(self, measured: Measured) -> Row:
         """What came of it."""
 
     def close(self) -> None:
-        """End its threads."""
+        """End what it began."""
 
 
 class Pipeline:
@@ -76,11 +81,15 @@ class Pipeline:
         self._pipeline = BarePipeline(engine, raw, threads=COPY_THREADS)
         self._stored: list[Ids] = []
 
-    def stores(self) -> Contestant:
-        """What was gathered is read back."""
-        return Contestant("bare", self._store, self._begin_store, check=self._check_store)
+    def watched(self, run: Step) -> Step:
+        """As it is."""
+        return run
 
-    def loads(self, cold: ColdReads) -> Contestant:
+    def stores(self) -> Sequence[Contestant]:
+        """What was gathered is read back."""
+        return [Contestant("bare", self._store, self._begin_store, check=self._check_store)]
+
+    def loads(self, cold: ColdReads) -> Sequence[Contestant]:
         """What was loaded is compared with the pages that it was stored from."""
 
         def begin(number: int) -> None:
@@ -93,9 +102,10 @@ class Pipeline:
             if not self._engine.same(self._stored[number], self._targets):
                 raise BenchmarkError("the bare pipeline did not load what it had stored")
 
-        return Contestant(
-            "bare", lambda number: self._pipeline.load(self._area(number), self._targets), begin, check=check
-        )
+        def load(number: int) -> None:
+            self._pipeline.load(self._area(number), self._targets)
+
+        return [Contestant("bare", load, begin, check=check)]
 
     def row(self, measured: Measured) -> Row:
         """Its speed, held to the same target."""
@@ -128,51 +138,43 @@ class Pipeline:
         self._stored.append(self._sources)
 
 
-class Kernels:
-    """Bare kernels without a disk: what CPU time kvtier takes beyond theirs and that of the bare disk is Python's."""
+class PythonTime:
+    """CPU time a block of stores and loads that is spent outside kernels, checksums, reads and writes."""
 
     def __init__(self, engine: EngineMemory, request_pages: int) -> None:
-        self._engine, self._pages = engine, request_pages
-        self._kernels = BareKernels(engine, request_pages, threads=COPY_THREADS)
         self._blocks = REQUESTS * request_pages * engine.layout.page_tokens // engine.layout.block_tokens
+        self._clock = ByteClock()
+        for name in ("gather", "scatter", "gather_records", "scatter_records"):
+            self._clock.around(engine.memory, name)
+        for name in ("preadv", "pwritev"):
+            self._clock.around(blocking, name)
 
-    def stores(self) -> Contestant:
-        """Blocks to memory of one's own, and their checksums."""
+    def watched(self, run: Step) -> Step:
+        """With an eye on the clocks."""
+        return self._clock.watched(run)
 
-        def begin(_: int) -> None:
-            self._tables = [self._engine.pages(self._engine.sources(self._pages)).table for _ in range(REQUESTS)]
+    def stores(self) -> Sequence[Contestant]:
+        """Nobody else."""
+        return ()
 
-        return Contestant("kernels", lambda _: self._gather(), begin)
-
-    def loads(self, cold: ColdReads) -> Contestant:
-        """Blocks from there, once their checksums are compared."""
+    def loads(self, cold: ColdReads) -> Sequence[Contestant]:
+        """Nobody else."""
         del cold
-
-        def begin(_: int) -> None:
-            self._source = self._engine.sources(self._pages)
-            self._kernels.gather(self._engine.pages(self._source).table)
-            self._targets = self._engine.targets_apart(REQUESTS, self._pages)
-            self._tables = [self._engine.pages(targets).table for targets in self._targets]
-
-        def check(_: int) -> None:
-            if not all(self._engine.same(self._source, targets) for targets in self._targets):
-                raise BenchmarkError("bare kernels did not scatter what they had gathered")
-
-        return Contestant("kernels", lambda _: self._scatter(), begin, check=check)
+        return ()
 
     def row(self, measured: Measured) -> Row:
-        """Microseconds a block that are neither copies and checksums nor reading and writing."""
-        times = measured.times
-        ours_us = times["kvtier"].cpu_s * 1e6 / self._blocks
-        bare_us = (times["kernels"].cpu_s + times["raw"].cpu_s) * 1e6 / self._blocks
-        includes = "CPU time of all threads beyond the baseline, that of sealing and giving back segments included"
+        """Microseconds a block, beside those inside the calls."""
+        own_us, bytes_us = (
+            found * 1e6 / self._blocks for found in self._clock.last(len(measured.times["kvtier"].wall_s))
+        )
+        includes = "CPU time of all threads from the first submit to the last result, outside kernels and system calls"
         return Row.of(
             f"{measured.name}.python",
-            float(np.median(ours_us - bare_us)),
+            float(np.median(own_us)),
             "us",
-            baseline=float(np.median(bare_us)),
-            baseline_name="CPU time a block of bare kernels and of the bare disk",
-            ratio=ratio_of(ours_us, bare_us),
+            baseline=float(np.median(bytes_us)),
+            baseline_name="CPU time a block in kernels, preadv and pwritev of the same jobs",
+            ratio=ratio_of(own_us, bytes_us),
             target=PYTHON_TARGET_US,
             ok_if=AT_MOST,
             data_checked=True,
@@ -181,13 +183,5 @@ class Kernels:
         )
 
     def close(self) -> None:
-        """End its threads."""
-        self._kernels.close()
-
-    def _gather(self) -> None:
-        for table in self._tables:
-            self._kernels.gather(table)
-
-    def _scatter(self) -> None:
-        for table in self._tables:
-            self._kernels.scatter(table)
+        """Time nothing any more."""
+        self._clock.close()

@@ -7,7 +7,7 @@ counters of the device prove that every byte came from it. What was stored is lo
 
 Beside large records stands the bare pipeline, which does the same without a cache: what it does not reach, this machine
 does not allow. The bare disk moves a record with one call. Small and odd records are moved by the bare disk as many at
-once as kvtier may move; ``python`` is the CPU time a block that is neither theirs nor that of bare kernels.
+once as kvtier may move; ``python`` is the CPU time a block that kvtier spends outside kernels, reads and writes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from benchmarks.beside import COPY_THREADS, REQUESTS, Beside, Kernels, Measured, Pipeline
+from benchmarks.beside import COPY_THREADS, REQUESTS, Beside, Measured, Pipeline, PythonTime
 from benchmarks.cold import ColdReads
 from benchmarks.engine import EngineMemory
 from benchmarks.kinds import deepseek_v4_flash, deepseek_v32, llama_8b, small_blocks
@@ -129,7 +129,7 @@ class _Bench:
     def _beside(self) -> Beside:
         if self.case.has_pipeline:
             return Pipeline(self.engine, self.raw, self.request_pages, self.areas, self.case.io_bytes)
-        return Kernels(self.engine, self.request_pages)
+        return PythonTime(self.engine, self.request_pages)
 
     def close(self) -> None:
         """Close and remove everything."""
@@ -145,10 +145,12 @@ class _Bench:
         self._fill()
         return alternate(
             [
-                Contestant("kvtier", self._store, self._begin_stores, self._settle, self._end_stores),
+                Contestant(
+                    "kvtier", self.beside.watched(self._store), self._begin_stores, self._settle, self._end_stores
+                ),
                 Contestant("raw", lambda number: self.raw.write(self.areas * number, self.case.io_bytes)),
                 Contestant("again", lambda number: self.raw.write(self.areas * number + 1, self.case.io_bytes)),
-                self.beside.stores(),
+                *self.beside.stores(),
             ],
             self.pairs,
             warmup=WARMUP,
@@ -204,10 +206,10 @@ class _Bench:
         self._reopen()
         return alternate(
             [
-                Contestant("kvtier", self._load, self._begin_loads, check=self._end_loads),
+                Contestant("kvtier", self.beside.watched(self._load), self._begin_loads, check=self._end_loads),
                 Contestant("raw", self._read_raw, self.cold.begin, check=self.cold.check("raw")),
                 Contestant("again", self._read_raw_again, self.cold.begin, check=self.cold.check("again")),
-                self.beside.loads(self.cold),
+                *self.beside.loads(self.cold),
             ],
             self.pairs,
             warmup=WARMUP,
