@@ -30,8 +30,8 @@ from kvtier.tiers.device.opening import device_of
 
 ENGINE_BYTES: Final = 2 << 30
 TARGET: Final = 0.7
-HOST_REQUESTS: Final = 12
-"""That host memory has room for: more than the slab."""
+HOST_REQUESTS: Final = 16
+"""That host memory has room for: so many that those which left the slab are below the low watermark here."""
 LEFT_AFTER: Final = (KEPT_REQUESTS + 2) // 2 + 1
 """Rounds of two stores each, after which a request has left the slab."""
 POLL_S: Final = 0.0005
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Iterator[Row]:
 
 
 class _Bench(Moving):
-    """A slab, and host memory of twice its size below it."""
+    """A slab, and more host memory below it."""
 
     def __init__(self, case: Case, settings: Settings, device: torch.device) -> None:
         self.pairs = settings.pairs_of(20, LEFT_AFTER + 1)
