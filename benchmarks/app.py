@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,8 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Append one line of JSON per row to this file.")]
 Pairs = Annotated[int | None, typer.Option(min=2, help="Pairs to measure; by default as many as each needs.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A first look: fewer pairs, less data, figures not to quote.")]
-Directory = Annotated[Path, typer.Option("--dir", help="Where to put files; the device to measure.")]
+Device = Annotated[str, typer.Option("--device", help="Where the device tier lies: cuda, or cpu, which stands in.")]
+Directory = Annotated[Path, typer.Option("--dir", help="Where to put files; the disk to measure.")]
 
 
 @app.callback()
@@ -39,7 +41,7 @@ def measure(name: str, json_file: Path | None, settings: Settings) -> None:
     rows: list[Row] = []
     with TemporaryDirectory(prefix="kvtier-bench-", dir=settings.directory) as scratch:
         others = Bystanders()
-        own = Settings(Path(scratch), settings.pairs, settings.quick)
+        own = replace(settings, directory=Path(scratch))
         for row in module.run(own):
             rows.append(row.stamped(machine, code, quick=settings.quick, other_cores=others.cores()))
             console.print(f"{row.bench}: {row.value:g} {row.unit}, {row.ratio:.3f} x {row.baseline_name}")
@@ -50,9 +52,13 @@ def measure(name: str, json_file: Path | None, settings: Settings) -> None:
 
 def _command(name: str) -> Callable[..., None]:
     def command(
-        json_file: JsonFile = None, pairs: Pairs = None, quick: Quick = False, directory: Directory = Path()
+        json_file: JsonFile = None,
+        pairs: Pairs = None,
+        quick: Quick = False,
+        directory: Directory = Path(),
+        device: Device = "cpu",
     ) -> None:
-        measure(name, json_file, Settings(directory.resolve(), pairs, quick))
+        measure(name, json_file, Settings(directory.resolve(), pairs, quick, device))
 
     return command
 
@@ -63,10 +69,14 @@ for _name, (_, _about) in BENCHMARKS.items():
 
 @app.command("all")
 def run_all(
-    json_file: JsonFile = None, pairs: Pairs = None, quick: Quick = False, directory: Directory = Path()
+    json_file: JsonFile = None,
+    pairs: Pairs = None,
+    quick: Quick = False,
+    directory: Directory = Path(),
+    device: Device = "cpu",
 ) -> None:
     """Run every benchmark, each in a process of its own."""
-    options = ["--dir", str(directory)]
+    options = ["--dir", str(directory), "--device", device]
     options += ["--json", str(json_file)] if json_file else []
     options += ["--pairs", str(pairs)] if pairs else []
     options += ["--quick"] if quick else []

@@ -1,52 +1,91 @@
 """The disk tier: stores that survive kill -9 and cold loads, against bare direct I/O of the same bytes.
 
-Both are whole journeys: engine pages -> checksummed records -> file, and file -> checksums -> engine pages. Beside them
-stands the bare pipeline, which does the same without a cache: what it does not reach, this machine does not allow. The
+Both are whole journeys: engine pages -> checksummed records -> file, and file -> checksums -> engine pages. The
 cache is full, so that every store gives an old segment back; full segments are sealed between rounds, not in them. For
 the loads it is opened anew: host memory is empty, and the
 counters of the device prove that every byte came from it. What was stored is loaded and compared byte for byte.
+
+Beside large records stands the bare pipeline, which does the same without a cache: what it does not reach, this machine
+does not allow. The bare disk moves a record with one call. Small and odd records are moved by the bare disk as many at
+once as kvtier may move; ``python`` is the CPU time a block that kvtier spends outside kernels, reads and writes.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-import numpy as np
-
-from benchmarks.machine import DeviceCounters, huge_pages
-from benchmarks.pairs import Contestant, Step, Times, alternate, ratio_of
-from benchmarks.payload import PAGE_TOKENS, EngineMemory, Ids, Prompts, Request, llama_8b
-from benchmarks.pipeline import BarePipeline
+from benchmarks.beside import COPY_THREADS, REQUESTS, Beside, Measured, Pipeline, PythonTime
+from benchmarks.cold import ColdReads
+from benchmarks.engine import EngineMemory
+from benchmarks.kinds import deepseek_v4_flash, deepseek_v32, llama_8b, small_blocks
+from benchmarks.machine import huge_pages
+from benchmarks.pairs import Contestant, Times, alternate
+from benchmarks.payload import Prompts, Request
 from benchmarks.rawdisk import RawDisk
-from benchmarks.rows import SURELY, Row, itself
+from benchmarks.rows import AT_LEAST, SURELY, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
-from kvtier import Job, StoreResult, TieredCache
+from kvtier import Job, KVLayout, StoreResult, TieredCache
+from kvtier.core.plan import PAGE_BYTES
 
-RECORD_BYTES: Final = (2 << 20, 8 << 20)
-TOKEN_BYTES: Final = 128 << 10
-PAIR_BYTES: Final = 2 << 30
-QUICK_PAIR_BYTES: Final = 256 << 20
-REQUESTS: Final = 4
-ENGINE_BYTES: Final = 4 << 30
-HOST_BYTES: Final = 3 << 30
 IO_THREADS: Final = 4
-COPY_THREADS: Final = 2
-SETTLE_S: Final = 0.005
+SETTLE_S: Final = 0.01
 WARMUP: Final = 1
-STORE_TARGET: Final = 0.92
-LOAD_TARGET: Final = 0.95
-_AREAS: Final = 3
-"""Of the bare disk, for every round: for the raw loops, for the same again, and for the bare pipeline."""
+SPARE_BYTES: Final = 2 << 30
+"""Of the cache, beyond what is loaded later: clean segments, and those that are just given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layout, how much of it is moved a round, and how fast it has to be."""
+
+    name: str
+    what: str
+    layout: Callable[[], KVLayout]
+    io_bytes: int
+    """That the bare disk moves with one call."""
+    store: float
+    load: float
+    ok_if: str = SURELY
+    has_pipeline: bool = True
+    pairs: int = 5
+    quick_pairs: int = 6
+    pair_bytes: int = 2 << 30
+    quick_pair_bytes: int = 256 << 20
+    engine_bytes: int = 4 << 30
+    host_bytes: int = 3 << 30
+
+
+def _large(name: str, mib: int) -> Case:
+    return Case(name, "Llama 8B, bfloat16", partial(llama_8b, mib * 8), mib << 20, 0.92, 0.95)
+
+
+def _small(name: str, what: str, layout: Callable[[], KVLayout]) -> Case:
+    return Case(
+        name, what, layout, 8 << 20, 0.7, 0.7, ok_if=AT_LEAST, has_pipeline=False, pairs=10, quick_pairs=3,
+        pair_bytes=512 << 20, quick_pair_bytes=128 << 20, engine_bytes=2 << 30, host_bytes=2 << 30,
+    )  # fmt: skip
+
+
+CASES: Final = (
+    _large("2MiB", 2),
+    _large("8MiB", 8),
+    _small("64KiB", "8 layers of one head", small_blocks),
+    _small("v32", "DeepSeek V3.2", deepseek_v32),
+    _small("v4flash.128", "DeepSeek V4 Flash", partial(deepseek_v4_flash, 128)),
+    _small("v4flash.256", "DeepSeek V4 Flash", partial(deepseek_v4_flash, 256)),
+)
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Both directions, for small and for large records."""
-    for record_bytes in RECORD_BYTES:
-        with closing(_Bench(record_bytes, settings)) as bench:
+    """Both directions, for every layout."""
+    for case in CASES:
+        with closing(_Bench(case, settings)) as bench:
             stores, loads = bench.stores(), bench.loads()
             yield from bench.rows(stores, loads)
 
@@ -54,39 +93,48 @@ def run(settings: Settings) -> Iterator[Row]:
 class _Bench:
     """A directory that is full, and a file for the bare disk in which every round has areas of its own."""
 
-    def __init__(self, record_bytes: int, settings: Settings) -> None:
-        self.record_bytes = record_bytes
+    def __init__(self, case: Case, settings: Settings) -> None:
+        self.case = case
         self.settings = settings
-        self.pairs = settings.pairs_of(5, 6)
+        self.pairs = settings.pairs_of(case.pairs, case.quick_pairs)
         self.rounds = self.pairs + WARMUP
-        self.pair_bytes = QUICK_PAIR_BYTES if settings.quick else PAIR_BYTES
-        self.layout = llama_8b(record_bytes // TOKEN_BYTES)
-        page_bytes = PAGE_TOKENS * TOKEN_BYTES
-        self.request_pages = self.pair_bytes // REQUESTS // page_bytes
-        self.capacity = self.rounds * self.pair_bytes * 21 // 20 + (2 << 30)  # records are longer by their headers
+        self.areas = 3 if case.has_pipeline else 2
+        """Of the bare disk, for every round: for the raw loops, for the same again, and for the bare pipeline."""
+        self.layout = case.layout()
+        page_bytes = sum(part.page_bytes for part in self.layout.groups[0].parts)
+        block_pages = self.layout.block_tokens // self.layout.page_tokens
+        wanted = case.quick_pair_bytes if settings.quick else case.pair_bytes
+        self.request_pages = wanted // REQUESTS // page_bytes // block_pages * block_pages
+        pages = case.engine_bytes // 2 // page_bytes
+        self.engine = EngineMemory(self.layout, pages, pages)
+        self.pair_bytes = REQUESTS * self.engine.request_bytes(self.request_pages)
+        self.capacity = SPARE_BYTES + self.rounds * REQUESTS * self.engine.record_bytes(self.request_pages) * 41 // 40
         self._check_room()
-        self.device = DeviceCounters.under(settings.directory)
-        self.engine = EngineMemory(self.layout, *[ENGINE_BYTES // 2 // page_bytes] * 2)
+        raw_bytes = self.pair_bytes // PAGE_BYTES * PAGE_BYTES
+        self.cold = ColdReads(settings.directory, raw_bytes)
         self.raw = RawDisk(
             settings.directory / "raw",
-            areas=_AREAS * self.rounds,
-            area_bytes=self.pair_bytes,
-            memory_bytes=HOST_BYTES,
+            areas=self.areas * self.rounds,
+            area_bytes=raw_bytes,
+            memory_bytes=case.host_bytes,
             threads=IO_THREADS,
         )
-        self.pipeline = BarePipeline(self.engine, self.raw, threads=COPY_THREADS)
-        self.bare_sources: list[Ids] = []
+        self.beside = self._beside()
         self.cache = self._open()
         self.prompts = Prompts()
         self.stored: list[list[Request]] = []
         self.jobs: list[Job[StoreResult]] = []
         self.refused_tokens = 0
-        self.cold: dict[str, list[float]] = {}
+
+    def _beside(self) -> Beside:
+        if self.case.has_pipeline:
+            return Pipeline(self.engine, self.raw, self.request_pages, self.areas, self.case.io_bytes)
+        return PythonTime(self.engine, self.request_pages)
 
     def close(self) -> None:
         """Close and remove everything."""
         self.cache.close()
-        self.pipeline.close()
+        self.beside.close()
         self.raw.close()
         shutil.rmtree(self.settings.directory / "cache")
 
@@ -97,10 +145,12 @@ class _Bench:
         self._fill()
         return alternate(
             [
-                Contestant("kvtier", self._store, self._begin_stores, self._settle, self._end_stores),
-                Contestant("raw", lambda number: self.raw.write(_AREAS * number, self.record_bytes)),
-                Contestant("again", lambda number: self.raw.write(_AREAS * number + 1, self.record_bytes)),
-                Contestant("bare", self._store_bare, self._begin_bare, check=self._check_bare),
+                Contestant(
+                    "kvtier", self.beside.watched(self._store), self._begin_stores, self._settle, self._end_stores
+                ),
+                Contestant("raw", lambda number: self.raw.write(self.areas * number, self.case.io_bytes)),
+                Contestant("again", lambda number: self.raw.write(self.areas * number + 1, self.case.io_bytes)),
+                *self.beside.stores(),
             ],
             self.pairs,
             warmup=WARMUP,
@@ -116,7 +166,7 @@ class _Bench:
         raise BenchmarkError("the directory never became full")
 
     def _begin_stores(self, _: int) -> None:
-        tokens = self.request_pages * PAGE_TOKENS
+        tokens = self.request_pages * self.layout.page_tokens
         self.requests = [
             Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages)) for _ in range(REQUESTS)
         ]
@@ -144,17 +194,6 @@ class _Bench:
             if name.startswith("disk_segments") and ("full" in name or "reclaiming" in name)
         )
 
-    def _begin_bare(self, _: int) -> None:
-        self.bare_pages = self.engine.sources(REQUESTS * self.request_pages)
-
-    def _store_bare(self, number: int) -> None:
-        self.bare_buffer = self.pipeline.store(_AREAS * number + 2, self.bare_pages)
-
-    def _check_bare(self, number: int) -> None:
-        if not np.array_equal(self.raw.read(_AREAS * number + 2, self.record_bytes), self.bare_buffer):
-            raise BenchmarkError("the bare pipeline did not write what it gathered")
-        self.bare_sources.append(self.bare_pages)
-
     def _end_stores(self, _: int) -> None:
         self.stored.append(self.requests)
         for result in (job.result() for job in self.jobs):
@@ -167,10 +206,10 @@ class _Bench:
         self._reopen()
         return alternate(
             [
-                Contestant("kvtier", self._load, self._begin_loads, check=self._end_loads),
-                Contestant("raw", self._read_raw, self._count, check=self._check_cold("raw")),
-                Contestant("again", self._read_raw_again, self._count, check=self._check_cold("again")),
-                Contestant("bare", self._load_bare, self._begin_load_bare, check=self._end_load_bare),
+                Contestant("kvtier", self.beside.watched(self._load), self._begin_loads, check=self._end_loads),
+                Contestant("raw", self._read_raw, self.cold.begin, check=self.cold.check("raw")),
+                Contestant("again", self._read_raw_again, self.cold.begin, check=self.cold.check("again")),
+                *self.beside.loads(self.cold),
             ],
             self.pairs,
             warmup=WARMUP,
@@ -178,10 +217,10 @@ class _Bench:
 
     def _begin_loads(self, number: int) -> None:
         self.requests = self.stored[number]
-        pages = self.engine.targets(REQUESTS * self.request_pages)
-        self.targets = [pages[at::REQUESTS] for at in range(REQUESTS)]
-        self.engine.clear(pages)
-        self._count(number)
+        self.targets = self.engine.targets_apart(REQUESTS, self.request_pages)
+        for targets in self.targets:
+            self.engine.clear(targets)
+        self.cold.begin(number)
 
     def _load(self, _: int) -> None:
         hits = [self.cache.lookup(request.tokens) for request in self.requests]
@@ -194,7 +233,7 @@ class _Bench:
             hit.release()
 
     def _end_loads(self, number: int) -> None:
-        self._check_cold("kvtier")(number)
+        self.cold.check("kvtier")(number)
         for request, targets, result in zip(self.requests, self.targets, self.loaded, strict=True):
             if result.by_tier["disk"] != len(request.tokens) - 1:
                 raise BenchmarkError(f"{len(request.tokens) - 1} tokens should have come from disk: {result}")
@@ -202,51 +241,26 @@ class _Bench:
                 raise BenchmarkError("bytes that were loaded are not those that were stored")
 
     def _read_raw(self, number: int) -> None:
-        self.raw.read(_AREAS * number, self.record_bytes)
+        self.raw.read(self.areas * number, self.case.io_bytes)
 
     def _read_raw_again(self, number: int) -> None:
-        self.raw.read(_AREAS * number + 1, self.record_bytes)
-
-    def _begin_load_bare(self, number: int) -> None:
-        self.bare_pages = self.engine.targets(REQUESTS * self.request_pages)
-        self.engine.clear(self.bare_pages)
-        self._count(number)
-
-    def _load_bare(self, number: int) -> None:
-        self.pipeline.load(_AREAS * number + 2, self.bare_pages)
-
-    def _end_load_bare(self, number: int) -> None:
-        self._check_cold("bare")(number)
-        if not self.engine.same(self.bare_sources[number], self.bare_pages):
-            raise BenchmarkError("the bare pipeline did not load what it had stored")
-
-    def _count(self, _: int) -> None:
-        self.before = self.device.read_bytes()
-
-    def _check_cold(self, side: str) -> Step:
-        def check(_: int) -> None:
-            pairs = zip(self.device.read_bytes(), self.before, strict=True)
-            share = min((now - before) / self.pair_bytes for now, before in pairs)
-            if share < 1.0:
-                raise BenchmarkError(f"{side}: only {share:.3f} of what was read came from the device: it was not cold")
-            self.cold.setdefault(side, []).append(share)
-
-        return check
+        self.raw.read(self.areas * number + 1, self.case.io_bytes)
 
     # --- both -------------------------------------------------------------------------------------------------------
 
     def rows(self, stores: dict[str, Times], loads: dict[str, Times]) -> Iterator[Row]:
         """What came of both; stores count because everything that they wrote was loaded and compared."""
         store = "plan, gather from engine pages, checksums, header, write, commit; old segments are given back"
-        yield from self._rows("store", stores, "pwritev O_DIRECT", STORE_TARGET, {"includes": store})
+        measured = self._measured("store", stores, "pwritev O_DIRECT", self.case.store)
+        yield from self._rows(measured, {"includes": store})
         load = "lookup with pins, plan, read into host memory (promoted), checksums, scatter into engine pages"
-        cold = {f"{side}_device_bytes_per_byte": round(min(shares), 4) for side, shares in self.cold.items()}
-        yield from self._rows("load", loads, "preadv O_DIRECT", LOAD_TARGET, {"includes": load, **cold})
+        measured = self._measured("load", loads, "preadv O_DIRECT", self.case.load)
+        yield from self._rows(measured, {"includes": load, **self.cold.least()})
 
     def _open(self) -> TieredCache:
         return TieredCache(
             {
-                "host": {"capacity": HOST_BYTES, "copy_threads": COPY_THREADS},
+                "host": {"capacity": self.case.host_bytes, "copy_threads": COPY_THREADS},
                 "disk": {
                     "directories": [str(self.settings.directory / "cache")],
                     "capacity": self.capacity,
@@ -263,7 +277,7 @@ class _Bench:
         self.cache = self._open()
 
     def _check_room(self) -> None:
-        wanted = self.capacity + _AREAS * self.rounds * self.pair_bytes + (1 << 30)
+        wanted = self.capacity + self.areas * self.rounds * self.pair_bytes + (1 << 30)
         free = shutil.disk_usage(self.settings.directory).free
         if free < wanted:
             raise BenchmarkError(
@@ -271,61 +285,35 @@ class _Bench:
                 "pass --dir, fewer --pairs, or --quick"
             )
 
-    def _rows(
-        self, verb: str, times: dict[str, Times], raw_name: str, target: float, more: dict[str, Any]
-    ) -> Iterator[Row]:
-        name = f"disk.{verb}.{self.record_bytes >> 20}MiB"
-        kvtier, raw, again, bare = (times[side] for side in ("kvtier", "raw", "again", "bare"))
-        speeds = {side: self.pair_bytes / 1e9 / measured.median_s for side, measured in times.items()}
-        config = {
-            "layout": "Llama 8B, bfloat16, 16-token pages at random places",
-            "record_payload_bytes": self.record_bytes,
+    def _rows(self, measured: Measured, includes: dict[str, Any]) -> Iterator[Row]:
+        yield Row.of(
+            measured.name,
+            **measured.against_raw("kvtier"),
+            target=measured.target,
+            ok_if=self.case.ok_if,
+            data_checked=True,
+            refused_tokens=self.refused_tokens,
+            config={**measured.config, **includes},
+        )
+        yield self.beside.row(measured)
+        yield itself(f"{measured.name}.itself", **measured.against_raw("again"), config=measured.config)
+
+    def _measured(self, verb: str, times: dict[str, Times], raw_name: str, target: float) -> Measured:
+        name, config = f"disk.{verb}.{self.case.name}", self._config(times["raw"])
+        return Measured(name, times, self.pair_bytes, raw_name, target, self.refused_tokens, config)
+
+    def _config(self, raw: Times) -> dict[str, Any]:
+        return {
+            "layout": f"{self.case.what}, {self.layout.page_tokens}-token pages at random places",
+            "block_tokens": self.layout.block_tokens,
+            "record_payload_bytes": self.layout.block_bytes[0],
             "bytes_per_pair": self.pair_bytes,
             "requests_per_pair": REQUESTS,
+            "raw_bytes_per_call": self.case.io_bytes,
             "io_threads": IO_THREADS,
             "huge_pages": huge_pages(),
-            "engine_bytes": ENGINE_BYTES,
-            "host_capacity_bytes": HOST_BYTES,
+            "engine_bytes": self.case.engine_bytes,
+            "host_capacity_bytes": self.case.host_bytes,
             "disk_capacity_bytes": self.capacity,
             "baseline_cpu_s_per_gib": round(raw.cpu_s_per_gib(self.pair_bytes), 4),
         }
-        yield Row.of(
-            name,
-            speeds["kvtier"],
-            "GB/s",
-            baseline=speeds["raw"],
-            baseline_name=raw_name,
-            ratio=ratio_of(kvtier.wall_s, raw.wall_s),
-            target=target,
-            ok_if=SURELY,
-            data_checked=True,
-            refused_tokens=self.refused_tokens,
-            cpu_s_per_gib=kvtier.cpu_s_per_gib(self.pair_bytes),
-            config={**config, **more},
-        )
-        yield Row.of(
-            f"{name}.bare",
-            speeds["bare"],
-            "GB/s",
-            baseline=speeds["raw"],
-            baseline_name=raw_name,
-            ratio=ratio_of(bare.wall_s, raw.wall_s),
-            target=target,
-            ok_if=SURELY,
-            data_checked=True,
-            cpu_s_per_gib=bare.cpu_s_per_gib(self.pair_bytes),
-            config={
-                **config,
-                "includes": "gather or scatter and checksums in two threads beside the bare disk, no cache",
-            },
-        )
-        yield itself(
-            f"{name}.itself",
-            speeds["again"],
-            "GB/s",
-            baseline=speeds["raw"],
-            baseline_name=raw_name,
-            ratio=ratio_of(again.wall_s, raw.wall_s),
-            cpu_s_per_gib=again.cpu_s_per_gib(self.pair_bytes),
-            config=config,
-        )

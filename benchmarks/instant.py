@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from benchmarks.suite import BenchmarkError
-from kvtier.core.memory import KVMemory
+from kvtier.core.memory import GroupPages, KVMemory, PageTable
 from kvtier.core.plan import COMPLETED, NOWHERE, Completion, Hello, Message, Plan, PlanKind, Status, Tier
 from kvtier.metrics import Sample
 from kvtier.models import KVLayout
+
+NO_PAGES: Final = PageTable(0, (GroupPages(0, np.empty(0, np.int32)),))
 
 
 class InstantChannel:

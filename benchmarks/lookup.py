@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import rates
-from benchmarks.instant import InstantChannel
+from benchmarks.instant import NO_PAGES, InstantChannel
 from benchmarks.llama import VOCABULARY, llama_80m, parameters
 from benchmarks.pairs import Contestant, alternate, freeze_heap, ratio_of, summary
 from benchmarks.payload import Prompts
@@ -26,7 +26,6 @@ from benchmarks.rows import AT_LEAST, AT_MOST, Row, itself
 from benchmarks.suite import BenchmarkError, Settings
 from kvtier import Hit, KVGroup, KVLayout, Part, TieredCache
 from kvtier.core.keys import Keys
-from kvtier.core.memory import GroupPages, PageTable
 
 BLOCK_TOKENS: Final = 64
 TOKENS: Final = 1_000_000
@@ -68,11 +67,12 @@ class _Control:
         self.cache = TieredCache({"host": {"capacity": capacity}}, layout, "lookup-benchmark", channels=[channel])
         self.prompts = Prompts()
 
-    def store(self, tokens: Any) -> None:
-        """All full blocks of ``tokens``."""
-        job = self.cache.submit_store(tokens, _NO_PAGES)
-        if job.result(0).stored != len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS:
-            raise BenchmarkError(f"a store was not taken: {job}")
+    def store(self, prompt: Any) -> None:
+        """All full blocks of ``prompt``, which is tokens or keys."""
+        tokens = prompt.num_tokens if isinstance(prompt, Keys) else len(prompt)
+        result = self.cache.submit_store(prompt, NO_PAGES).result(0)
+        if result.stored != tokens // BLOCK_TOKENS * BLOCK_TOKENS:
+            raise BenchmarkError(f"a store was not taken: {result}")
 
     def some_keys(self, blocks: int) -> Keys:
         """Keys that nobody has used."""
@@ -85,9 +85,6 @@ class _Control:
     def close(self) -> None:
         """Forget everything."""
         self.cache.close()
-
-
-_NO_PAGES: Final = PageTable(0, (GroupPages(0, np.empty(0, np.int32)),))
 
 
 # --- pause ----------------------------------------------------------------------------------------------------------

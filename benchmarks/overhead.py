@@ -2,7 +2,7 @@
 
 A job is a store or a load, from ``submit_*`` to the poll that returns it; its keys are known and its hit is pinned
 already. The baseline hands as many jobs to as many threads and back, and does nothing in between. A block is the
-slope between jobs of one block and jobs of 64.
+slope between jobs of one block and jobs of 64. What a whole request of a model pays is in ``requests``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks import requests
 from benchmarks.pairs import Contestant, Floats, Times, alternate, freeze_heap, ratio_of
 from benchmarks.payload import Prompts
 from benchmarks.rows import AT_MOST, Row, itself
@@ -39,11 +40,12 @@ BLOCK_TARGET_US: Final = 2.0
 
 
 def run(settings: Settings) -> Iterator[Row]:
-    """Stores and loads, of one block and of 64."""
+    """Stores and loads, of one block and of 64, then requests of a model."""
     with closing(_Bench()) as bench:
         freeze_heap()
         times = alternate(bench.contestants(), settings.pairs_of(20, 5))
         yield from bench.rows(times)
+    yield from requests.rows(settings)
 
 
 @dataclass(slots=True)

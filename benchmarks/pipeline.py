@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from benchmarks.payload import EngineMemory, Ids
+from benchmarks.engine import EngineMemory
+from benchmarks.payload import Ids
 from benchmarks.rawdisk import RawDisk
 from kvtier.codecs.checksums import content_sum
 from kvtier.runtime.seam import Buffer

@@ -11,9 +11,13 @@ from benchmarks.rows import Row
 
 BENCHMARKS: Final = {
     "memory": ("benchmarks.memory", "Store and load between engine pages and host memory, against torch."),
+    "device": ("benchmarks.device", "Store and load through the device tier, and on to host memory, against torch."),
     "disk": ("benchmarks.disk", "Store and cold load through the disk tier, against bare direct I/O."),
     "lookup": ("benchmarks.lookup", "Keys and lookup of a million tokens, a miss, and the longest pause."),
-    "overhead": ("benchmarks.overhead", "What a job and a block cost when their bytes cost nothing."),
+    "overhead": (
+        "benchmarks.overhead",
+        "What a job, a block and a whole request cost beyond their bytes.",
+    ),
     "ttft": ("benchmarks.ttft", "Time to first token from a prefix on disk, against computing it."),
 }
 """Name -> module, and what the list of commands says of it."""
@@ -25,11 +29,16 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the command line said. ``directory`` lies on the device to measure; ``pairs`` None: as many as needed."""
+    """What the command line said.
+
+    ``directory`` lies on the disk to measure; ``pairs`` None: as many as needed; ``device`` is where the device tier
+    lies: ``cuda``, or ``cpu``, which stands in for it.
+    """
 
     directory: Path
     pairs: int | None = None
     quick: bool = False
+    device: str = "cpu"
 
     def pairs_of(self, usual: int, quick: int) -> int:
         """Pairs to run: what was asked for, else ``usual``, or ``quick`` for a first look."""

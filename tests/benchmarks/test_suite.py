@@ -53,6 +53,21 @@ def test_pairs_that_were_asked_for_are_run_quick_or_not() -> None:
     assert Settings(Path(), pairs=7, quick=True).pairs_of(30, 3) == 7
 
 
+def test_all_passes_on_what_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, len(ran) == 2)
+
+    monkeypatch.setattr("benchmarks.app.subprocess.run", run)
+    result = runner.invoke(app, ["all", "--quick", "--device", "cuda:1", "--dir", str(tmp_path), "--pairs", "3"])
+    assert result.exit_code == 1, "one of them failed"
+    assert [command[3] for command in ran] == list(BENCHMARKS)
+    for command in ran:
+        assert command[4:] == ["--dir", str(tmp_path), "--device", "cuda:1", "--pairs", "3", "--quick"]
+
+
 def test_report_fills_the_section_from_the_files_named(tmp_path: Path) -> None:
     readme, rows = tmp_path / "README.md", tmp_path / "rows.jsonl"
     readme.write_text("<!-- figures:begin -->\n<!-- figures:end -->\n")
