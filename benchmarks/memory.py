@@ -113,9 +113,9 @@ class _Bench(Moving):
             contestants.append(Contestant("bare", self._gather_bare, self._choose_pages))
         times = alternate(contestants, self.pairs)
         name, torch_name, plain = f"memory.store.{self.case.name}", "torch.index_select", times["torch"]
-        includes = "plan, gather; checksums that follow are in the CPU time"
+        includes = "plan, gather, with the keys of an earlier lookup; checksums that follow are in the CPU time"
         yield self.row(name, times["kvtier"], plain, torch_name, self.case.store, includes)
-        includes = "plan, gather, checksums, commit"
+        includes = "plan, gather, checksums, commit, with the keys of an earlier lookup"
         yield self.row(f"{name}.done", times["done"], plain, torch_name, self.case.done, includes)
         if self.case.python_us is not None:
             yield self._python_row(f"{name}.python", times, self.case.python_us)

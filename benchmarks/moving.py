@@ -64,6 +64,7 @@ class Moving:
         }
         self.refused_tokens = 0
         self.request = Request(self.prompts.take(0), self.engine.sources(0))
+        self.keys = self.cache.keys(self.request.tokens)
         self.job: Job[StoreResult] | None = None
 
     def close(self) -> None:
@@ -76,14 +77,15 @@ class Moving:
     # --- store ------------------------------------------------------------------------------------------------------
 
     def begin_store(self, _: int) -> None:
-        """Another prompt."""
+        """Another prompt, and its keys: whoever stores it has looked it up before."""
         tokens = self.request_pages * self.layout.page_tokens
         self.request = Request(self.prompts.take(tokens + 1), self.engine.sources(self.request_pages))
+        self.keys = self.cache.keys(self.request.tokens)
         self.engine.wait()
 
     def store(self, _: int) -> None:
         """Until the engine may use its pages again."""
-        self.job = self.cache.submit_store(self.request.tokens, self.engine.pages(self.request.sources))
+        self.job = self.cache.submit_store(self.keys, self.engine.pages(self.request.sources))
         self.job.wait_source_free()
 
     def store_to_the_end(self, number: int) -> None:

@@ -25,7 +25,7 @@ WRITE_HOP_BYTES: Final = 16 << 20
 """Of what goes to disk: the first blocks are written while the last ones are still gathered."""
 FIRST_WRITE_HOP_BYTES: Final = 8 << 20
 """Of the same while nothing else is under way: the disk waits for the first hop, and for none behind it."""
-STORE_HOP_BYTES: Final = 128 << 20
+STORE_HOP_BYTES: Final = 256 << 20
 """Of a store for whose disk copy nobody waits: every hop costs the control plane as much as a block or two."""
 NO_ENTRIES: Final = np.empty(0, np.int32)
 SILENT: Final = 255

@@ -20,7 +20,7 @@ from kvtier.transfer.images import Extents
 from kvtier.transfer.records import fill_records, gather_record, move_records, seal_records
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import Piece, Service, halved, pieces
+from kvtier.transfer.work import Piece, Service, halved, pieces, steps
 
 Failures: TypeAlias = dict[int, Reason]
 """Rows that could not be gathered, and why; nearly always none."""
@@ -62,17 +62,23 @@ class StoreRun(Run):
 
     def _gather_piece(self, shape: RecordShape, rows: list[int]) -> Piece:
         seal_at_once = self._seals_at_once(shape)
+        begun: list[int] = []
+        """The first ones of ``rows``: all of them, unless somebody was in more of a hurry."""
         parts = halved(rows, shape.pages * PAGE_BYTES)
 
         def work() -> Failures:
-            return self._gather_now(shape, rows)
+            return self._gather_now(shape, rows, begun)
 
         def finish(result: Failures | Exception) -> None:
-            gathered = self._gathered(rows, result)
+            ended = rows if isinstance(result, Exception) else begun
+            gathered = self._gathered(ended, result)
             if gathered and seal_at_once:
                 self._sealed(shape, gathered)
             elif gathered:
                 self._queue_seal(shape, gathered)
+            if len(ended) < len(rows):
+                self._gathers_left += 1
+                self.equipment.work.put_back(self._gather_piece(shape, rows[len(ended) :]))
             self._gather_ended()
 
         def halves() -> tuple[Piece, Piece]:
@@ -140,14 +146,21 @@ class StoreRun(Run):
 
     # --- to host memory ---------------------------------------------------------------------------------------------
 
-    def _gather_now(self, shape: RecordShape, rows: list[int]) -> Failures:
-        """On a copy thread: which of ``rows`` could not be gathered."""
-        source = Endpoint.of(self.equipment, self.plan)
-        if source is None:
-            return dict.fromkeys(rows, Reason.GONE)
+    def _gather_now(self, shape: RecordShape, rows: list[int], begun: list[int]) -> Failures:
+        """On a copy thread: gather ``rows``, noting in ``begun`` how far it came; which of these could not be gathered.
+
+        It ends early where something waits that comes before gathers.
+        """
+        source, work = Endpoint.of(self.equipment, self.plan), self.equipment.work
         failures: Failures = {}
-        for batch in [rows] if self._moves_records else shape.batches(rows):
-            self._gather_batch(source, shape, batch, failures)
+        for batch in steps(rows, shape.pages * PAGE_BYTES) if self._moves_records else shape.batches(rows):
+            if begun and work.has_before(Service.GATHER):
+                break
+            begun += batch
+            if source is None:
+                failures.update(dict.fromkeys(batch, Reason.GONE))
+            else:
+                self._gather_batch(source, shape, batch, failures)
         return failures
 
     def _gather_batch(self, source: Endpoint, shape: RecordShape, rows: list[int], failures: Failures) -> None:

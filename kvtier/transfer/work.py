@@ -13,9 +13,11 @@ from kvtier.runtime.seam import Event
 PIECE_BYTES: Final = 8 << 20
 """Payload of one piece of work: long enough to hide its price, short enough that a demand load soon gets a thread."""
 
-LONG_PIECE_BYTES: Final = 32 << 20
-"""What kernels move at once where there is enough for two threads. Whatever runs between two calls of a kernel finds
-the caches full of what it moved, and takes several times as long as it would; 32 MiB are some milliseconds."""
+LONG_PIECE_BYTES: Final = 64 << 20
+"""What kernels move where there is enough for two threads. Whatever runs between two pieces finds the caches full of
+what was moved, and takes several times as long as it would."""
+STEP_BYTES: Final = 32 << 20
+"""What a kernel moves of a long piece before its thread looks whether somebody is in more of a hurry."""
 
 HALVED_BYTES: Final = 8 << 20
 """Of a piece that is the last one and is still worth two threads: none is to work alone for long at the end."""
@@ -25,6 +27,13 @@ def pieces(rows: list[int], nbytes: int, *, are_long: bool = False) -> Iterator[
     """``rows`` in runs of about one piece of work each, ``nbytes`` a row; ``are_long``: kernels move them."""
     limit = min(max(PIECE_BYTES, len(rows) * nbytes // 2), LONG_PIECE_BYTES) if are_long else PIECE_BYTES
     size = max(1, limit // max(1, nbytes))
+    for at in range(0, len(rows), size):
+        yield rows[at : at + size]
+
+
+def steps(rows: list[int], nbytes: int) -> Iterator[list[int]]:
+    """``rows`` of one piece, ``nbytes`` each, in runs that a kernel moves at once."""
+    size = max(1, STEP_BYTES // max(1, nbytes))
     for at in range(0, len(rows), size):
         yield rows[at : at + size]
 
@@ -72,6 +81,11 @@ class WorkQueue:
         self._queues[piece.service].append(piece)
         self.wake_one()
 
+    def put_back(self, piece: Piece) -> None:
+        """As ``put``, before all others of its class: what is left of one that was begun."""
+        self._queues[piece.service].appendleft(piece)
+        self.wake_one()
+
     def take(self, wake: Event) -> Piece | None:
         """The next piece, or half of it where it is the last; None: then ``wake`` is set when there is one."""
         for queue in self._queues:
@@ -87,6 +101,10 @@ class WorkQueue:
         queue.append(second)
         self.wake_one()
         return first
+
+    def has_before(self, service: Service) -> bool:
+        """Whether something waits that comes before ``service``; asked without the lock, too."""
+        return any(self._queues[:service])
 
     def give_up(self, error: Exception) -> None:
         """Nobody works any more: every piece, and what follows from its end, ends with ``error``."""

@@ -40,6 +40,12 @@ def test_head_dim_defaults_to_hidden_size_over_heads_and_kv_heads_to_heads():
     assert group.parts[0].shape == (4, 8, 24)
 
 
+def test_fields_that_others_make_needless_may_be_missing():
+    config = {"model_type": "llama", "num_hidden_layers": 1, "head_dim": 24, "num_key_value_heads": 2}
+    (group,) = KVLayout.from_hf_config(config, block_tokens=8).groups
+    assert group.parts[0].shape == (2, 8, 24)
+
+
 def test_a_config_its_dict_and_a_nesting_config_give_the_same_layout():
     config = Qwen3Config(**SIZES)
     wanted = KVLayout.from_hf_config(config)

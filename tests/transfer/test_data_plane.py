@@ -13,12 +13,14 @@ import pytest
 
 from kvtier.core.memory import PageTable
 from kvtier.core.plan import Completion, Plan, PlanKind, Priority, Reason, Status
+from kvtier.kernels import compiled
+from kvtier.pages import PagedTensors
 from kvtier.runtime import system_machine
 from kvtier.runtime.seam import IORequest, Op
 from kvtier.testing import SimDisk, Simulation
 from kvtier.testing.contents import PseudoEngine
 from kvtier.testing.simfile import Snapshot
-from kvtier.transfer import gathering
+from kvtier.transfer import DataPlane, gathering
 from kvtier.transfer.spilling import _WRITE_PATIENCE_S
 from tests.transfer.opened import LAYOUT, PAGES, Ends, Opened, all_well, rows, spill, store, sync
 
@@ -85,6 +87,44 @@ def test_pages_are_free_again_only_after_the_last_of_them_was_gathered(monkeypat
     memory.may_return.set()
     assert opened.plane.close(PATIENCE_S)
     assert opened.ends() == all_well(1, 3)
+
+
+class Interrupted(PagedTensors):
+    """Engine memory that notes its copies; while the first one runs somebody asks for a load."""
+
+    def ask(self, plane: DataPlane, load: Plan) -> None:
+        self.noted: list[str] = []
+        self.plane, self.load, self.loaded = plane, load, threading.Event()
+
+    def gather_records(self, *arguments: Any) -> Any:
+        self.noted.append("gather")
+        if self.noted == ["gather"]:
+            self.plane.submit([self.load])
+        return super().gather_records(*arguments)
+
+    def scatter_records(self, *arguments: Any) -> Any:
+        self.noted.append("scatter")
+        self.loaded.set()
+        return super().scatter_records(*arguments)
+
+
+@pytest.mark.skipif(compiled() is None, reason="without numba pieces of work are short: pip install 'kvtier[fast]'")
+def test_a_load_does_not_wait_for_all_of_a_long_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtier.transfer.work.STEP_BYTES", 1)
+    opened = Opened(system_machine(), host={"capacity": "1MiB", "staging": "1MiB", "copy_threads": 1})
+    engine = PseudoEngine(LAYOUT, 4)
+    memory = Interrupted(LAYOUT, engine.tensors)
+    pages = PageTable(opened.plane.register(memory), engine.pages.table.groups)
+    table, there = rows(4), rows(1)
+    table["target_page"], table["target_pages"] = np.arange(4) * PAGES, PAGES
+    there["host_page"], there["host_pages"] = 0, PAGES
+    stop = LAYOUT.block_tokens
+    memory.ask(opened.plane, Plan(2, 0, PlanKind.LOAD, Priority.DEMAND, there, pages=pages, stop=stop))
+    opened.plane.submit([Plan(1, 0, PlanKind.STORE, Priority.SPILL, table, pages=pages, stop=4 * stop)])
+    assert memory.loaded.wait(PATIENCE_S)
+    assert opened.plane.close(PATIENCE_S)
+    assert memory.noted == ["gather", "scatter", "gather", "gather", "gather"]
+    assert opened.ends() == all_well(2, 1) + all_well(1, 4)
 
 
 def test_a_mistake_of_ours_while_gathering_is_no_error_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,17 @@
 from typing import Any
 
 from kvtier.runtime import system_machine
-from kvtier.transfer.work import HALVED_BYTES, PIECE_BYTES, Piece, Service, WorkQueue, halved, pieces
+from kvtier.transfer.work import (
+    HALVED_BYTES,
+    PIECE_BYTES,
+    STEP_BYTES,
+    Piece,
+    Service,
+    WorkQueue,
+    halved,
+    pieces,
+    steps,
+)
 
 
 def _piece(service: Service) -> Piece:
@@ -43,6 +53,17 @@ def test_each_piece_wakes_a_thread_while_there_are_some_that_wait() -> None:
     assert second.wait(0)
 
 
+def test_what_is_left_of_a_piece_comes_first_of_its_class() -> None:
+    queue, wake = WorkQueue(), _event()
+    gather, rest, load = _piece(Service.GATHER), _piece(Service.GATHER), _piece(Service.LOAD)
+    queue.put(gather)
+    queue.put_back(rest)
+    assert not queue.has_before(Service.GATHER)
+    queue.put(load)
+    assert queue.has_before(Service.GATHER)
+    assert [queue.take(wake) for _ in range(3)] == [load, rest, gather]
+
+
 def test_rows_are_cut_into_pieces_of_eight_mebibytes() -> None:
     assert list(pieces([4, 5, 6, 7, 9], PIECE_BYTES // 2)) == [[4, 5], [6, 7], [9]]
     assert list(pieces([1, 2], 4 * PIECE_BYTES)) == [[1], [2]]
@@ -54,8 +75,13 @@ def test_pieces_for_kernels_are_longer_where_two_threads_have_enough_all_the_sam
 
     assert lengths(2) == [1, 1]
     assert lengths(4) == [2, 2]
-    assert lengths(8) == [4, 4]
-    assert lengths(64) == [4] * 16
+    assert lengths(16) == [8, 8]
+    assert lengths(64) == [8] * 8
+
+
+def test_a_long_piece_is_moved_in_steps_between_which_others_may_come_first() -> None:
+    assert list(steps([1, 2, 3, 4, 5], STEP_BYTES // 2)) == [[1, 2], [3, 4], [5]]
+    assert list(steps([1, 2], 4 * STEP_BYTES)) == [[1], [2]]
 
 
 def _in_halves(count: int) -> Piece:

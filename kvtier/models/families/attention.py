@@ -56,15 +56,17 @@ def attention_group(settings: Settings, form: Form, layers: Iterable[int]) -> KV
 
 def keys_and_values(settings: Settings, form: Form, layers: Iterable[int]) -> tuple[Part, ...]:
     """Two parts for each of ``layers``."""
-    heads = count(settings, "num_key_value_heads", default=count(settings, "num_attention_heads"))
+    key = "num_attention_heads" if settings.get("num_key_value_heads") is None else "num_key_value_heads"
+    heads = count(settings, key)
     dim = head_dim(settings)
     return tuple(form.heads(layer, kind, heads, dim) for layer in layers for kind in _KEYS_AND_VALUES)
 
 
 def head_dim(settings: Settings) -> int:
     """Values in one head."""
-    heads = count(settings, "num_attention_heads")
-    return count(settings, "head_dim", default=count(settings, "hidden_size") // heads)
+    if settings.get("head_dim") is not None:
+        return count(settings, "head_dim")
+    return count(settings, "hidden_size") // count(settings, "num_attention_heads")
 
 
 def which(kinds: list[str], kind: str) -> list[int]:
