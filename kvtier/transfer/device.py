@@ -17,28 +17,18 @@ from kvtier.transfer.shapes import RecordShape
 
 def gather_to_slab(slab: Slab, source: DeviceEndpoint, shape: RecordShape, tokens: Tokens, first: list[int]) -> None:
     """Copy the blocks that begin at ``tokens`` from engine pages to the extents at ``first``, without headers."""
-    if shape.batch > 1:
-        content = slab.empty(len(first), shape.nbytes)
-        source.gather(shape.group, tokens, shape.parts, content)
-        slab.write_payloads(first, content)
-        return
-    for at, page in enumerate(first):
-        record = slab.record(page, shape.pages)
+    for rows, records in slab.runs(first, shape.pages):
         for run in shape.payload:
-            source.gather(shape.group, tokens[at : at + 1], run.parts, record[run.at : run.at + run.nbytes][None])
+            source.gather(shape.group, tokens[rows], run.parts, records[:, run.at : run.at + run.nbytes])
         for start, stop in shape.padding:
-            record[start:stop] = 0
+            records[:, start:stop] = 0
 
 
 def scatter_from_slab(slab: Slab, target: DeviceEndpoint, shape: RecordShape, tokens: Tokens, first: list[int]) -> None:
     """Write the tokens that the plan is about from the extents at ``first`` to engine pages."""
-    if shape.batch > 1:
-        target.scatter(shape.group, tokens, shape.parts, slab.payloads(first, shape.nbytes))
-        return
-    for at, page in enumerate(first):
-        record = slab.record(page, shape.pages)
+    for rows, records in slab.runs(first, shape.pages):
         for run in shape.payload:
-            target.scatter(shape.group, tokens[at : at + 1], run.parts, record[run.at : run.at + run.nbytes][None])
+            target.scatter(shape.group, tokens[rows], run.parts, records[:, run.at : run.at + run.nbytes])
 
 
 def deliver_from_slab(

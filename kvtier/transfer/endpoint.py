@@ -116,7 +116,7 @@ class DeviceEndpoint:
                 self.on_device.gather_on_device(self.endpoint.table, group, first_tokens, parts, out)
             except BaseException as error:
                 raise EngineMemoryError(f"gather of {type(self.on_device).__name__} raised {error!r}") from error
-        elif out.device.type == "cpu":
+        elif out.device.type == "cpu" and out.is_contiguous():
             self.endpoint.gather(group, first_tokens, parts, out.numpy())
         else:
             content = np.empty(tuple(out.shape), np.uint8)
@@ -127,7 +127,7 @@ class DeviceEndpoint:
         """As ``Endpoint.scatter``."""
         own = self.endpoint
         if self.on_device is None:
-            own.scatter(group, first_tokens, parts, source.cpu().numpy())
+            own.scatter(group, first_tokens, parts, source.cpu().contiguous().numpy())
             return
         try:
             self.on_device.scatter_on_device(own.table, group, first_tokens, parts, source, own.start, own.stop)

@@ -112,7 +112,7 @@ class StoreRun(Run):
             if source is None:
                 return dict.fromkeys(rows, Reason.GONE)
             with slab.ordered():
-                for batch in shape.batches(rows):
+                for batch in shape.slab_batches(rows):
                     self._gather_batch_to(slab, DeviceEndpoint.of(source), shape, batch, failures)
             if slab.verifies and (whole := [row for row in rows if row not in failures]):
                 with slab.ordered():

@@ -7,7 +7,7 @@ caller still wants it, touches engine memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -205,12 +205,18 @@ class LoadRun(Run):
         reasons = dict.fromkeys(rows, Reason.ABANDONED)
         cargo = _Cargo(origin, target, dict(zip(rows, buffers, strict=False)), reasons)
         for shape, own in self.by_group(rows):
-            at_once = origin != Tier.DEVICE and target is not None and target.moves_records
-            for batch in [own] if at_once else shape.batches(own):
+            for batch in self._batches(shape, own, cargo):
                 self._deliver_batch(shape, batch, cargo)
             if origin == Tier.HOST and self._climbs:
                 self._slab_rows.promote(shape, [row for row in own if reasons[row] == Reason.NONE])
         return [reasons[row] for row in rows]
+
+    def _batches(self, shape: RecordShape, rows: list[int], cargo: _Cargo) -> Iterable[list[int]]:
+        """``rows`` in runs that one call copies."""
+        if cargo.origin == Tier.DEVICE:
+            return shape.slab_batches(rows)
+        at_once = cargo.target is not None and cargo.target.moves_records
+        return [rows] if at_once else shape.batches(rows)
 
     def _deliver_batch(self, shape: RecordShape, batch: list[int], cargo: _Cargo) -> None:
         """What one call copies."""

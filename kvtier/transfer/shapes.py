@@ -16,6 +16,8 @@ from kvtier.models.layout import KVLayout, SliceSpan
 
 BATCH_BYTES: Final = 512 << 10
 """Small blocks go through a buffer of this size, many with one call: it stays in the cache of one core."""
+SLAB_BATCH_BYTES: Final = 32 << 20
+"""Records that one call copies between engine pages and the slab: every call costs a launch for each part."""
 RUN_BYTES: Final = 2 << 20
 """A large block is verified and scattered in runs of slices: what was just read for its checksum is still cached."""
 
@@ -83,8 +85,16 @@ class RecordShape:
 
     def batches(self, rows: list[int]) -> Iterator[list[int]]:
         """``rows`` in runs that one call copies."""
-        for at in range(0, len(rows), self.batch):
-            yield rows[at : at + self.batch]
+        return _cut(rows, self.batch)
+
+    def slab_batches(self, rows: list[int]) -> Iterator[list[int]]:
+        """``rows`` in runs that one call copies to the slab, or from there."""
+        return _cut(rows, max(1, SLAB_BATCH_BYTES // (self.pages * PAGE_BYTES)))
+
+
+def _cut(rows: list[int], size: int) -> Iterator[list[int]]:
+    for at in range(0, len(rows), size):
+        yield rows[at : at + size]
 
 
 def _runs(placed: tuple[tuple[SliceSpan, int], ...], limit_bytes: int) -> Iterator[SliceRun]:

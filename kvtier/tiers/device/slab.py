@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 
-import numpy as np
 import torch
 
 from kvtier.core.plan import PAGE_BYTES
@@ -49,22 +48,11 @@ class Slab:
         """Pages [page, page + pages) as bytes: uint8 ``[pages * 4096]``, a view."""
         return self._table[page : page + pages].view(-1)
 
-    def empty(self, count: int, nbytes: int) -> torch.Tensor:
-        """Room beside the slab: uint8 ``[count, nbytes]``."""
-        return torch.empty((count, nbytes), dtype=torch.uint8, device=self.device)
-
-    def payloads(self, first: Firsts, nbytes: int) -> torch.Tensor:
-        """Copies of the ``nbytes`` behind the header page of each record: uint8 ``[n, nbytes]``, contiguous."""
-        count = -(-nbytes // PAGE_BYTES)
-        pages = self._table.index_select(0, self._payload_pages(first, count)).view(len(first), -1)
-        return pages[:, :nbytes].contiguous()
-
-    def write_payloads(self, first: Firsts, payloads: torch.Tensor) -> None:
-        """Write what stands behind the header pages: uint8 ``[n, nbytes]``, and zeros to the end of the last page."""
-        count = -(-payloads.shape[1] // PAGE_BYTES)
-        whole = torch.zeros((len(first), count * PAGE_BYTES), dtype=torch.uint8, device=self.device)
-        whole[:, : payloads.shape[1]] = payloads
-        self._table.index_copy_(0, self._payload_pages(first, count), whole.view(-1, PAGE_BYTES))
+    def runs(self, first: Firsts, pages: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Records of ``pages`` each, those side by side together: which, and a view, uint8 ``[n, pages * 4096]``."""
+        for rows in _adjacent(pages, first):
+            begin = first[rows.start]
+            yield rows, self.record(begin, pages * (rows.stop - rows.start)).view(-1, pages * PAGE_BYTES)
 
     def copy_to_host(self, first: Firsts, pages: int, host: Buffer, to: Firsts) -> None:
         """Copy records of ``pages`` each to pages ``to`` of the arena ``host``, header pages and all."""
@@ -81,20 +69,23 @@ class Slab:
     def digests(self, first: Firsts, pages: int) -> list[int]:
         """Of each record of ``pages``, a number of what stands behind its header page: worked out on the device."""
         weights = torch.arange(1, 1 + (pages - 1) * (PAGE_BYTES // _WORD_BYTES), device=self.device) * _MULTIPLIER | 1
-        sums = [(self.record(page + 1, pages - 1).view(torch.int64) * weights).sum() for page in first]
-        found: list[int] = torch.stack(sums).tolist()
+        sums = [
+            (records[:, PAGE_BYTES:].view(torch.int64) * weights).sum(dim=1) for _, records in self.runs(first, pages)
+        ]
+        found: list[int] = torch.cat(sums).tolist()
         return found
-
-    def _payload_pages(self, first: Firsts, count: int) -> torch.Tensor:
-        pages = np.array(first, np.int64)[:, None] + np.arange(1, 1 + count)
-        return torch.from_numpy(pages.reshape(-1)).to(self.device)
 
 
 def _runs(source: Firsts, target: Firsts, pages: int) -> Iterator[tuple[int, int, int]]:
     """(first page of the source, of the target, pages) of records that are neighbours on both sides, as one."""
-    begin = 0
-    for at in range(1, len(source) + 1):
-        is_next = at < len(source) and source[at] == source[at - 1] + pages and target[at] == target[at - 1] + pages
-        if not is_next:
-            yield source[begin], target[begin], (at - begin) * pages
+    for rows in _adjacent(pages, source, target):
+        yield source[rows.start], target[rows.start], (rows.stop - rows.start) * pages
+
+
+def _adjacent(pages: int, *places: Firsts) -> Iterator[slice]:
+    """Records of ``pages`` that lie one after another in all of ``places``."""
+    begin, count = 0, len(places[0])
+    for at in range(1, count + 1):
+        if at == count or any(first[at] != first[at - 1] + pages for first in places):
+            yield slice(begin, at)
             begin = at

@@ -23,19 +23,17 @@ def some_bytes(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("nbytes", [100, PAGE_BYTES, PAGE_BYTES + 1, 3 * PAGE_BYTES - 7])
-def test_payloads_come_back_as_they_went_and_zeros_follow(device: str, nbytes: int) -> None:
-    slab, content = slab_of(40, device), some_bytes(3, nbytes)
-    slab.record(0, 40).fill_(7)
-    first = [20, 0, 5]
-    slab.write_payloads(first, torch.from_numpy(content).to(slab.device))
-    assert np.array_equal(slab.payloads(first, nbytes).cpu().numpy(), content)
-    pages = -(-nbytes // PAGE_BYTES)
-    for page in first:
-        record = slab.record(page, 2 + pages).cpu().numpy()
-        assert (record[:PAGE_BYTES] == 7).all(), "a header page was touched"
-        assert not record[PAGE_BYTES + nbytes : PAGE_BYTES * (1 + pages)].any()
-        assert (record[PAGE_BYTES * (1 + pages) :] == 7).all(), "the pages behind were touched"
+def test_records_side_by_side_are_one_view(device: str) -> None:
+    slab = slab_of(20, device)
+    first = [4, 7, 10, 1, 16, 13]
+    found = []
+    for rows, records in slab.runs(first, 3):
+        found.append(first[rows])
+        assert records.shape == (len(first[rows]), 3 * PAGE_BYTES)
+        records[:, 5] = torch.arange(rows.start, rows.stop, dtype=torch.uint8) + 1
+    assert found == [[4, 7, 10], [1], [16], [13]]
+    assert [int(slab.record(page, 3)[5]) for page in first] == [1, 2, 3, 4, 5, 6]
+    assert int(slab.record(0, 20).count_nonzero()) == 6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -70,6 +68,14 @@ def test_a_digest_sees_every_bit_and_where_it_is(device: str) -> None:
     one, other = int(words[3]), int(words[900])
     words[3], words[900] = other, one
     assert slab.digests([0], 4) != [before], "two words changed places"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_digest_of_a_record_does_not_depend_on_what_lies_beside_it(device: str) -> None:
+    slab = slab_of(12, device)
+    slab.record(0, 12).copy_(torch.from_numpy(some_bytes(12 * PAGE_BYTES)))
+    first = [3, 6, 9, 0]
+    assert slab.digests(first, 3) == [slab.digests([page], 3)[0] for page in first]
 
 
 class TestResidents:
