@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+WORD_BYTES: Final = 8
 
 
 class DevicePages(ABC):
@@ -43,18 +45,26 @@ class TorchPages(DevicePages):
     def gather(self, ids: torch.Tensor, parts: range, out: torch.Tensor) -> None:
         """See ``DevicePages``."""
         for part in parts:
-            mine = self._of(part, parts, out)
-            mine.copy_(self._pages[part].index_select(0, ids.reshape(-1)).view(mine.shape))
+            pages, mine = _in_words(self._pages[part], self._of(part, parts, out))
+            mine.copy_(pages.index_select(0, ids.reshape(-1)).view(mine.shape))
 
     def scatter(self, ids: torch.Tensor, parts: range, source: torch.Tensor) -> None:
         """See ``DevicePages``."""
         for part in parts:
-            pages = self._pages[part]
-            pages.index_copy_(0, ids.reshape(-1), self._of(part, parts, source).reshape(-1, pages.shape[1]))
+            pages, mine = _in_words(self._pages[part], self._of(part, parts, source))
+            pages.index_copy_(0, ids.reshape(-1), mine.reshape(-1, pages.shape[1]))
 
     def _of(self, part: int, parts: range, blocks: torch.Tensor) -> torch.Tensor:
         first = self._begins[parts.start]
         return blocks[:, self._begins[part] - first : self._begins[part + 1] - first]
+
+
+def _in_words(pages: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as int64 where they consist of whole words: torch moves elements, whatever their size."""
+    places = [(each.shape[1], each.stride(0), each.storage_offset(), each.data_ptr()) for each in (pages, blocks)]
+    if blocks.stride(1) != 1 or any(place % WORD_BYTES for own in places for place in own):
+        return pages, blocks
+    return pages.view(torch.int64), blocks.view(torch.int64)
 
 
 def pages_on(device: torch.device) -> type[DevicePages]:

@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvtier.kernels.device_pages import DevicePages, TorchPages
+from kvtier.kernels.device_pages import WORD_BYTES, DevicePages, TorchPages
 
 CHUNK_BYTES: Final = 8 << 10
 """What one program copies: some kilobytes, so that a launch of a few pages still fills a GPU."""
-_WORD_BYTES: Final = 8
 
 
 @triton.jit
@@ -55,7 +54,7 @@ class TritonPages(DevicePages):
         ]
         self._parts = torch.tensor(rows, dtype=torch.int64, device=pages[0].device)
         """int64 ``[parts, 3]``: the address of page 0, the bytes of a page, where the part is in a block."""
-        self._are_words = not any(size % _WORD_BYTES or address % _WORD_BYTES for address, size, _ in rows)
+        self._are_words = not any(size % WORD_BYTES or address % WORD_BYTES for address, size, _ in rows)
 
     def gather(self, ids: torch.Tensor, parts: range, out: torch.Tensor) -> None:
         """See ``DevicePages``."""
@@ -76,7 +75,7 @@ class TritonPages(DevicePages):
         return (
             self._are_words
             and blocks.device == self._parts.device
-            and not (blocks.data_ptr() % _WORD_BYTES or blocks.stride(0) % _WORD_BYTES or blocks.stride(1) != 1)
+            and not (blocks.data_ptr() % WORD_BYTES or blocks.stride(0) % WORD_BYTES or blocks.stride(1) != 1)
         )
 
     def _move(self, ids: torch.Tensor, parts: range, blocks: torch.Tensor, *, gathers: bool) -> None:
@@ -86,5 +85,5 @@ class TritonPages(DevicePages):
         grid: Any = (len(blocks) * len(parts) * self._block_pages, triton.cdiv(largest, CHUNK_BYTES))
         _move_pages[grid](
             self._parts[parts.start : parts.stop], ids, blocks.data_ptr() - self._begins[parts.start], blocks.stride(0),
-            len(parts), self._block_pages, gathers=gathers, chunk=CHUNK_BYTES // _WORD_BYTES,
+            len(parts), self._block_pages, gathers=gathers, chunk=CHUNK_BYTES // WORD_BYTES,
         )  # fmt: skip
