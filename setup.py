@@ -39,7 +39,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "hf": ["transformers>=5.0", "safetensors>=0.5"],
+        "hf": ["transformers>=5.16.1", "safetensors>=0.5"],
         "vllm": ["vllm>=0.32"],
         "fast": ["numba>=0.61"],
         "gpu": ["triton>=3.2; platform_system == 'Linux'"],

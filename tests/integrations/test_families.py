@@ -21,14 +21,25 @@ ODD = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(scope="module", params=sorted([*FAMILIES, *VARIANTS]))
-def name(request):
-    return request.param
+EVERY = sorted([*FAMILIES, *VARIANTS])
 
 
-@pytest.fixture(scope="module", params=sorted(DTYPES))
-def case(request, name):
-    return case_of(name, DTYPES[request.param])
+def cases(names, dtypes=DTYPES):
+    """As parameters of the fixture ``case``."""
+    return [(name, dtype) for name in names for dtype in sorted(dtypes)]
+
+
+@pytest.fixture(scope="module")
+def case(request):
+    name, dtype = request.param
+    return case_of(name, DTYPES[dtype])
+
+
+def of_cases(name, *groups):
+    """Each of ``groups`` is some cases, and the values of ``name`` that go with all of them."""
+    pairs = [(case, value) for some, values in groups for case in some for value in values]
+    names = ["-".join((*case, value)) for case, value in pairs]
+    return pytest.mark.parametrize(("case", name), pairs, indirect=["case"], ids=names)
 
 
 @pytest.fixture
@@ -37,11 +48,9 @@ def directory(tmp_path):
     rmtree(tmp_path)  # there are very many of them
 
 
-@pytest.mark.parametrize("place", ["host-full", "disk-checkpoint", "device-full"])
-def test_a_conversation_is_bit_for_bit_the_one_from_memory(name, case, place, directory):
+@of_cases("place", (cases(EVERY), ("host-full", "disk-checkpoint")), (cases(ODD), ("device-full",)))
+def test_a_conversation_is_bit_for_bit_the_one_from_memory(case, place, directory):
     """On top of KV that was itself computed on restored KV, and of KV of generated tokens."""
-    if place == "device-full" and name not in ODD:
-        pytest.skip("what comes from there is tested below; turns are no different")
     first = 31 if case.block == BLOCK else 250
     sequence, kept, known = prompt_of(first), Reference(case.model, whole=case.whole), 0
     with Place(case, *place.split("-"), directory) as opened:
@@ -52,6 +61,7 @@ def test_a_conversation_is_bit_for_bit_the_one_from_memory(name, case, place, di
             known = (sequence.shape[1] - 1) // case.block * case.block
 
 
+@pytest.mark.parametrize("case", cases(EVERY), indirect=True, ids="-".join)
 def test_a_prompt_comes_from_disk_after_a_restart_then_from_host_memory_and_from_the_device(case, directory):
     policy = "full" if case.model.dtype == torch.float32 else "checkpoint"
     prompt = prompt_of(case.block * 3 - 5)
@@ -68,11 +78,9 @@ def test_a_prompt_comes_from_disk_after_a_restart_then_from_host_memory_and_from
             assert torch.equal(torch.cat(done.outputs[0].logits), torch.cat(wanted.logits))
 
 
-@pytest.mark.parametrize("policy", ["full", "checkpoint"])
-def test_prompts_may_end_anywhere(name, case, policy, directory):
+@of_cases("policy", (cases(ODD), ("checkpoint",)), (cases(ODD, ["float32"]), ("full",)))
+def test_prompts_may_end_anywhere(case, policy, directory):
     """Before, on and after the end of a block, a window and an entry."""
-    if name not in ODD or (policy == "full" and case.model.dtype == torch.bfloat16):
-        pytest.skip("the layers are those of another family, or the dtype that of the other policy")
     lengths = (15, 16, 17, 23, 24, 25, 50) if case.block == BLOCK else (127, 128, 129, 256)
     with Place(case, "host", policy, directory) as place:
         for length in lengths:
