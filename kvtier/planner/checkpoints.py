@@ -64,6 +64,10 @@ class Checkpoints:
         going: EntryRows = entries[self._ages.which_go_first(entries)]
         return going
 
+    def goes_first(self, entry: int) -> bool:
+        """Whether ``entry``, of any group, is one of ``between``."""
+        return self._ages.goes_first(entry)
+
     def expire(self, now_s: float) -> None:
         """Those that nobody used for long go first from now on."""
         if self._by_use is None:

@@ -214,7 +214,9 @@ class Commits:
             complete = book.publish_whole(hop)
         else:
             complete = self._land_some(hop)
-        book.admit(complete, np.intersect1d(hop.between, complete) if len(hop.between) else hop.between)
+        used = state.device.used(complete) if hop.kind == PlanKind.LAND and state.device is not None else None
+        between = np.intersect1d(hop.between, complete) if len(hop.between) else hop.between
+        book.admit(complete, between, now=hop.stored_at, used=used)
         state.tell("stored", complete, hop.tier)
         return complete
 

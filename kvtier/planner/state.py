@@ -22,7 +22,7 @@ from kvtier.planner.eviction import Keeper
 from kvtier.planner.finding import Finder
 from kvtier.planner.hops import Hop, Ints
 from kvtier.planner.leases import LeaseBook
-from kvtier.planner.memory import MemoryBook
+from kvtier.planner.memory import MemoryBook, Uses
 from kvtier.planner.rows import NO_PARENTS, plan_rows
 from kvtier.planner.tickets import Ticket
 from kvtier.planner.windows import Windows
@@ -49,6 +49,7 @@ class ControlState:
         self.spilled_groups = frozenset(spilled)
         """Groups that go to disk."""
         self._spills_all = len(self.spilled_groups) == len(layout.groups)
+        self.uses = Uses()
         self.host = self._book(index.host, self)
         self.landing = WriteQueue(config.host.staging, index.table.capacity if index.device is not None else 0)
         """Blocks of the device tier that host memory has to have, too."""
@@ -89,10 +90,11 @@ class ControlState:
     def _book(self, copies: Copies, keeper: Keeper) -> MemoryBook:
         kind, capacity = EVICTION_POLICIES[self.config.policy.eviction], self.index.table.capacity
         if not self.windows.partial:
-            return MemoryBook(self.index, copies, kind(capacity), self.layout.record_pages, keeper)
+            order = kind(capacity)
+            return MemoryBook(self.index, copies, order, self.layout.record_pages, keeper, uses=self.uses)
         ages = TwoAges(kind, capacity)
         checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
-        return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints)
+        return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints, self.uses)
 
     @property
     def attached(self) -> bool:

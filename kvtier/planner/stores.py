@@ -223,7 +223,7 @@ class Stores:
     def send(self, hop: Hop, parents: bytes, pages: PageTable, start: int, stop: int) -> None:
         """One STORE plan for each rank: tokens [start, stop) of ``pages``; ``parents`` are the keys the rows extend."""
         state, ticket = self._state, hop.ticket
-        hop.nbytes = state.nbytes_of(hop.entries)
+        hop.nbytes, hop.stored_at = state.nbytes_of(hop.entries), state.uses.count + 1
         state.send(
             hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop, durable=ticket is not None and ticket.durability > Durability.MEMORY,
