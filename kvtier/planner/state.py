@@ -93,7 +93,8 @@ class ControlState:
             order = kind(capacity)
             return MemoryBook(self.index, copies, order, self.layout.record_pages, keeper, uses=self.uses)
         ages = TwoAges(kind, capacity)
-        checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
+        is_partial = [group in self.windows.partial for group in range(len(self.layout.groups))]
+        checkpoints = Checkpoints(self.index, ages, is_partial, self.config.policy.checkpoint_ttl_s)
         return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints, self.uses)
 
     @property

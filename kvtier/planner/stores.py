@@ -123,9 +123,9 @@ class Stores:
         try:
             wanted = [self._wanted(ticket, part, wish.lineage, shields) for part in asked]  # before anything may go
             new = self._add(wish, asked, wanted) if asked else []
-            for group in (
-                state.windows.stored if len(ticket.outcome) else ()
-            ):  # of blocks that found no room above nothing is worth keeping
+            # Of blocks that found no room above nothing is worth keeping.
+            stored = state.windows.stored if len(ticket.outcome) else ()
+            for group in stored:
                 for part in self._partial(wish, group):
                     new += self._add_partial(wish, part, shields)
             self._mark_existing(ticket, new)
