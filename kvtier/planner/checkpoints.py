@@ -78,7 +78,7 @@ class Checkpoints:
         old = oldest[self._used_s[oldest] + self._ttl_s < self._since_first(now_s)]
         if len(old):
             self.left(old)
-            self._ages.demote(old)
+            self._ages.demote(old[::-1])  # the end of a window goes first: it tells that no hit can end there
 
     def _used(self, entries: EntryRows, now_s: float) -> None:
         if self._by_use is None or not len(entries):

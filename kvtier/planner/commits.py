@@ -125,6 +125,7 @@ class Commits:
             hop.fail_all(Reason.RETIRED)
         self._stores_no_more(hop)
         self._send_down(self._land(hop), hop.tier)
+        state.dead.suspect(state.index.cells.key(hop.entries.item(row)) for row in hop.failed)
         self._pass_on(hop)
 
     def _send_down(self, landed: EntryRows, tier: Tier) -> None:

@@ -181,7 +181,11 @@ class Stores:
         wanted = self._wanted(wish.ticket, part, wish.lineage, shields)
         for book in self._state.books.values() if not part.are_spare else ():
             book.keep(part.entries[part.entries >= 0])
-        return self._add(wish, (part,), (wanted,))
+        new = self._add(wish, (part,), (wanted,))
+        came = {block for one in new for block in one.blocks.tolist()}
+        digests, missing = wish.keys.digests, set(part.blocks[wanted].tolist()) - came
+        self._state.dead.suspect(digests[block] for block in missing)
+        return new
 
     def _make_entries_free(self, count: int) -> None:
         """Where ``count`` new ones find too few entries, forget those that only stand for children's links.
@@ -328,6 +332,8 @@ class Stores:
         refused = np.concatenate([room.refused for room in rooms])
         for block in refused.tolist():
             wish.ticket.fail(block, Reason.REFUSED)
+        if len(refused) and (first := int(refused.min())):  # the end that was meant is not where this ends now
+            self._state.dead.suspect((wish.keys.digests[first - 1],))
         if len(refused) and len(parts) > 1:
             rooms = [self._without(room, refused) for room in rooms]
         new = [self._enter(wish, room) for room in rooms]
