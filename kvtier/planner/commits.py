@@ -125,6 +125,7 @@ class Commits:
             hop.fail_all(Reason.RETIRED)
         self._stores_no_more(hop)
         self._send_down(self._land(hop), hop.tier)
+        state.dead.suspect(state.index.cells.key(hop.entries.item(row)) for row in hop.failed)
         self._pass_on(hop)
 
     def _send_down(self, landed: EntryRows, tier: Tier) -> None:
@@ -214,7 +215,9 @@ class Commits:
             complete = book.publish_whole(hop)
         else:
             complete = self._land_some(hop)
-        book.admit(complete, np.intersect1d(hop.between, complete) if len(hop.between) else hop.between)
+        used = state.device.used(complete) if hop.kind == PlanKind.LAND and state.device is not None else None
+        between = np.intersect1d(hop.between, complete) if len(hop.between) else hop.between
+        book.admit(complete, between, now=hop.stored_at, used=used)
         state.tell("stored", complete, hop.tier)
         return complete
 

@@ -46,13 +46,21 @@ class Keeper(Protocol):
 class Leaves:
     """One pass over a memory tier from the least worth keeping on. Evict what was taken before taking more."""
 
-    def __init__(self, index: Cells, copies: Copies, policy: EvictionPolicy, keeper: Keeper) -> None:
-        """Nothing was looked at."""
+    def __init__(
+        self,
+        index: Cells,
+        copies: Copies,
+        policy: EvictionPolicy,
+        keeper: Keeper,
+        candidates: Iterable[int] | None = None,
+    ) -> None:
+        """Nothing was looked at. ``candidates``: those of ``policy`` that the pass is about; None: all."""
         self._index = index
         self._copies = copies
         self._policy = policy
         self._keeper = keeper
-        self._candidates = islice(policy.candidates(), len(policy))  # each once: what is held comes again at the end
+        order = policy.candidates() if candidates is None else candidates
+        self._candidates = islice(order, len(policy))  # each once: what is held comes again at the end
         self._leaves: Iterator[int] = iter(())
         self._passed: dict[int, bool] = {}  # unpinned entries that others extend -> whether they may go
         self._gone: dict[int, int] = {}  # of each parent, children that were taken and are counted still

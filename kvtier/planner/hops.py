@@ -96,6 +96,8 @@ class Hop:
     shares: list[Share] = field(default_factory=list)
     between: EntryRows = field(default_factory=lambda: NO_ENTRIES)
     """Of a store: windows and states that no hit is likely to end with."""
+    stored_at: int | None = None
+    """Of a store: the next count of uses when it was asked for, the same for all of its hops."""
     segment: int = NOWHERE
     generation: int = 0
     nbytes: int = 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise, takewhile
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtier.core.columns import column
 from kvtier.core.plan import NOWHERE
@@ -18,6 +20,19 @@ from kvtier.planner.checkpoints import Checkpoints
 from kvtier.planner.eviction import Keeper, Leaves
 from kvtier.planner.hops import NO_ENTRIES, Extent, Hop, Ints, Targets
 from kvtier.policy import EvictionPolicy
+
+Uints = npt.NDArray[np.int64]
+"""Counts of uses."""
+_OLDEST_LOOKED_AT: Final = 64
+"""What comes down from a tier above takes its place among so many; it is older than all else, or nearly the newest."""
+
+
+class Uses:
+    """Counts entries that came in, or were used, in all memory tiers: so the ages of what is in two of them compare."""
+
+    def __init__(self) -> None:
+        """None so far."""
+        self.count = 0
 
 
 class MemoryBook:
@@ -31,11 +46,12 @@ class MemoryBook:
         record_pages: Sequence[int],
         keeper: Keeper,
         checkpoints: Checkpoints | None = None,
+        uses: Uses | None = None,
     ) -> None:
         """``copies`` are the tier's columns of ``index``; ``record_pages`` is the worst-case length of a record per
         group; ``keeper`` hears what was evicted.
 
-        ``checkpoints`` are there where a layout has windows or states.
+        ``checkpoints`` are there where a layout has windows or states; ``uses`` is that of all tiers.
         """
         self._keeper = keeper
         self.checkpoints = checkpoints
@@ -48,8 +64,7 @@ class MemoryBook:
         self._policy = policy
         self._record_pages = tuple(record_pages)
         self._deferred: dict[int, list[Extent]] = {}
-        self._uses = 0
-        """Entries that came in, or were used, so far."""
+        self._uses = uses or Uses()
         self._moved = column(index.table.capacity, np.int64)
         """By entry: the use with which it and all that it extends were the newest, or a later one."""
         self._moved_at = self._moved.data
@@ -85,6 +100,27 @@ class MemoryBook:
         Returns how many fit, and per rank the first pages of exactly those.
         """
         return self._reserve(group, count, self.leaves())
+
+    def reserve_among(self, group: int, count: int, before: int, watermark: float) -> tuple[int, dict[int, list[int]]]:
+        """As ``reserve``, but nothing goes that was used at ``before`` or later, as ``used`` counts.
+
+        Nor may more than ``watermark`` of any arena be taken then: something newer would soon go for it.
+        """
+        older = takewhile(lambda entry: self._is_older(entry, before), self._policy.candidates())
+        leaves = Leaves(self._index, self.copies, self._policy, self._keeper, older)
+        pages = self._record_pages[group]
+        kept_free = max(space.capacity_pages - int(watermark * space.capacity_pages) for space in self.spaces.values())
+        self._evict_until(pages * count + kept_free, sys.maxsize, leaves)
+        room = max(0, self.free_pages - kept_free) // pages
+        return self._reserve(group, min(count, room), leaves)
+
+    def has_older(self, before: int) -> bool:
+        """Whether the tier has something that ``reserve`` would take, were it not held by something else."""
+        return any(self._is_older(entry, before) for entry in islice(self._policy.candidates(), 1))
+
+    def _is_older(self, entry: int, before: int) -> bool:
+        """Whether ``entry`` was used before that, or goes first whatever its age."""
+        return self._moved_at[entry] < before or (self.checkpoints is not None and self.checkpoints.goes_first(entry))
 
     def reserve_spare(self, group: int, count: int) -> tuple[int, dict[int, list[int]]]:
         """As ``reserve``, but only what goes first anyway goes for it."""
@@ -172,17 +208,38 @@ class MemoryBook:
             self.copies.add(rank, hop.entries, answers["page"], answers["pages"])
         return hop.entries
 
-    def admit(self, entries: EntryRows, between: EntryRows = NO_ENTRIES) -> None:
+    def used(self, entries: EntryRows) -> Uints:
+        """By which count of uses each of ``entries`` was used; what a sequence just grew by was used when that was."""
+        used: Uints = self._moved[entries]
+        return used
+
+    def admit(
+        self,
+        entries: EntryRows,
+        between: EntryRows = NO_ENTRIES,
+        *,
+        now: int | None = None,
+        used: Uints | None = None,
+    ) -> None:
         """Entries that are now complete in the tier, in prefix order. Used with them is what they extend.
 
-        ``between`` are those of windows and states that no hit is likely to end with.
+        ``between`` are those of windows and states that no hit is likely to end with. ``now``: when
+        they were stored, so that all groups of a block are of one age. ``used``: as ``used`` says of them in the tier
+        above, since to come down is no use.
         """
         if self.checkpoints is not None:
             self.checkpoints.coming(entries, between)
-        self._policy.insert(entries)
+        self._policy.insert(entries, self._first_newer(int(used.min())) if used is not None and len(used) else None)
         if self.checkpoints is not None:
             self.checkpoints.came(entries, self.now_s)
-        self._used(entries)
+        self._used(entries, now)
+        if used is not None:
+            self._moved[entries] = used
+
+    def _first_newer(self, used: int) -> int | None:
+        """Of the oldest entries the first that was used after that."""
+        oldest = islice(self._policy.candidates(), _OLDEST_LOOKED_AT)
+        return next((entry for entry in oldest if self._moved_at[entry] > used), None)
 
     def touch(self, entries: EntryRows) -> None:
         """Entries that were used together, in prefix order, and with them what they extend.
@@ -221,7 +278,7 @@ class MemoryBook:
         if self.checkpoints is not None:
             self.checkpoints.left(entries)
 
-    def _used(self, entries: EntryRows) -> None:
+    def _used(self, entries: EntryRows, now: int | None = None) -> None:
         """``entries`` are the newest now. What they extend must not be much older: none of it may go before them.
 
         Whoever holds the beginning of a sequence itself looks up, and stores, only the rest. Where parents are older
@@ -229,31 +286,30 @@ class MemoryBook:
         """
         if not len(entries):
             return
-        self._uses += len(entries)
+        self._uses.count += len(entries)
         if len(entries) == 1:
             entry = entries.item()
-            self._moved_at[entry] = self._moved_with(self._index.parent_at[entry])
+            self._moved_at[entry] = self._moved_with(self._index.parent_at[entry], now)
             return
-        self._moved[entries] = self._uses
         parents = self._index.parent[entries]
         begins = (parents[1:] != entries[:-1]).nonzero()[0] + 1  # those that do not stand right behind their parent
         for first, stop in pairwise((0, *begins.tolist(), len(entries))):
-            self._moved[entries[first:stop]] = self._moved_with(int(parents[first]))
+            self._moved[entries[first:stop]] = self._moved_with(int(parents[first]), now)
 
-    def _moved_with(self, entry: int) -> int:
+    def _moved_with(self, entry: int, now: int | None) -> int:
         """The use with which ``entry`` and all that it extends were moved to the newest; this one, if it is time again.
 
         That takes a step for each. It is time when a sixteenth of what is in the tier has been used since: however
         many sequences grow block by block, and however long they are, that makes about 16 steps a block.
         """
-        moved_at, due = self._moved_at, self._uses - (len(self._policy) >> 4)
+        moved_at, due = self._moved_at, self._uses.count - (len(self._policy) >> 4)
         ranks_at, every_rank, parent_at = self.copies.ranks_at, self.copies.every_rank, self._index.parent_at
         extended: list[int] = []
         while entry >= 0 and ranks_at[entry] == every_rank and moved_at[entry] < due:
             extended.append(entry)
             entry = parent_at[entry]
         is_fresh = entry >= 0 and ranks_at[entry] == every_rank
-        moved = moved_at[entry] if is_fresh else self._uses
+        moved = moved_at[entry] if is_fresh else self._uses.count if now is None else now
         if extended:
             order = wide(np.array(extended, np.int32))
             self._policy.touch(order[::-1])

@@ -15,6 +15,7 @@ from kvtier.index.copies import Copies
 from kvtier.index.entries import EntryRows, KeyRows, Mask
 from kvtier.models.layout import KVLayout
 from kvtier.planner.checkpoints import Checkpoints
+from kvtier.planner.dead import DeadBlocks
 from kvtier.planner.device import DeviceKeeper
 from kvtier.planner.disk import DiskBook
 from kvtier.planner.events import ControlEvents
@@ -22,7 +23,7 @@ from kvtier.planner.eviction import Keeper
 from kvtier.planner.finding import Finder
 from kvtier.planner.hops import Hop, Ints
 from kvtier.planner.leases import LeaseBook
-from kvtier.planner.memory import MemoryBook
+from kvtier.planner.memory import MemoryBook, Uses
 from kvtier.planner.rows import NO_PARENTS, plan_rows
 from kvtier.planner.tickets import Ticket
 from kvtier.planner.windows import Windows
@@ -49,6 +50,7 @@ class ControlState:
         self.spilled_groups = frozenset(spilled)
         """Groups that go to disk."""
         self._spills_all = len(self.spilled_groups) == len(layout.groups)
+        self.uses = Uses()
         self.host = self._book(index.host, self)
         self.landing = WriteQueue(config.host.staging, index.table.capacity if index.device is not None else 0)
         """Blocks of the device tier that host memory has to have, too."""
@@ -60,6 +62,7 @@ class ControlState:
         self.top = self.books[self.top_tier]
         self.disk = DiskBook(config.host.staging, index.table.capacity)
         self.leases = LeaseBook(index)
+        self.dead = DeadBlocks(index, self.windows, self.disk.awaits_write)
         self.events = ControlEvents()
         self.version = ""
         self.incarnations: dict[int, int] = {}
@@ -75,8 +78,6 @@ class ControlState:
         """So many more a store would have taken than may be; nothing has been done about it."""
         self._gone: list[tuple[int, KeyRows]] = []
         """Blocks, by group, that were evicted since others of the same keys were looked at."""
-        self._cut_off = set[int]()
-        """What was extended by something that was evicted since."""
         self.lost_blocks = False
         """Blocks have gone that the disk never had, or had no longer though they were not the oldest."""
         self.mistakes: list[tuple[str, BaseException]] = []
@@ -89,10 +90,12 @@ class ControlState:
     def _book(self, copies: Copies, keeper: Keeper) -> MemoryBook:
         kind, capacity = EVICTION_POLICIES[self.config.policy.eviction], self.index.table.capacity
         if not self.windows.partial:
-            return MemoryBook(self.index, copies, kind(capacity), self.layout.record_pages, keeper)
+            order = kind(capacity)
+            return MemoryBook(self.index, copies, order, self.layout.record_pages, keeper, uses=self.uses)
         ages = TwoAges(kind, capacity)
-        checkpoints = Checkpoints(self.index, ages, self.windows.partial, self.config.policy.checkpoint_ttl_s)
-        return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints)
+        is_partial = [group in self.windows.partial for group in range(len(self.layout.groups))]
+        checkpoints = Checkpoints(self.index, ages, is_partial, self.config.policy.checkpoint_ttl_s)
+        return MemoryBook(self.index, copies, ages, self.layout.record_pages, keeper, checkpoints, self.uses)
 
     @property
     def attached(self) -> bool:
@@ -205,6 +208,7 @@ class ControlState:
             return
         self.unpinned_entries += len(entries)
         index = self.index
+        self.dead.let_go()
         for entry in entries[~index.linked[entries]].tolist() if len(index.reachable(entries)) < len(entries) else ():
             self._drop_superseded(entry)
         for book in self.books.values():
@@ -256,6 +260,7 @@ class ControlState:
     def forget_unreadable(self, entries: EntryRows) -> None:
         """Forget those of ``entries`` that cannot be read any more and that nothing holds."""
         gone = entries[~self.index.readable(entries)]
+        self.dead.note(gone)
         self._drop_from_memory(gone)
         self._forget(gone)
 
@@ -273,43 +278,32 @@ class ControlState:
         self.lost_blocks |= len(entries) > 0
         if len(self.layout.groups) > 1:  # in the middle of a pass over host memory nothing else may leave it
             self._gone += self._blocks_of(entries)
-            self._cut_off.update(self.index.parent[entries].tolist())
+            self.dead.note(entries)
         self._forget_refusals(entries)
         self._release(entries)
 
     def made_room(self) -> None:
         """Nothing more is evicted now: what is of no use without that which was goes, too."""
-        while self._gone or self._cut_off:
-            gone, self._gone = self._gone, []
-            for group, keys in gone:
-                self._forget(self._drop_blocks(group, keys))
-            cut_off, self._cut_off = self._cut_off, set()
-            for entry in cut_off if self.windows.required else ():
-                if len(dead := self._behind_the_last_end(entry)):
-                    self.host.evict(dead)
+        self._drop_gone()
+        self.bury()
 
-    def _behind_the_last_end(self, entry: int) -> EntryRows:
-        """``entry``, and what it extends, as far as no hit can end there and nothing else leads through it.
+    def bury(self) -> None:
+        """Free what no hit can reach any more, as far as one turn goes."""
+        if not self.dead.has_suspects:
+            return
+        dead = self.dead.take()
+        for book in self.books.values():
+            here = dead[book.copies.are_complete(dead)]
+            if len(here):
+                self.counts["dropped_dead_blocks"] += len(here)
+                book.evict(wide(here))
+        self._drop_gone()
 
-        It was extended by something that went. All of them may go.
-        """
-        index, found = self.index, list[int]()
-        is_whole = entry >= 0 and index.cells.groups_at[entry] in self.windows.whole
-        while is_whole and entry >= 0 and self._leads_nowhere(entry, len(found)):
-            found.append(entry)
-            entry = index.parent_at[entry]
-        return wide(np.array(found, np.int32))
-
-    def _leads_nowhere(self, entry: int, below: int) -> bool:
-        """Whether host memory may free ``entry``, no hit can end there, and only ``below`` extends it."""
-        index = self.index
-        if index.host_ranks_at[entry] != index.every_rank or index.children_at[entry] > bool(below):
-            return False
-        if index.pins_at[entry] or self.disk.awaits_write(entry):
-            return False
-        key = index.cells.key(entry)
-        ends = np.array([index.table.find_one(key, group) for group in self.windows.required], np.int32)
-        return not bool(((ends >= 0) & index.readable(ends)).all())
+    def _drop_gone(self) -> None:
+        """What other groups had of blocks that went is of no use without them."""
+        gone, self._gone = self._gone, []
+        for group, keys in gone:
+            self._forget(self._drop_blocks(group, keys))
 
     def _forget(self, entries: EntryRows) -> None:
         """Nothing of ``entries`` is left to be written, or to be kept unless somebody holds it."""

@@ -123,9 +123,9 @@ class Stores:
         try:
             wanted = [self._wanted(ticket, part, wish.lineage, shields) for part in asked]  # before anything may go
             new = self._add(wish, asked, wanted) if asked else []
-            for group in (
-                state.windows.stored if len(ticket.outcome) else ()
-            ):  # of blocks that found no room above nothing is worth keeping
+            # Of blocks that found no room above nothing is worth keeping.
+            stored = state.windows.stored if len(ticket.outcome) else ()
+            for group in stored:
                 for part in self._partial(wish, group):
                     new += self._add_partial(wish, part, shields)
             self._mark_existing(ticket, new)
@@ -181,7 +181,11 @@ class Stores:
         wanted = self._wanted(wish.ticket, part, wish.lineage, shields)
         for book in self._state.books.values() if not part.are_spare else ():
             book.keep(part.entries[part.entries >= 0])
-        return self._add(wish, (part,), (wanted,))
+        new = self._add(wish, (part,), (wanted,))
+        came = {block for one in new for block in one.blocks.tolist()}
+        digests, missing = wish.keys.digests, set(part.blocks[wanted].tolist()) - came
+        self._state.dead.suspect(digests[block] for block in missing)
+        return new
 
     def _make_entries_free(self, count: int) -> None:
         """Where ``count`` new ones find too few entries, forget those that only stand for children's links.
@@ -223,7 +227,7 @@ class Stores:
     def send(self, hop: Hop, parents: bytes, pages: PageTable, start: int, stop: int) -> None:
         """One STORE plan for each rank: tokens [start, stop) of ``pages``; ``parents`` are the keys the rows extend."""
         state, ticket = self._state, hop.ticket
-        hop.nbytes = state.nbytes_of(hop.entries)
+        hop.nbytes, hop.stored_at = state.nbytes_of(hop.entries), state.uses.count + 1
         state.send(
             hop, priority=Priority.SPILL, parents=parents, chain=state.config.host.codec, pages=pages, start=start,
             stop=stop, durable=ticket is not None and ticket.durability > Durability.MEMORY,
@@ -328,6 +332,8 @@ class Stores:
         refused = np.concatenate([room.refused for room in rooms])
         for block in refused.tolist():
             wish.ticket.fail(block, Reason.REFUSED)
+        if len(refused) and (first := int(refused.min())):  # the end that was meant is not where this ends now
+            self._state.dead.suspect((wish.keys.digests[first - 1],))
         if len(refused) and len(parts) > 1:
             rooms = [self._without(room, refused) for room in rooms]
         new = [self._enter(wish, room) for room in rooms]

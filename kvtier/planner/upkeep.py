@@ -47,6 +47,7 @@ class Upkeep:
                 while directory.waits_for_segments and self._reclaim(rank, directory):
                     pass
         self._make_entries_free()
+        self._state.bury()
 
     def _make_entries_free(self) -> None:
         """Give segments back, the oldest of every directory in turn, until a store gets the entries that it lacked.

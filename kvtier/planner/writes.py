@@ -58,6 +58,15 @@ class WriteQueue:
                 self._queued[entry] = _UNDER_WAY
             queue.popleft()
 
+    def take_along(self, entries: EntryRows, taken: list[int]) -> EntryRows:
+        """``entries`` go with those just taken, and into ``taken``; returns those that were not on their way before."""
+        free: EntryRows = entries[self._queued[entries] <= _WAITING]
+        for entry in free.tolist():
+            taken.append(entry)
+            self._backlog += self._queued_at[entry] == _NOT_QUEUED
+            self._queued_at[entry] = _UNDER_WAY
+        return free
+
     def put_back(self, entries: list[int]) -> None:
         """``entries``, just taken, cannot go now: they are the next ones again."""
         for entry in reversed(entries):

@@ -25,6 +25,7 @@ class TwoAges:
         """What goes first, in order; to be changed through here only."""
         self._rest = kind(capacity)
         self._is_first = column(capacity, np.bool_)
+        self._is_first_at = self._is_first.data
 
     def set_apart(self, entries: Entries, *, goes_first: bool) -> None:
         """Entries that are not in the tier: whether they go first once they are."""
@@ -34,6 +35,10 @@ class TwoAges:
         """Which of ``entries`` go first."""
         first: npt.NDArray[np.bool_] = self._is_first[entries]
         return first
+
+    def goes_first(self, entry: int) -> bool:
+        """``which_go_first`` of one."""
+        return bool(self._is_first_at[entry])
 
     def promote(self, entries: Entries) -> None:
         """Entries of the tier that do not go first any more; they are the newest of the rest."""
@@ -51,10 +56,11 @@ class TwoAges:
             self._is_first[own] = True
             self.first.insert(own)
 
-    def insert(self, entries: Entries) -> None:
-        """As ``EvictionPolicy``."""
+    def insert(self, entries: Entries, before: int | None = None) -> None:
+        """As ``EvictionPolicy``; an entry of the one order has no place in the other."""
+        place = None if before is None else self.first if self._is_first_at[before] else self._rest
         for order, own in self._split(entries):
-            order.insert(own)
+            order.insert(own, before if order is place else None)
 
     def touch(self, entries: Entries) -> None:
         """As ``EvictionPolicy``; none of them changes its order."""

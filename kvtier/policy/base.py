@@ -22,8 +22,11 @@ class EvictionPolicy(Protocol):
     def __init__(self, capacity: int) -> None:
         """``capacity`` is one more than the largest entry number."""
 
-    def insert(self, entries: Entries) -> None:
-        """Entries that came into the tier, in prefix order; none of them is in it already."""
+    def insert(self, entries: Entries, before: int | None = None) -> None:
+        """Entries that came into the tier, in prefix order; none of them is in it already.
+
+        They are to go ``before`` that one, which is in the tier, or are the newest.
+        """
 
     def touch(self, entries: Entries) -> None:
         """Entries that were used by one request, in prefix order; all of them are in the tier."""

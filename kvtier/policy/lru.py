@@ -30,10 +30,10 @@ class LeafFirstLRU:
         self._older_at[capacity] = self._newer_at[capacity] = capacity
         self._count = 0
 
-    def insert(self, entries: Entries) -> None:
-        """Entries that came into the tier, in prefix order."""
+    def insert(self, entries: Entries, before: int | None = None) -> None:
+        """Entries that came into the tier, in prefix order; they are to go ``before`` that one, or are the newest."""
         if len(entries):
-            self._append(entries[::-1].astype(np.intp))
+            self._put(entries[::-1].astype(np.intp), self._sentinel if before is None else before)
             self._count += len(entries)
 
     def touch(self, entries: Entries) -> None:
@@ -42,7 +42,7 @@ class LeafFirstLRU:
             return
         ordered = entries[::-1].astype(np.intp)
         self._unlink_runs(ordered)
-        self._append(ordered)
+        self._put(ordered, self._sentinel)
 
     def remove(self, entry: int) -> None:
         """An entry that left the tier."""
@@ -68,17 +68,18 @@ class LeafFirstLRU:
         """Number of entries in the tier."""
         return self._count
 
-    def _append(self, ordered: npt.NDArray[np.intp]) -> None:
-        older, newer, sentinel = self._older, self._newer, self._sentinel
+    def _put(self, ordered: npt.NDArray[np.intp], following: int) -> None:
+        """Link ``ordered`` in right before ``following``; before the sentinel they are the newest."""
+        older, newer = self._older, self._newer
         first, last = int(ordered[0]), int(ordered[-1])
-        newest = self._older_at[sentinel]
+        before = self._older_at[following]
         if len(ordered) > 1:
             newer[ordered[:-1]] = ordered[1:]
             older[ordered[1:]] = ordered[:-1]
-        self._newer_at[newest] = first
-        self._older_at[first] = newest
-        self._newer_at[last] = sentinel
-        self._older_at[sentinel] = last
+        self._newer_at[before] = first
+        self._older_at[first] = before
+        self._newer_at[last] = following
+        self._older_at[following] = last
 
     def _unlink_runs(self, ordered: npt.NDArray[np.intp]) -> None:
         breaks = (self._newer[ordered[:-1]] != ordered[1:]).nonzero()[0].tolist() if len(ordered) > 1 else ()

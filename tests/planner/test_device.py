@@ -133,6 +133,90 @@ class TestLeaving:
         bench.check_at_rest()
 
 
+class TestLandingInAllGroups:
+    """What a block has in one group is of no use without the rest: nothing of it goes so that other parts can land."""
+
+    def test_a_store_that_fitted_is_there_after_it_has_landed(self) -> None:
+        """Group 0 fits the device, group 1 does not: it lies in host memory, where group 0 is to land."""
+        bench = Bench(device_blocks=2, host_blocks=3, groups=2)
+        ticket = bench.stored(bench.keys(4))
+        assert {plan.target for plan in bench.plans(PlanKind.STORE)} == {Tier.DEVICE, Tier.HOST}
+        assert ticket.count(Outcome.DONE) == bench.match(bench.keys(4)) == 4
+        assert not bench.planner.counters().get("dropped_dead_blocks")
+        bench.check_at_rest()
+
+    def test_a_block_lands_in_all_its_groups_or_in_none(self) -> None:
+        bench = Bench(device_blocks=5, host_blocks=3, groups=2)
+        keys = bench.keys(5)
+        bench.stored(keys)
+        here = [{tier for tier in (Tier.DEVICE, Tier.HOST) if tier in bench.place(keys, 0, group=g)} for g in (0, 1)]
+        assert here == [{Tier.DEVICE, Tier.HOST}] * 2
+        landed = [{block for block in range(5) if Tier.HOST in bench.place(keys, block, group=g)} for g in (0, 1)]
+        assert landed[0] == landed[1] == {0, 1, 2}
+        assert bench.match(keys) == 5
+        bench.check_at_rest()
+
+    @pytest.mark.parametrize("blocks", [(2, 1), (1, 3), (3, 3)])
+    def test_no_plan_speaks_of_what_was_released(self, blocks: tuple[int, int]) -> None:
+        bench = Bench(device_blocks=2, host_blocks=2, groups=2)
+        for seed, count in enumerate((*blocks, 3, 2)):
+            bench.store(bench.keys(count, seed, shared=1))
+            bench.run()
+            bench.check_at_rest()
+        for plan in bench.plans(PlanKind.LAND):
+            assert (plan.rows["device_page"] >= 0).all()
+
+
+class TestWhatLandsLate:
+    """A block that comes down because it leaves the device is older than much of what host memory has."""
+
+    def come_down(self, bench: Bench, blocks: int) -> None:
+        """The first ``blocks`` of the oldest sequence, which host memory has lost, are to leave the device."""
+        for block in range(blocks):
+            bench.planner._state.landing.enqueue(bench.entry(bench.keys(2, seed=1), block))
+        bench.planner.follow_up()
+        bench.run()
+
+    def crowded(self, **how: Any) -> Bench:
+        """Two old blocks that the device alone has, and four newer ones that fill host memory."""
+        bench = Bench(device_blocks=2, host_blocks=4, **how)
+        bench.stored(bench.keys(2, seed=1))
+        bench.stored(bench.keys(4, seed=2))
+        return bench
+
+    def test_it_pushes_out_nothing_that_was_used_more_recently(self) -> None:
+        bench = self.crowded()
+        self.come_down(bench, 2)
+        assert places(bench, bench.keys(2, seed=1)) == {Tier.DEVICE}
+        assert bench.match(bench.keys(4, seed=2)) == 4
+        bench.stored(bench.keys(1, seed=4))
+        assert tiers(bench, bench.keys(1, seed=4)) == [Tier.DEVICE], "what cannot land may go"
+        bench.check_at_rest()
+
+    def test_it_goes_before_what_was_used_more_recently(self) -> None:
+        bench = Bench(device_blocks=2, host_blocks=5)
+        old = bench.keys(2, seed=1)
+        bench.stored(old)
+        for block in range(2):
+            bench.lose(old, block, Tier.HOST)
+        bench.stored(bench.keys(3, seed=2))  # too many for the device
+        self.come_down(bench, 2)
+        assert places(bench, old) == {Tier.DEVICE, Tier.HOST}
+        bench.stored(bench.keys(3, seed=3))
+        assert places(bench, old) == {Tier.DEVICE}
+        assert bench.match(bench.keys(3, seed=2)) == 2
+        bench.check_at_rest()
+
+    def test_it_goes_on_to_the_disk_through_host_memory_whatever_its_age(self) -> None:
+        bench = self.crowded(segments=8)
+        self.come_down(bench, 2)
+        for seed, blocks in ((1, 2), (2, 4)):
+            assert bench.match(bench.keys(blocks, seed=seed)) == blocks
+        bench.stored(bench.keys(2, seed=3))
+        assert bench.match(bench.keys(2, seed=1)) == 2
+        bench.check_at_rest()
+
+
 class TestWaiting:
     def test_a_flush_takes_what_is_on_the_device_alone_down_to_the_disk(self) -> None:
         bench = Bench(device_blocks=4, segments=4, **BACK)
