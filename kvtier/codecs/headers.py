@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kvtier.codecs.chain import chain_of
 from kvtier.codecs.checksums import page_sums
-from kvtier.codecs.record import SUM_AT, RecordHeader, Slice
+from kvtier.codecs.record import MAGIC, SUM_AT, RecordHeader, Slice
 from kvtier.core.memory import Bytes2D
 from kvtier.core.plan import PAGE_BYTES, Table
 from kvtier.models.layout import KVLayout
@@ -29,6 +29,17 @@ _PLACE: Final = np.dtype(
 _SLICE: Final = np.dtype([("bytes", "<u4", (2,)), ("sums", "u1", (2, SUM_BYTES))])
 
 
+_IDENTITY: Final = np.dtype(
+    {
+        "names": ["key", "parent", "group", "lineage", "depth", "tokens"],
+        "formats": [("u1", (32,)), ("u1", (32,)), "<u2", "u1", "<i4", "<i4"],
+        "offsets": [16, 48, 112, 114, 116, 120],
+        "itemsize": 128,
+    }
+)
+_PLACE_AT: Final = 192
+_MAGIC_WORD: Final = int.from_bytes(MAGIC, "little")
+
 WHOLE_PAGE: Final = np.dtype((np.void, PAGE_BYTES))
 """Pages as numpy copies them fastest: each as one item."""
 BLANK_PAGE: Final = np.zeros(1, WHOLE_PAGE)[0]
@@ -36,7 +47,7 @@ _SUM_WORD: Final = SUM_AT // 8
 
 
 class Places(NamedTuple):
-    """Where on disk records were read from: a nonce, and a column each."""
+    """Where on disk records were read from, or go to: a nonce, and a column each."""
 
     nonce: bytes
     segment: npt.NDArray[np.int32]
@@ -127,13 +138,40 @@ class RawHeaders:
         return bits.view(np.uint64)
 
 
+def whole(pages: Pages) -> npt.NDArray[np.bool_]:
+    """Which of ``pages`` are header pages that pass their checksums, of records of any chain."""
+    words = pages.table.view(np.uint64)
+    begins = words[pages.rows, 0] == _MAGIC_WORD
+    sound: npt.NDArray[np.bool_] = begins & (words[pages.rows, _SUM_WORD] == page_sums(*pages, SUM_AT))
+    return sound
+
+
+def stamp(pages: Pages, places: Places, sequence: npt.NDArray[np.int64]) -> None:
+    """Give header pages, which are ``whole``, other places; identity, chain and slices stay as they are."""
+    table, at = pages
+    where = np.zeros(len(at), _PLACE)
+    where["nonce"] = np.frombuffer(places.nonce, np.uint8)
+    where["segment"], where["page"], where["generation"] = places[1:]
+    where["sequence"] = sequence
+    table[at, _PLACE_AT : _PLACE_AT + _PLACE.itemsize] = where.view(np.uint8).reshape(len(at), -1)
+    table.view(np.uint64)[at, _SUM_WORD] = page_sums(table, at, SUM_AT)
+
+
+def identities(pages: Pages) -> Table:
+    """Which blocks header pages are of that the caller wrote or checked: nothing is verified here.
+
+    The fields are key, parent, group, lineage, depth and tokens.
+    """
+    return pages.table[pages.rows, : _IDENTITY.itemsize].view(_IDENTITY)[:, 0]
+
+
 def _head(slices: int) -> np.dtype[np.void]:
     """What differs from one raw record to the next, where ``docs/format.md`` has it, up to the end of the slices."""
     return np.dtype(
         {
             "names": ["key", "parent", "lineage", "depth", "tokens", "place", "slices"],
             "formats": [("u1", (32,)), ("u1", (32,)), "u1", "<i4", "<i4", _PLACE, (_SLICE, (slices,))],
-            "offsets": [16, 48, 114, 116, 120, 192, _SLICES_AT],
+            "offsets": [16, 48, 114, 116, 120, _PLACE_AT, _SLICES_AT],
             "itemsize": _SLICES_AT + slices * _SLICE.itemsize,
         }
     )

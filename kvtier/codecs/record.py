@@ -181,23 +181,6 @@ def restamp(page: Bytes1D, *, nonce: bytes, segment: int, generation: int, page_
     _SUM.pack_into(page.data, SUM_AT, page_sum(page[:SUM_AT]))
 
 
-class Identity(NamedTuple):
-    """Which block a record is, as footers keep it."""
-
-    key: bytes
-    parent: bytes
-    group: int
-    lineage: int
-    depth: int
-    tokens: int
-
-
-def identity_of(page: Bytes1D) -> Identity:
-    """The identity in a header page that was packed or checked by the caller: nothing is verified here."""
-    _, _, _, _, _, key, parent, _, group, lineage, depth, tokens, *_ = _IDENTITY.unpack_from(page.data)
-    return Identity(key, parent, group, lineage, depth, tokens)
-
-
 def record_pages(stored_bytes: Sequence[int]) -> int:
     """4 KiB pages of a record with slices of these stored sizes, header included."""
     return HEADER_PAGES + sum([-(-nbytes // PAGE_BYTES) for nbytes in stored_bytes])

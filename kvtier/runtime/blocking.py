@@ -42,7 +42,7 @@ def cancelled(request: IORequest) -> IODone:
 
 def read_up_to(fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
     """Fill ``buffers`` from ``offset``; returns the bytes read, fewer only at the end of the file."""
-    wanted = sum(buffer.nbytes for buffer in buffers)
+    wanted = sum([buffer.nbytes for buffer in buffers])
     read = 0
     while read < wanted:
         moved = _call(preadv, fd, _rest(buffers, read), offset + read)
@@ -54,7 +54,7 @@ def read_up_to(fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
 
 def write_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> None:
     """Write ``buffers`` at ``offset``, all of them."""
-    wanted = sum(buffer.nbytes for buffer in buffers)
+    wanted = sum([buffer.nbytes for buffer in buffers])
     written = 0
     while written < wanted:
         moved = _call(pwritev, fd, _rest(buffers, written), offset + written)

@@ -8,7 +8,7 @@ Every worker is a loop over a ``step`` that never blocks; only an I/O engine's o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
@@ -107,11 +107,12 @@ class IORequest:
     offset: int
     buffers: Sequence[Buffer]
     tag: Any
+    nbytes: int = field(init=False)
+    """Bytes to move."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to move."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+    def __post_init__(self) -> None:
+        """Of hundreds of buffers they are counted once."""
+        object.__setattr__(self, "nbytes", sum([buffer.nbytes for buffer in self.buffers]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

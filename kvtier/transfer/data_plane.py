@@ -59,7 +59,7 @@ _RUNS: Final[dict[PlanKind, type[Run]]] = {
     PlanKind.RECLAIM: ReclaimRun,
     PlanKind.LAND: LandRun,
 }
-_HEADER_PAGES: Final = 512
+_HEADER_PAGES: Final = 1024
 _HOUSEKEEPING_S: Final = 0.02
 _DEADLINES_S: Final = 0.02
 _LOOK_AGAIN_S: Final = 0.1

@@ -21,7 +21,7 @@ from kvtier.errors import ConfigError, CorruptBlockError
 from kvtier.runtime.seam import Buffer
 from kvtier.transfer.endpoint import Endpoint, first_tokens, table_of
 from kvtier.transfer.equipment import Equipment
-from kvtier.transfer.images import Records
+from kvtier.transfer.images import Extents
 from kvtier.transfer.shapes import RecordShape
 
 Mask = npt.NDArray[np.bool_]
@@ -35,7 +35,7 @@ class Delivery:
     plan: Plan
     shape: RecordShape
     rows: list[int]
-    records: Records
+    records: Extents
     places: Places | None
     """Where on disk the records were read from; None for records of host memory."""
     target: Endpoint | None

@@ -94,7 +94,7 @@ class Equipment:
         try:
             for path in self.paths:
                 path.lane.submit()
-            while self.waiting_for_staging and self.staging.has_room(Priority.SPILL):
+            while self.waiting_for_staging and self.staging.room_for(Priority.SPILL):
                 self.waiting_for_staging.popleft().encode_more()
         except Exception as error:  # a mistake of ours: what is behind it comes next time
             self.faults.tell("handing on what waits for a disk failed", error)

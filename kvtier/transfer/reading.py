@@ -5,9 +5,12 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Protocol
 
+import numpy as np
+
 from kvtier.core.plan import NOWHERE, PAGE_BYTES, Priority, Reason, Tier, direct_members
-from kvtier.runtime.seam import Buffer, IODone, IORequest, Op
+from kvtier.runtime.seam import IODone, IORequest, Op
 from kvtier.transfer.equipment import Equipment
+from kvtier.transfer.images import Extents
 from kvtier.transfer.lanes import lane_of
 from kvtier.transfer.paths import DiskPath
 
@@ -40,14 +43,12 @@ class Reader(Protocol):
     def lost(self, rows: list[int], tier: Tier, reason: Reason) -> None:
         """The copies of ``rows`` in ``tier`` are not there any more."""
 
-    def read_ended(
-        self, rows: list[int], buffers: list[Buffer], staged: list[int | None], error: OSError | None
-    ) -> None:
-        """The lane is done with ``rows``; the staging buffers among ``buffers`` go back when their content was used."""
+    def read_ended(self, rows: list[int], records: Extents, staged: list[int], error: OSError | None) -> None:
+        """The lane is done with ``rows``; the buffers ``staged`` go back when what was read was used."""
 
 
 class ReadMove:
-    """Adjacent records of one segment."""
+    """Adjacent records of one segment, which all go to host memory, or all to staging."""
 
     def __init__(self, run: Reader, rows: list[int], path: DiskPath) -> None:
         """``rows`` of ``run`` lie one after another in one segment of ``path``."""
@@ -56,8 +57,8 @@ class ReadMove:
         self._run = run
         self._rows = rows
         self._path = path
-        self._staged: list[int | None] = []
-        self._buffers: list[Buffer] = []
+        self._staged: list[int] = []
+        self._records: Extents | None = None
 
     @property
     def wanted(self) -> bool:
@@ -75,32 +76,27 @@ class ReadMove:
                 run.states[row] = RowState.WORKING
             run.lost(rows, Tier.DISK, Reason.GONE)
             return None
-        if not self._take_buffers():
+        records = self._records = self._take_buffers()
+        if records is None:
             return None
         for row in self._rows:
             if run.states[row] == RowState.WAITING:
                 run.states[row] = RowState.READING
-        return IORequest(Op.READ, fd, run.disk_page[first] * PAGE_BYTES, self._buffers, self)
+        return IORequest(Op.READ, fd, run.disk_page[first] * PAGE_BYTES, records.buffers(), self)
 
     def finish(self, done: IODone) -> None:
         """Hand the bytes on."""
+        assert self._records is not None
         self._path.read_ended(done.error, self._run.equipment.clock.monotonic())
-        self._run.read_ended(self._rows, self._buffers, self._staged, done.error)
+        self._run.read_ended(self._rows, self._records, self._staged, done.error)
 
-    def _take_buffers(self) -> bool:
-        run, staging = self._run, self._run.equipment.staging
-        self._staged, self._buffers = [], []
-        for row in self._rows:
-            if run.target_page[row] != NOWHERE:
-                self._staged.append(None)
-                self._buffers.append(run.equipment.host.view(run.target_page[row], run.disk_pages[row]))
-                continue
-            buffer = staging.take(run.priority)
-            if buffer is None:
-                for taken in self._staged:
-                    if taken is not None:
-                        staging.give_back(taken, run.priority)
-                return False
-            self._staged.append(buffer)
-            self._buffers.append(staging.view(buffer)[: run.disk_pages[row] * PAGE_BYTES])
-        return True
+    def _take_buffers(self) -> Extents | None:
+        """Where the records go; None while staging has no room for all of them."""
+        run, staging, rows = self._run, self._run.equipment.staging, self._rows
+        pages = np.array([run.disk_pages[row] for row in rows], np.intp)
+        if run.target_page[rows[0]] != NOWHERE:
+            return Extents(run.equipment.host, np.array([run.target_page[row] for row in rows], np.intp), pages)
+        if staging.room_for(run.priority) < len(rows):
+            return None
+        self._staged = staging.take(run.priority, len(rows))
+        return staging.records(self._staged, pages)

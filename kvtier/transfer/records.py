@@ -9,7 +9,9 @@ import numpy as np
 from kvtier.codecs.base import pages_of
 from kvtier.codecs.chain import chain_of
 from kvtier.codecs.checksums import content_sum, content_sums
-from kvtier.codecs.record import RecordHeader, Slice, restamp, zero_padding
+from kvtier.codecs.headers import Pages, Places
+from kvtier.codecs.headers import stamp as stamp_pages
+from kvtier.codecs.record import RecordHeader, Slice, zero_padding
 from kvtier.core.memory import Tokens
 from kvtier.core.plan import PAGE_BYTES, Plan
 from kvtier.runtime.seam import Buffer
@@ -80,9 +82,12 @@ def encode_record(record: Buffer, chain_name: str, out: Buffer) -> tuple[int, bo
     return header.pages, coded
 
 
-def stamp(page: Buffer, tier: DiskTier, place: Place) -> None:
-    """Write into a header page where on disk its record goes."""
-    restamp(
-        page, nonce=tier.nonce, segment=place.segment, generation=place.generation, page_number=place.page,
-        sequence=place.sequence,
-    )  # fmt: skip
+def stamp(headers: Pages, tier: DiskTier, place: Place) -> None:
+    """Write into header pages, which are whole, where on disk their records go."""
+    places = Places(
+        tier.nonce,
+        segment=np.full(place.count, place.segment, np.int32),
+        page=place.first_pages().astype(np.int32),
+        generation=np.full(place.count, place.generation, np.int64),
+    )
+    stamp_pages(headers, places, place.sequences())

@@ -28,7 +28,9 @@ class Run:
         self.answered = np.zeros(len(plan.rows), np.bool_)
         self.quarantined: set[int] = set()
         self._open = len(plan.rows)
-        self._answers: list[Table] = []
+        self._tables: list[Table] = []
+        self._single: list[tuple[int, ...]] = []
+        """Answers by row, in order: one may be quarantined first, and then released."""
         self._source_free = False
 
     def begin(self) -> None:
@@ -70,14 +72,18 @@ class Run:
         *,
         moved_bytes: Ints | int,
         tier: Ints | Tier = Tier.ENGINE,
+        segment: int = NOWHERE,
         page: Ints | int = NOWHERE,
         pages: Ints | int = 0,
+        generation: int = 0,
+        chain: int = 0,
     ) -> None:
-        """``rows``, none of which has ended before, are where they have to be."""
+        """``rows``, none of which has ended before, are where they have to be: as ``ok`` of each."""
         table = np.zeros(len(rows), COMPLETED)
-        table["row"], table["tier"], table["segment"] = rows, tier, NOWHERE
-        table["page"], table["pages"], table["moved_bytes"] = page, pages, moved_bytes
-        self._answers.append(table)
+        table["row"], table["tier"], table["chain"], table["segment"] = rows, tier, chain, segment
+        table["page"], table["pages"], table["generation"] = page, pages, generation
+        table["moved_bytes"] = moved_bytes
+        self._tables.append(table)
         self.answered[rows] = True
         self._open -= len(rows)
 
@@ -96,8 +102,7 @@ class Run:
 
     def failed_as_a_whole(self, reason: Reason) -> None:
         """A plan without rows failed."""
-        answer = (0, Status.FAILED, reason, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0)
-        self._answers.append(np.array([answer], COMPLETED))
+        self._single.append((0, Status.FAILED, reason, Tier.ENGINE, 0, NOWHERE, NOWHERE, 0, 0, 0))
 
     def free_source(self) -> None:
         """The engine may use its pages again."""
@@ -116,7 +121,7 @@ class Run:
         if self.final or self._open:
             return
         self.final = not self.quarantined
-        if self._answers or self.final:
+        if self._tables or self._single or self.final:
             self._tell(source_free=True)
 
     def by_group(self, rows: Iterable[int]) -> Iterator[tuple[RecordShape, list[int]]]:
@@ -131,20 +136,29 @@ class Run:
                 yield shape, own
 
     def _answer(self, row: int, answer: tuple[int, ...]) -> None:
-        self._answers.append(np.array([answer], COMPLETED))
+        self._single.append(answer)
         if not self.answered[row]:
             self.answered[row] = True
             self._open -= 1
 
     def _tell(self, *, source_free: bool) -> None:
-        rows = self._answers[0] if len(self._answers) == 1 else np.concatenate([_NO_ROWS, *self._answers])
-        self._answers = []
         self.equipment.outbox.append(
             Completion(
-                self.plan.plan_id, self.plan.rank, self.equipment.incarnation, rows, self.plan.chains,
+                self.plan.plan_id, self.plan.rank, self.equipment.incarnation, self._take_answers(), self.plan.chains,
                 source_free=source_free, final=self.final,
             )
         )  # fmt: skip
+
+    def _take_answers(self) -> Table:
+        """What was answered since the last time, by row: control takes in fastest what it need not sort."""
+        tables, self._tables = self._tables, []
+        if self._single:
+            tables.append(np.array(self._single, COMPLETED))
+            self._single = []
+        if len(tables) < 2:
+            return tables[0] if tables else _NO_ROWS
+        rows = np.concatenate(tables)
+        return rows[rows["row"].argsort(kind="stable")]
 
     @property
     def priority(self) -> Priority:

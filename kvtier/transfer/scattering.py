@@ -7,20 +7,21 @@ caller still wants it, touches engine memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from kvtier.codecs.headers import Places
 from kvtier.core.plan import LOST, NOWHERE, PAGE_BYTES, Plan, PlanKind, Priority, Reason, Tier
-from kvtier.runtime.seam import Buffer
 from kvtier.transfer.climbing import SlabRows
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
-from kvtier.transfer.images import Buffers, Extents
+from kvtier.transfer.images import Extents
 from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
 from kvtier.transfer.reading import ReadMove, RowState
 from kvtier.transfer.run import Run
@@ -34,8 +35,15 @@ class _Cargo:
 
     origin: Tier
     target: Endpoint | None
-    buffer_of: dict[int, Buffer]
+    rows: list[int]
+    records: Extents | None
+    """Where those from disk are."""
     reasons: dict[int, Reason]
+
+    def records_of(self, rows: list[int]) -> Extents:
+        """Where ``rows``, some of those from disk, are."""
+        assert self.records is not None
+        return self.records if len(rows) == len(self.rows) else self.records.part(np.searchsorted(self.rows, rows))
 
 
 class LoadRun(Run):
@@ -129,29 +137,39 @@ class LoadRun(Run):
                 self.lost(run, Tier.DISK, Reason.GONE)
 
     def _adjacent(self, rows: list[int]) -> list[list[int]]:
+        """``rows``, ascending, in runs that one move may carry."""
+        if len(rows) < 2:
+            return [rows] if rows else []
         limit = min(MAX_ROWS_A_MOVE, max(1, self.equipment.staging.count // 4))
         runs: list[list[int]] = []
-        for row in rows:
-            last = runs[-1] if runs else None
-            if (
-                last
-                and len(last) < limit
-                and self.segment[last[-1]] == self.segment[row]
-                and self.disk_page[last[-1]] + self.disk_pages[last[-1]] == self.disk_page[row]
-                and (self.disk_page[row] + self.disk_pages[row] - self.disk_page[last[0]]) * PAGE_BYTES <= PIECE_BYTES
-            ):
-                last.append(row)
-            else:
-                runs.append([row])
+        for run in self._stretches(rows):
+            runs += self._moves(run, limit if self.target_page[run[0]] == NOWHERE else MAX_ROWS_A_MOVE)
         return runs
 
-    def read_ended(
-        self, rows: list[int], buffers: list[Buffer], staged: list[int | None], error: OSError | None
-    ) -> None:
-        """The lane is done with ``rows``; the staging buffers among ``buffers`` go back when their content was used."""
+    def _stretches(self, rows: list[int]) -> list[list[int]]:
+        """``rows`` in runs that lie behind each other in one segment, and all go to host memory, or all to staging."""
+        own = table_of(self.plan, rows)
+        segment, first, pages = own["disk_segment"], own["disk_page"], own["disk_pages"]
+        staged = np.array([self.target_page[row] == NOWHERE for row in rows])
+        cuts = (segment[1:] != segment[:-1]) | (first[1:] != first[:-1] + pages[:-1]) | (staged[1:] != staged[:-1])
+        bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(rows)]
+        return [rows[begin:end] for begin, end in pairwise(bounds)]
+
+    def _moves(self, run: list[int], most: int) -> Iterator[list[int]]:
+        """``run``, which is a stretch, in pieces of up to ``most`` rows that are not too long for one move."""
+        disk_page, disk_pages, at = self.disk_page, self.disk_pages, 0
+        while at < len(run):
+            last_page = disk_page[run[at]] + PIECE_BYTES // PAGE_BYTES
+            stop = min(at + most, len(run))
+            stop = bisect_right(run, last_page, at + 1, stop, key=lambda row: disk_page[row] + disk_pages[row])
+            yield run[at:stop]
+            at = stop
+
+    def read_ended(self, rows: list[int], records: Extents, staged: list[int], error: OSError | None) -> None:
+        """The lane is done with ``rows``; the buffers ``staged`` go back when what was read was used."""
         if error is not None:
             self.equipment.metrics.add("read_errors")
-            self._give_back(staged)
+            self.equipment.staging.give_back(staged, self.priority)
             for row in rows:
                 if self.states[row] == RowState.ENDED:
                     self._release(row)
@@ -159,32 +177,32 @@ class LoadRun(Run):
                     self._try_again(row, Tier.DISK, Reason.IO_ERROR)
             self.settle()
             return
-        self._deliver(rows, Tier.DISK, buffers, staged)
+        self._deliver(rows, Tier.DISK, records, staged)
 
     # --- delivering -------------------------------------------------------------------------------------------------
 
     def _deliver(
-        self, rows: list[int], origin: Tier, buffers: Sequence[Buffer] = (), staged: Sequence[int | None] = ()
+        self, rows: list[int], origin: Tier, records: Extents | None = None, staged: Sequence[int] = ()
     ) -> None:
-        """Queue ``rows``: those from disk are in ``buffers``, of which ``staged`` go back to staging afterwards."""
+        """Queue ``rows``: those from disk are in ``records``; the buffers ``staged`` go back afterwards."""
         if self._has_ended_among(rows):
             for row in rows:
                 if self.states[row] != RowState.ENDED:
                     self.states[row] = RowState.WORKING
         else:
             self._mark(rows, RowState.WORKING)
-        self.equipment.work.put(self._delivery_piece(rows, origin, buffers, staged))
+        self.equipment.work.put(self._delivery_piece(rows, origin, records, staged))
 
     def _delivery_piece(
-        self, rows: list[int], origin: Tier, buffers: Sequence[Buffer] = (), staged: Sequence[int | None] = ()
+        self, rows: list[int], origin: Tier, records: Extents | None = None, staged: Sequence[int] = ()
     ) -> Piece:
         parts = halved(rows, self.host_pages[rows[0]] * PAGE_BYTES) if origin == Tier.HOST else None
 
         def work() -> list[Reason]:
-            return self._deliver_now(rows, origin, buffers)
+            return self._deliver_now(rows, origin, records)
 
         def finish(result: list[Reason] | Exception) -> None:
-            self._give_back(staged)
+            self.equipment.staging.give_back(staged, self.priority)
             reasons = [reason_of(result)] * len(rows) if isinstance(result, Exception) else result
             if self._slab_rows.promoted:
                 self._note_promoted(rows)
@@ -197,13 +215,13 @@ class LoadRun(Run):
 
         return Piece(self._service, work, finish, halves if parts else None)
 
-    def _deliver_now(self, rows: list[int], origin: Tier, buffers: Sequence[Buffer]) -> list[Reason]:
+    def _deliver_now(self, rows: list[int], origin: Tier, records: Extents | None) -> list[Reason]:
         """On a copy thread: what came of each row."""
         target = Endpoint.of(self.equipment, self.plan)
         if target is None and self.plan.pages is not None:
             return [Reason.GONE] * len(rows)
         reasons = dict.fromkeys(rows, Reason.ABANDONED)
-        cargo = _Cargo(origin, target, dict(zip(rows, buffers, strict=False)), reasons)
+        cargo = _Cargo(origin, target, rows, records, reasons)
         for shape, own in self.by_group(rows):
             for batch in self._batches(shape, own, cargo):
                 self._deliver_batch(shape, batch, cargo)
@@ -239,7 +257,7 @@ class LoadRun(Run):
         on_host = cargo.origin == Tier.HOST
         delivery = Delivery(
             self.equipment, self.plan, shape, rows,
-            records=self._extents(rows) if on_host else Buffers([cargo.buffer_of[row] for row in rows]),
+            records=self._extents(rows) if on_host else cargo.records_of(rows),
             places=None if on_host else self._places(rows),
             target=cargo.target,
             verify=self.equipment.verify_memory or not on_host,
@@ -388,11 +406,6 @@ class LoadRun(Run):
         """An abandoned row came back: nothing writes to its target any more."""
         if row in self.quarantined:
             self.failed(row, Reason.ABANDONED)
-
-    def _give_back(self, staged: Sequence[int | None]) -> None:
-        for buffer in staged:
-            if buffer is not None:
-                self.equipment.staging.give_back(buffer, self.priority)
 
     def _extents(self, rows: list[int]) -> Extents:
         table = table_of(self.plan, rows)

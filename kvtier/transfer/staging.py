@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from kvtier.core.plan import PAGE_BYTES, Priority
 from kvtier.runtime.seam import Arena, Buffer
+from kvtier.transfer.images import Extents
 
 _RESERVED: Final = {Priority.DEMAND: 0.5, Priority.PREFETCH: 0.25, Priority.SPILL: 0.25}
 
@@ -35,26 +40,31 @@ class Staging:
         """Size of the arena for ``staging_bytes``: at least four buffers, so that every class has one."""
         return max(4, staging_bytes // (buffer_pages * PAGE_BYTES)) * buffer_pages * PAGE_BYTES
 
-    def has_room(self, priority: Priority) -> bool:
-        """Whether there is a buffer for ``priority``: its share is not in use."""
-        lower = sum(self._in_use[other] for other in Priority if other >= priority)
-        return bool(self._free) and lower < self._limit[priority]
+    def room_for(self, priority: Priority) -> int:
+        """How many buffers there are for ``priority``: its share may be in use."""
+        lower = sum([self._in_use[other] for other in Priority if other >= priority])
+        return max(0, min(len(self._free), self._limit[priority] - lower))
 
-    def take(self, priority: Priority) -> int | None:
-        """A buffer for ``priority``, or None while its share is in use."""
-        if not self.has_room(priority):
-            return None
-        self._in_use[priority] += 1
-        return self._free.pop()
+    def take(self, priority: Priority, most: int = 1) -> list[int]:
+        """As many buffers as there are for ``priority``, up to ``most``; adjacent ones where possible."""
+        count = min(most, self.room_for(priority))
+        taken = self._free[len(self._free) - count :]
+        del self._free[len(self._free) - count :]
+        self._in_use[priority] += count
+        return taken
 
     def view(self, buffer: int) -> Buffer:
         """The bytes of ``buffer``."""
         return self._arena.view(buffer * self._buffer_pages, self._buffer_pages)
 
-    def give_back(self, buffer: int, priority: Priority) -> None:
-        """``buffer``, taken with ``priority``, is free again."""
-        self._in_use[priority] -= 1
-        self._free.append(buffer)
+    def records(self, buffers: Sequence[int], pages: npt.NDArray[np.integer[Any]]) -> Extents:
+        """Records at the beginning of ``buffers``, which are ``pages`` long."""
+        return Extents(self._arena, np.array(buffers, np.intp) * self._buffer_pages, pages)
+
+    def give_back(self, buffers: Sequence[int], priority: Priority) -> None:
+        """``buffers``, taken with ``priority``, are free again."""
+        self._in_use[priority] -= len(buffers)
+        self._free += buffers
 
     @property
     def free(self) -> int:

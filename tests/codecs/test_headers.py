@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtier.codecs.headers import Pages, Places, RawHeaders
+from kvtier.codecs.headers import Pages, Places, RawHeaders, identities, stamp, whole
 from kvtier.codecs.record import RecordHeader, raw_slice, restamp
 from kvtier.core.plan import PAGE_BYTES, ROW
 from kvtier.models import KVGroup, KVLayout, Part
@@ -153,3 +153,36 @@ def _made_with_sums(rows: np.ndarray) -> np.ndarray:
     pages = np.zeros((len(rows), PAGE_BYTES), np.uint8)
     RawHeaders(LAYOUT, 1).write(_all(pages), rows, np.zeros((len(rows), 16), np.uint8))
     return pages
+
+
+@given(st.integers(0, 1), st.integers(1, 5), st.integers(0, 99))
+def test_pages_stamped_at_once_are_those_that_are_stamped_one_by_one(group, count, seed):
+    rows = _rows(count, seed)
+    pages, places = _made(group, rows, seed), _places(rows)
+    wanted = _stamped(pages.copy(), places)
+    stamp(_all(pages), places, np.arange(count))
+    assert np.array_equal(pages, wanted)
+    assert whole(_all(pages)).all()
+
+
+@given(st.integers(0, 2), st.integers(0, PAGE_BYTES - 1), st.integers(1, 255))
+def test_any_damaged_byte_of_a_page_is_noticed_before_a_stamp_would_hide_it(at, byte, change):
+    pages = _made(0, _rows(3))
+    pages[at, byte] ^= change
+    assert whole(_all(pages)).tolist() == [number != at for number in range(3)]
+
+
+def test_a_page_without_a_header_is_none():
+    assert not whole(_all(np.zeros((2, PAGE_BYTES), np.uint8))).any()
+
+
+@given(st.integers(0, 1), st.permutations(range(4)))
+def test_identities_are_those_of_each_header(group, order):
+    pages = _made(group, _rows(4))
+    found = identities(Pages(pages, np.array(order)))
+    for who, at in zip(found, order, strict=True):
+        header = RecordHeader.unpack(pages[at])
+        assert (who["key"].tobytes(), who["parent"].tobytes()) == (header.key, header.parent)
+        assert (who["group"], who["lineage"], who["depth"], who["tokens"]) == (
+            header.group, header.lineage, header.depth, header.tokens,
+        )  # fmt: skip

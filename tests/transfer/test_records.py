@@ -14,10 +14,11 @@ from kvtier.metrics import Metrics
 from kvtier.models import KVGroup, KVLayout, Part
 from kvtier.pages import PagedTensors
 from kvtier.runtime import system_machine
+from kvtier.testing.simulation import SimArena
 from kvtier.transfer.delivery import Delivery
 from kvtier.transfer.endpoint import Endpoint, first_tokens
 from kvtier.transfer.equipment import Equipment
-from kvtier.transfer.images import Buffers, Extents, Records
+from kvtier.transfer.images import Extents
 from kvtier.transfer.records import encode_record, fill_records, gather_record, seal_records
 from kvtier.transfer.staging import Staging
 
@@ -75,12 +76,19 @@ class _Bench:
         seal_records(self.plan, self.shape, self.rows, self.extents)
 
     def load(
-        self, places: Places | None = None, *, verify: bool = True, records: Records | None = None
+        self, places: Places | None = None, *, verify: bool = True, records: Extents | None = None
     ) -> list[Reason]:
         return Delivery(
-            self.equipment, self.plan, self.shape, self.rows, records or Buffers(self.records), places,
+            self.equipment, self.plan, self.shape, self.rows, records or self.extents, places,
             self.endpoint(self.target), verify,
         ).deliver()  # fmt: skip
+
+    def staged(self) -> Extents:
+        """Copies of the records in another arena."""
+        arena = SimArena(BLOCKS * self.shape.pages * PAGE_BYTES)
+        arena.data[:] = np.concatenate(self.records)
+        first = np.arange(BLOCKS) * self.shape.pages
+        return Extents(arena, first, self.plan.rows["host_pages"])
 
     def loaded(self, block: int) -> bool:
         pages = self.pages[2 * block : 2 * block + 2]
@@ -93,11 +101,11 @@ class _Bench:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["extents of the arena", "buffers of their own"])
+@pytest.mark.parametrize("where", ["host memory", "staging"])
 def test_what_was_stored_is_delivered_page_by_page(kind: str, where: str) -> None:
     bench = _Bench(kind)
     bench.store()
-    records = bench.extents if where == "extents of the arena" else Buffers([one.copy() for one in bench.records])
+    records = bench.extents if where == "host memory" else bench.staged()
     assert bench.load(records=records) == [Reason.NONE] * BLOCKS
     assert all(map(bench.loaded, range(BLOCKS)))
     others = np.setdiff1d(np.arange(4 * BLOCKS), bench.pages)
@@ -146,7 +154,7 @@ def test_one_damaged_byte_is_one_damaged_block_whatever_it_hits(kind: str, block
 def test_a_whole_record_of_another_block_is_damage_and_writes_nothing(kind: str) -> None:
     bench = _Bench(kind)
     bench.store()
-    bench.records[1], bench.records[3] = bench.records[3], bench.records[1]
+    bench.records[1][:], bench.records[3][:] = bench.records[3].copy(), bench.records[1].copy()
     assert bench.load() == [Reason.NONE, Reason.DAMAGED, Reason.NONE, Reason.DAMAGED, Reason.NONE]
     assert bench.untouched(1)
     assert bench.untouched(3)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Final
 
-from kvtier.core.memory import Bytes1D
+from kvtier.codecs.headers import Pages
 from kvtier.core.plan import PAGE_BYTES, Reason
 from kvtier.errors import CapacityError
 from kvtier.runtime.remarks import Remarks
@@ -125,8 +125,8 @@ class SegmentBook:
 
     # --- what the lanes ask for -------------------------------------------------------------------------------------
 
-    def place(self, pages: int) -> Place | None:
-        """Room for a record of ``pages``; None while no segment is ready.
+    def place(self, pages: int, most: int = 1) -> Place | None:
+        """Room for as many records of ``pages`` as fit a segment, up to ``most``; None while no segment is ready.
 
         Raises:
             CapacityError: no segment will ever be large enough.
@@ -142,17 +142,19 @@ class SegmentBook:
             segment = self._with_room(pages)
             if segment is None:
                 return None
-            self._next_sequence += 1
-            self._traffic.began()
-            return segment.take(pages, self._next_sequence)
+            count = segment.room_for(pages, most)
+            place = segment.take(pages, count, self._next_sequence + 1)
+            self._next_sequence += count
+            self._traffic.began(count)
+            return place
 
-    def written(self, place: Place, header: Bytes1D) -> None:
-        """The write to ``place`` returned; ``header`` is the header page that it wrote."""
+    def written(self, place: Place, headers: Pages) -> None:
+        """The write to ``place`` returned; ``headers`` are the header pages that it wrote, one a record."""
         with self._lock:
             segment = self.segments[place.segment]
-            segment.add_entry(place, header)
-            segment.writes += 1
-            self._ended(segment)
+            segment.add_entries(place, headers)
+            segment.writes += place.count
+            self._ended(segment, place)
 
     def failed(self, place: Place, error: OSError | None) -> None:
         """The write to ``place`` failed: nothing more is written to its segment in this generation.
@@ -165,14 +167,14 @@ class SegmentBook:
         with self._lock:
             segment = self.segments[place.segment]
             poisoned = self._poison(segment)
-            self._ended(segment)
+            self._ended(segment, place)
         if poisoned:
             self._tell_poisoned(segment, f"a write failed: {error}")
 
     def abandoned(self, place: Place) -> None:
         """Nothing was written to ``place`` and nothing will be; the segment is as good as before."""
         with self._lock:
-            self._ended(self.segments[place.segment])
+            self._ended(self.segments[place.segment], place)
 
     def locate(self, number: int, generation: int) -> int | None:
         """The file that holds this life of a segment; None when there is none any more."""
@@ -423,9 +425,9 @@ class SegmentBook:
         if stage in self._queues:
             self._queues[stage].append(segment)
 
-    def _ended(self, segment: Segment) -> None:
-        segment.in_flight -= 1
-        self._traffic.ended()
+    def _ended(self, segment: Segment, place: Place) -> None:
+        segment.in_flight -= place.count
+        self._traffic.ended(place.count)
         self._settle(segment)
 
     def _settle(self, segment: Segment) -> None:

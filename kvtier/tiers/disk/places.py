@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Room for one record. ``page`` counts 4 KiB pages from the start of the file behind ``fd``."""
+    """Room for ``count`` records of ``pages`` 4 KiB pages each, one behind the other.
+
+    ``page`` is where the first one begins, from the start of the file behind ``fd``; ``sequence`` is the first one's,
+    and those behind it have the numbers behind it.
+    """
 
     segment: int
     page: int
@@ -15,6 +22,15 @@ class Place:
     generation: int
     sequence: int
     fd: int
+    count: int = 1
+
+    def first_pages(self) -> npt.NDArray[np.int64]:
+        """Where each record begins, in pages."""
+        return np.arange(self.page, self.page + self.count * self.pages, self.pages)
+
+    def sequences(self) -> npt.NDArray[np.int64]:
+        """The number of each record."""
+        return np.arange(self.sequence, self.sequence + self.count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from struct import Struct
-from typing import Final
 
 import numpy as np
 
-from kvtier.codecs.record import identity_of
-from kvtier.core.memory import Bytes1D
+from kvtier.codecs.headers import Pages, identities
 from kvtier.core.plan import Table
 from kvtier.tiers.disk.format import ENTRY, HEADER_SLOTS, footer_pages
 from kvtier.tiers.disk.places import Place, SyncTarget
-
-_ENTRY: Final = Struct("<32s32sHBxiiiiiqq")
-
-assert _ENTRY.size == ENTRY.itemsize
 
 
 class Stage(Enum):
@@ -66,25 +59,34 @@ class Segment:
     """Control knows that it may be reclaimed."""
     entries: bytearray = field(default_factory=bytearray)
 
-    def fits(self, pages: int) -> bool:
-        """Whether a record of ``pages`` can be placed so that the footer still fits behind it."""
-        return self.cursor + pages + footer_pages(self.placed + 1) <= self.pages
+    def fits(self, pages: int, count: int = 1) -> bool:
+        """Whether ``count`` records of ``pages`` can be placed so that the footer still fits behind them."""
+        return self.cursor + count * pages + footer_pages(self.placed + count) <= self.pages
 
-    def take(self, pages: int, sequence: int) -> Place:
-        """Place a record of ``pages``; it must fit."""
-        place = Place(self.number, self.cursor, pages, self.generation, sequence, self.fd)
-        self.cursor += pages
-        self.placed += 1
-        self.in_flight += 1
+    def room_for(self, pages: int, most: int) -> int:
+        """How many records of ``pages`` fit, up to ``most``."""
+        count = min(most, max(0, self.pages - self.cursor) // pages)
+        while count and not self.fits(pages, count):
+            count -= 1
+        return count
+
+    def take(self, pages: int, count: int, sequence: int) -> Place:
+        """Place ``count`` records of ``pages``; they must fit."""
+        place = Place(self.number, self.cursor, pages, self.generation, sequence, self.fd, count)
+        self.cursor += count * pages
+        self.placed += count
+        self.in_flight += count
         return place
 
-    def add_entry(self, place: Place, header: Bytes1D) -> None:
-        """Remember for the footer what was written to ``place``; ``header`` is its header page."""
-        who = identity_of(header)
-        self.entries += _ENTRY.pack(
-            who.key, who.parent, who.group, who.lineage, who.depth, who.tokens,
-            place.segment, place.page, place.pages, place.generation, place.sequence,
-        )  # fmt: skip
+    def add_entries(self, place: Place, headers: Pages) -> None:
+        """Remember for the footer what was written to ``place``; ``headers`` are the header pages."""
+        entries = np.zeros(place.count, ENTRY)
+        who = identities(headers)
+        for name in ("key", "parent", "group", "lineage", "depth", "tokens"):
+            entries[name] = who[name]
+        entries["segment"], entries["page"], entries["pages"] = place.segment, place.first_pages(), place.pages
+        entries["generation"], entries["sequence"] = place.generation, place.sequences()
+        self.entries += entries.tobytes()
 
     def entry_table(self) -> Table:
         """What goes into the footer, dtype ``ENTRY``."""

@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 
+from kvtier.codecs.headers import Pages
 from kvtier.config import MOST_SECONDS
 from kvtier.core.memory import Bytes1D
 from kvtier.core.plan import PAGE_BYTES, Reason, Table
@@ -191,19 +192,24 @@ class DiskTier:
         """False where it is not writable, or is left alone for a while because segment after segment failed."""
         return self.writable and self._book.health.takes_writes
 
-    def place(self, pages: int) -> Place | None:
-        """Room for a record of ``pages`` 4 KiB pages; None while no clean segment is ready.
+    def place(self, pages: int, most: int = 1) -> Place | None:
+        """Room for records of ``pages`` 4 KiB pages each, adjacent, as many of ``most`` as fit one segment.
 
-        Every place ends with exactly one of ``written``, ``failed`` and ``abandoned``.
+        None while no clean segment is ready. Every place ends with exactly one of ``written``, ``failed`` and
+        ``abandoned``.
 
         Raises:
             CapacityError: no segment will ever be large enough.
         """
-        return self._book.place(pages)
+        return self._book.place(pages, most)
 
-    def written(self, place: Place, header: Bytes1D) -> None:
-        """The write to ``place`` returned; ``header`` is the header page that it wrote, uint8 ``[4096]``."""
-        self._book.written(place, header)
+    def written(self, place: Place, headers: Pages | Bytes1D) -> None:
+        """The write to ``place`` returned; ``headers`` are the header pages that it wrote, in order.
+
+        Of a single record it may be the page itself, uint8 ``[4096]``.
+        """
+        pages = headers if isinstance(headers, Pages) else Pages(headers[None], np.zeros(1, np.intp))
+        self._book.written(place, pages)
 
     def failed(self, place: Place, error: OSError | None = None) -> None:
         """The write to ``place`` failed: its segment takes no more, keeps what it has, and is reclaimed in time.

@@ -20,14 +20,14 @@ class Traffic:
         self._under_way = 0
         self._last_s = -math.inf
 
-    def began(self) -> None:
-        """A write or a sync that somebody waits for was begun."""
-        self._under_way += 1
+    def began(self, count: int = 1) -> None:
+        """Writes of ``count`` records, or a sync, that somebody waits for were begun."""
+        self._under_way += count
         self.seen()
 
-    def ended(self) -> None:
-        """It ended."""
-        self._under_way -= 1
+    def ended(self, count: int = 1) -> None:
+        """They ended."""
+        self._under_way -= count
         self.seen()
 
     def seen(self) -> None:

@@ -8,13 +8,15 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtier.core.plan import RECOVERED, Reason
+from kvtier.codecs.headers import Pages
+from kvtier.core.plan import PAGE_BYTES, RECOVERED, Reason
 from kvtier.errors import CapacityError
 from kvtier.tiers.disk import DiskEvents, Place
 from tests.tiers.disk.workbench import RECORD_PAGES, RECORDS, SEGMENT_BYTES, SEGMENT_PAGES, SEGMENTS, Workbench, layout
@@ -509,3 +511,64 @@ def test_ranks_have_directories_of_their_own(workbench: Make) -> None:
     second = workbench(of=layout(tp_rank=1, tp_size=2)).open()
     assert first.tier.path != second.tier.path
     assert first.tier.nonce != second.tier.nonce
+
+
+def put_many(bench: Workbench, first: int, most: int) -> Place:
+    """Blocks ``first`` and following at one place, as many of ``most`` as there is room for."""
+    place = bench.tier.place(RECORD_PAGES, most)
+    assert place is not None
+    images = [
+        bench.image_for(first + at, replace(place, page=page, sequence=sequence, count=1))
+        for at, (page, sequence) in enumerate(
+            zip(place.first_pages().tolist(), place.sequences().tolist(), strict=True)
+        )
+    ]
+    for page, image in zip(place.first_pages().tolist(), images, strict=True):
+        bench.files.write_at(place.fd, page * PAGE_BYTES, image)
+    headers = np.stack([image[:PAGE_BYTES] for image in images])
+    bench.tier.written(place, Pages(headers, np.arange(len(images))))
+    return place
+
+
+def test_records_placed_together_are_adjacent_and_take_what_is_left_of_the_segment(workbench: Make) -> None:
+    bench = workbench(segments=12, clean_segments=2).open()
+    bench.put(0)
+    place = put_many(bench, 1, most=100)
+    assert (place.count, place.page, place.pages) == (RECORDS - 1, 2 + RECORD_PAGES, RECORD_PAGES)
+    following = put_many(bench, RECORDS, most=2)
+    assert following.segment != place.segment
+    assert following.count == 2
+    assert following.sequence == place.sequence + place.count
+
+
+def test_a_life_that_placed_records_together_is_found_again_as_one_that_placed_them_one_by_one(
+    workbench: Make, tmp_path: Path
+) -> None:
+    """A sealed segment by its footer, and an open one by its records."""
+    found = []
+    for name, most in (("one", 1), ("many", 5)):
+        bench = workbench(directory=str(tmp_path / name)).open()
+        number = 0
+        while number < RECORDS + 3:
+            number += put_many(bench, number, min(most, RECORDS + 3 - number)).count
+            bench.keep_house()
+        assert bench.tier.close()
+        found.append(workbench(directory=str(tmp_path / name)).open().rows)
+    one_by_one, together = ([row.tobytes() for row in rows] for rows in found)
+    assert len(together) == RECORDS + 3
+    assert together == one_by_one
+
+
+def test_records_placed_together_are_abandoned_and_fail_together(workbench: Make) -> None:
+    bench = workbench(segments=12, clean_segments=2).open()
+    place = bench.tier.place(RECORD_PAGES, 3)
+    assert place is not None
+    bench.tier.abandoned(place)
+    second = bench.tier.place(RECORD_PAGES, 3)
+    assert second is not None
+    assert second.page == place.page + 3 * RECORD_PAGES, "a hole, and no fault"
+    bench.tier.failed(second, OSError(errno.EIO, "device"))
+    third = bench.tier.place(RECORD_PAGES, 3)
+    assert third is not None
+    assert third.segment != second.segment
+    assert bench.tier.stages()["poisoned"] == 1
