@@ -13,7 +13,7 @@ from benchmarks.engine import EngineMemory
 from benchmarks.pairs import Contestant, Step, Times, ratio_of
 from benchmarks.payload import Ids
 from benchmarks.pipeline import BarePipeline
-from benchmarks.python import ByteClock
+from benchmarks.python import ByteClock, WatchedStep
 from benchmarks.rawdisk import RawDisk
 from benchmarks.rows import AT_MOST, SURELY, Row
 from benchmarks.suite import BenchmarkError
@@ -28,6 +28,7 @@ PYTHON_TARGET_US: Final = 15.0
 class Measured:
     """One direction of one layout: the times of everybody, who moved ``nbytes`` a round."""
 
+    verb: str
     name: str
     times: dict[str, Times]
     nbytes: int
@@ -56,8 +57,8 @@ class Measured:
 class Beside(Protocol):
     """What is looked at in either direction, and the row that comes of it."""
 
-    def watched(self, run: Step) -> Step:
-        """What kvtier is timed with, looked at from the outside."""
+    def watched(self, verb: str, run: Step) -> Step:
+        """What kvtier is timed with in the direction ``verb``, looked at from the outside."""
 
     def stores(self) -> Sequence[Contestant]:
         """Beside stores."""
@@ -81,8 +82,9 @@ class Pipeline:
         self._pipeline = BarePipeline(engine, raw, threads=COPY_THREADS)
         self._stored: list[Ids] = []
 
-    def watched(self, run: Step) -> Step:
+    def watched(self, verb: str, run: Step) -> Step:
         """As it is."""
+        del verb
         return run
 
     def stores(self) -> Sequence[Contestant]:
@@ -144,14 +146,16 @@ class PythonTime:
     def __init__(self, engine: EngineMemory, request_pages: int) -> None:
         self._blocks = REQUESTS * request_pages * engine.layout.page_tokens // engine.layout.block_tokens
         self._clock = ByteClock()
+        self._steps: dict[str, WatchedStep] = {}
         for name in ("gather", "scatter", "gather_records", "scatter_records"):
             self._clock.around(engine.memory, name)
         for name in ("preadv", "pwritev"):
             self._clock.around(blocking, name)
 
-    def watched(self, run: Step) -> Step:
+    def watched(self, verb: str, run: Step) -> Step:
         """With an eye on the clocks."""
-        return self._clock.watched(run)
+        self._steps[verb] = WatchedStep(run, self._clock)
+        return self._steps[verb]
 
     def stores(self) -> Sequence[Contestant]:
         """Nobody else."""
@@ -165,7 +169,8 @@ class PythonTime:
     def row(self, measured: Measured) -> Row:
         """Microseconds a block, beside those inside the calls."""
         own_us, bytes_us = (
-            found * 1e6 / self._blocks for found in self._clock.last(len(measured.times["kvtier"].wall_s))
+            found * 1e6 / self._blocks
+            for found in self._steps[measured.verb].last(len(measured.times["kvtier"].wall_s))
         )
         includes = "CPU time of all threads from the first submit to the last result, outside kernels and system calls"
         return Row.of(

@@ -146,7 +146,11 @@ class _Bench:
         return alternate(
             [
                 Contestant(
-                    "kvtier", self.beside.watched(self._store), self._begin_stores, self._settle, self._end_stores
+                    "kvtier",
+                    self.beside.watched("store", self._store),
+                    self._begin_stores,
+                    self._settle,
+                    self._end_stores,
                 ),
                 Contestant("raw", lambda number: self.raw.write(self.areas * number, self.case.io_bytes)),
                 Contestant("again", lambda number: self.raw.write(self.areas * number + 1, self.case.io_bytes)),
@@ -206,7 +210,7 @@ class _Bench:
         self._reopen()
         return alternate(
             [
-                Contestant("kvtier", self.beside.watched(self._load), self._begin_loads, check=self._end_loads),
+                Contestant("kvtier", self.beside.watched("load", self._load), self._begin_loads, check=self._end_loads),
                 Contestant("raw", self._read_raw, self.cold.begin, check=self.cold.check("raw")),
                 Contestant("again", self._read_raw_again, self.cold.begin, check=self.cold.check("again")),
                 *self.beside.loads(self.cold),
@@ -300,7 +304,7 @@ class _Bench:
 
     def _measured(self, verb: str, times: dict[str, Times], raw_name: str, target: float) -> Measured:
         name, config = f"disk.{verb}.{self.case.name}", self._config(times["raw"])
-        return Measured(name, times, self.pair_bytes, raw_name, target, self.refused_tokens, config)
+        return Measured(verb, name, times, self.pair_bytes, raw_name, target, self.refused_tokens, config)
 
     def _config(self, raw: Times) -> dict[str, Any]:
         return {

@@ -18,8 +18,6 @@ class ByteClock:
     def __init__(self) -> None:
         self._spent_s: defaultdict[int, float] = defaultdict(float)
         """By thread: each adds to its own."""
-        self._others_s: list[float] = []
-        self._bytes_s: list[float] = []
         self._watched: list[tuple[Any, str, Any]] = []
 
     def around(self, owner: Any, name: str) -> None:
@@ -42,22 +40,29 @@ class ByteClock:
             setattr(owner, name, call)
         self._watched.clear()
 
-    def watched(self, run: Step) -> Step:
-        """``run``, of which every round is noted from here on, and none that was noted before."""
-        self._others_s, self._bytes_s = [], []
+    def inside_s(self) -> float:
+        """CPU seconds that all threads have spent inside these calls so far."""
+        return sum(self._spent_s.copy().values())
 
-        def noted(number: int) -> None:
-            cpu_s, bytes_s = process_time(), self._inside_s()
-            run(number)
-            bytes_s = self._inside_s() - bytes_s
-            self._bytes_s.append(bytes_s)
-            self._others_s.append(process_time() - cpu_s - bytes_s)
 
-        return noted
+class WatchedStep:
+    """A contestant's step, of which every round is noted."""
+
+    def __init__(self, run: Step, clock: ByteClock) -> None:
+        """No round was run."""
+        self._run = run
+        self._clock = clock
+        self._others_s: list[float] = []
+        self._bytes_s: list[float] = []
+
+    def __call__(self, number: int) -> None:
+        """One round."""
+        cpu_s, bytes_s = process_time(), self._clock.inside_s()
+        self._run(number)
+        bytes_s = self._clock.inside_s() - bytes_s
+        self._bytes_s.append(bytes_s)
+        self._others_s.append(process_time() - cpu_s - bytes_s)
 
     def last(self, rounds: int) -> tuple[Floats, Floats]:
-        """Of the last ``rounds`` rounds: CPU seconds of the process outside these calls, and inside."""
+        """Of the last ``rounds`` rounds: CPU seconds of the process outside the clock's calls, and inside."""
         return np.array(self._others_s[-rounds:]), np.array(self._bytes_s[-rounds:])
-
-    def _inside_s(self) -> float:
-        return sum(self._spent_s.copy().values())

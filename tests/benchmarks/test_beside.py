@@ -13,7 +13,7 @@ from benchmarks.beside import REQUESTS, Measured, PythonTime
 from benchmarks.engine import EngineMemory
 from benchmarks.kinds import small_blocks
 from benchmarks.pairs import Times
-from benchmarks.python import ByteClock
+from benchmarks.python import ByteClock, WatchedStep
 from kvtier.runtime import blocking
 
 PAGES = 16
@@ -28,9 +28,9 @@ def cpu_s(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def measured(rounds: int) -> Measured:
+def measured(rounds: int, verb: str = "store") -> Measured:
     times = {"kvtier": Times(np.ones(rounds), np.ones(rounds)), "raw": Times(np.full(rounds, 0.5), np.ones(rounds))}
-    return Measured("disk.store.x", times, 1 << 30, "pwritev", 0.7, 3, {"io_threads": 4})
+    return Measured(verb, f"disk.{verb}.x", times, 1 << 30, "pwritev", 0.7, 3, {"io_threads": 4})
 
 
 def test_what_a_round_takes_outside_the_calls_is_told_from_what_it_takes_inside(cpu_s: SimpleNamespace) -> None:
@@ -45,26 +45,28 @@ def test_what_a_round_takes_outside_the_calls_is_told_from_what_it_takes_inside(
         cpu_s.now += 1 + number
         assert disk.move(seconds=10.0) == "moved"
 
-    watched = clock.watched(run)
+    watched = WatchedStep(run, clock)
     for number in range(3):
         watched(number)
-    others_s, bytes_s = clock.last(2)
+    others_s, bytes_s = watched.last(2)
     assert (others_s.tolist(), bytes_s.tolist()) == ([2.0, 3.0], [10.0, 10.0])
-    clock.watched(run)
-    assert not len(clock.last(2)[0]), "another direction begins anew"
     clock.close()
     assert disk.move is move
 
 
-def test_the_row_says_microseconds_a_block(cpu_s: SimpleNamespace) -> None:
+def test_the_rows_say_microseconds_a_block_in_each_direction(cpu_s: SimpleNamespace) -> None:
     blocks = REQUESTS * PAGES
     with closing(PythonTime(EngineMemory(small_blocks(), PAGES, PAGES), PAGES)) as beside:
-        run = beside.watched(lambda _: setattr(cpu_s, "now", cpu_s.now + 20e-6 * blocks))
+        store = beside.watched("store", lambda _: setattr(cpu_s, "now", cpu_s.now + 20e-6 * blocks))
+        load = beside.watched("load", lambda _: setattr(cpu_s, "now", cpu_s.now + 10e-6 * blocks))
         for number in range(2):
-            run(number)
-        row = beside.row(measured(2))
-    assert (row.bench, row.value, row.unit) == ("disk.store.x.python", 20.0, "us")
-    assert (row.target, row.ok, row.config["refused_tokens"]) == (15.0, False, 3)
+            store(number)
+        for number in range(2):
+            load(number)
+        stored, loaded = (beside.row(measured(2, verb)) for verb in ("store", "load"))
+    assert (stored.bench, round(stored.value, 6), stored.unit) == ("disk.store.x.python", 20.0, "us")
+    assert (stored.target, stored.ok, stored.config["refused_tokens"]) == (15.0, False, 3)
+    assert (loaded.bench, round(loaded.value, 6)) == ("disk.load.x.python", 10.0)
 
 
 def test_kernels_and_system_calls_are_timed_and_left_as_they_were() -> None:
