@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from enum import IntEnum
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
-from kvtier.core.plan import NOWHERE, PAGE_BYTES, Priority, Reason, Tier, direct_members
+from kvtier.core.plan import NOWHERE, PAGE_BYTES, Plan, Priority, Reason, Tier, direct_members
 from kvtier.runtime.seam import IODone, IORequest, Op
+from kvtier.transfer.endpoint import table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.images import Extents
-from kvtier.transfer.lanes import lane_of
+from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, lane_of
 from kvtier.transfer.paths import DiskPath
+from kvtier.transfer.work import PIECE_BYTES
 
 
 @direct_members
@@ -28,6 +33,7 @@ class RowState(IntEnum):
 class Reader(Protocol):
     """Whose rows are read: by row, how far it has come, where it lies, and where in host memory it is to go."""
 
+    plan: Plan
     equipment: Equipment
     states: bytearray
     segment: list[int]
@@ -100,3 +106,35 @@ class ReadMove:
             return None
         self._staged = staging.take(run.priority, len(rows))
         return staging.records(self._staged, pages)
+
+
+def moves_of(run: Reader, rows: list[int]) -> list[list[int]]:
+    """``rows``, ascending, in runs that one move may carry."""
+    if len(rows) < 2:
+        return [rows] if rows else []
+    limit = min(MAX_ROWS_A_MOVE, max(1, run.equipment.staging.count // 4))
+    moves: list[list[int]] = []
+    for stretch in _stretches(run, rows):
+        moves += _cut(run, stretch, limit if run.target_page[stretch[0]] == NOWHERE else MAX_ROWS_A_MOVE)
+    return moves
+
+
+def _stretches(run: Reader, rows: list[int]) -> list[list[int]]:
+    """``rows`` in runs that lie behind each other in one segment, and all go to host memory, or all to staging."""
+    own = table_of(run.plan, rows)
+    segment, first, pages = own["disk_segment"], own["disk_page"], own["disk_pages"]
+    staged = np.array([run.target_page[row] == NOWHERE for row in rows])
+    cuts = (segment[1:] != segment[:-1]) | (first[1:] != first[:-1] + pages[:-1]) | (staged[1:] != staged[:-1])
+    bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(rows)]
+    return [rows[begin:end] for begin, end in pairwise(bounds)]
+
+
+def _cut(run: Reader, stretch: list[int], most: int) -> Iterator[list[int]]:
+    """``stretch`` in pieces of up to ``most`` rows that are not too long for one move."""
+    disk_page, disk_pages, at = run.disk_page, run.disk_pages, 0
+    while at < len(stretch):
+        last_page = disk_page[stretch[at]] + PIECE_BYTES // PAGE_BYTES
+        stop = min(at + most, len(stretch))
+        stop = bisect_right(stretch, last_page, at + 1, stop, key=lambda row: disk_page[row] + disk_pages[row])
+        yield stretch[at:stop]
+        at = stop

@@ -7,10 +7,8 @@ caller still wants it, touches engine memory.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -22,11 +20,11 @@ from kvtier.transfer.endpoint import Endpoint, table_of
 from kvtier.transfer.equipment import Equipment
 from kvtier.transfer.faults import EngineMemoryError, reason_of
 from kvtier.transfer.images import Extents
-from kvtier.transfer.lanes import MAX_ROWS_A_MOVE, global_segment, lane_of
-from kvtier.transfer.reading import ReadMove, RowState
+from kvtier.transfer.lanes import global_segment, lane_of
+from kvtier.transfer.reading import ReadMove, RowState, moves_of
 from kvtier.transfer.run import Run
 from kvtier.transfer.shapes import RecordShape
-from kvtier.transfer.work import PIECE_BYTES, Piece, Service, halved, pieces
+from kvtier.transfer.work import Piece, Service, halved, pieces
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +123,7 @@ class LoadRun(Run):
 
     def _read(self, rows: list[int]) -> None:
         """Queue ``rows`` on their lanes in moves of adjacent records."""
-        for run in self._adjacent(rows):
+        for run in moves_of(self, rows):
             for row in run:
                 self._tried[row] += 1
                 self.states[row] = RowState.WAITING
@@ -135,35 +133,6 @@ class LoadRun(Run):
                 path.lane.put(ReadMove(self, run, path))
             else:
                 self.lost(run, Tier.DISK, Reason.GONE)
-
-    def _adjacent(self, rows: list[int]) -> list[list[int]]:
-        """``rows``, ascending, in runs that one move may carry."""
-        if len(rows) < 2:
-            return [rows] if rows else []
-        limit = min(MAX_ROWS_A_MOVE, max(1, self.equipment.staging.count // 4))
-        runs: list[list[int]] = []
-        for run in self._stretches(rows):
-            runs += self._moves(run, limit if self.target_page[run[0]] == NOWHERE else MAX_ROWS_A_MOVE)
-        return runs
-
-    def _stretches(self, rows: list[int]) -> list[list[int]]:
-        """``rows`` in runs that lie behind each other in one segment, and all go to host memory, or all to staging."""
-        own = table_of(self.plan, rows)
-        segment, first, pages = own["disk_segment"], own["disk_page"], own["disk_pages"]
-        staged = np.array([self.target_page[row] == NOWHERE for row in rows])
-        cuts = (segment[1:] != segment[:-1]) | (first[1:] != first[:-1] + pages[:-1]) | (staged[1:] != staged[:-1])
-        bounds = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(rows)]
-        return [rows[begin:end] for begin, end in pairwise(bounds)]
-
-    def _moves(self, run: list[int], most: int) -> Iterator[list[int]]:
-        """``run``, which is a stretch, in pieces of up to ``most`` rows that are not too long for one move."""
-        disk_page, disk_pages, at = self.disk_page, self.disk_pages, 0
-        while at < len(run):
-            last_page = disk_page[run[at]] + PIECE_BYTES // PAGE_BYTES
-            stop = min(at + most, len(run))
-            stop = bisect_right(run, last_page, at + 1, stop, key=lambda row: disk_page[row] + disk_pages[row])
-            yield run[at:stop]
-            at = stop
 
     def read_ended(self, rows: list[int], records: Extents, staged: list[int], error: OSError | None) -> None:
         """The lane is done with ``rows``; the buffers ``staged`` go back when what was read was used."""
